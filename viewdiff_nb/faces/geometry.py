@@ -1,0 +1,116 @@
+"""Head pose and keypoint geometry: Euler angles, rotations, and the face's own frame.
+
+Conventions (InsightFace's, `landmark_3d_68` and `Face.pose`):
+
+* coordinates: x to the image's right, y down, z toward the camera, in pixels;
+* pose: (pitch, yaw, roll); +pitch looks up, +yaw turns the nose to the image's right,
+  +roll turns the head clockwise as seen in the image;
+* degrees in files, radians in tensors and in every function here;
+* a point p of the face's own frame appears at R p, with R = Rz(roll) Ry(yaw) Rx(pitch);
+* five keypoints, in this order: see `KEYPOINT_NAMES`.
+"""
+
+import torch
+from torch import Tensor
+
+KEYPOINT_NAMES = ("left eye", "right eye", "nose", "mouth left", "mouth right")  # sides of the image
+
+# Where the five keypoints lie in a 112 x 112 aligned crop (ArcFace / InsightFace template), in pixels.
+ARCFACE_TEMPLATE = (
+    (38.2946, 51.6963),
+    (73.5318, 51.5014),
+    (56.0252, 71.7366),
+    (41.5493, 92.3655),
+    (70.7299, 92.2041),
+)
+
+
+def rotation_matrix(angles: Tensor) -> Tensor:
+    """R = Rz(roll) Ry(yaw) Rx(pitch) of Euler angles.
+
+    Args:
+        angles: (..., 3) pitch, yaw, roll in radians.
+
+    Returns:
+        (..., 3, 3) rotation matrices.
+
+    >>> nose = torch.tensor([0.0, 0.0, 1.0])                       # straight at the camera
+    >>> right = rotation_matrix(torch.tensor([0.0, torch.pi / 2, 0.0])) @ nose
+    >>> [round(v) for v in right.tolist()]                         # +yaw: to the image's right
+    [1, 0, 0]
+    >>> up = rotation_matrix(torch.tensor([torch.pi / 2, 0.0, 0.0])) @ nose
+    >>> [round(v) for v in up.tolist()]                            # +pitch: up, y points down
+    [0, -1, 0]
+    """
+    if angles.shape[-1] != 3:
+        raise ValueError(f"angles need a last dimension of 3 (pitch, yaw, roll), got shape {tuple(angles.shape)}")
+    (sx, sy, sz), (cx, cy, cz) = angles.sin().unbind(-1), angles.cos().unbind(-1)
+    rows = (
+        cz * cy, cz * sy * sx - sz * cx, cz * sy * cx + sz * sx,
+        sz * cy, sz * sy * sx + cz * cx, sz * sy * cx - cz * sx,
+        -sy, cy * sx, cy * cx,
+    )  # fmt: skip
+    return torch.stack(rows, -1).unflatten(-1, (3, 3))
+
+
+def euler_angles(rotation: Tensor) -> Tensor:
+    """The inverse of `rotation_matrix`, for |yaw| <= 90 degrees.
+
+    Args:
+        rotation: (..., 3, 3) rotation matrices.
+
+    Returns:
+        (..., 3) pitch, yaw, roll in radians.
+    """
+    pitch = torch.atan2(rotation[..., 2, 1], rotation[..., 2, 2])
+    yaw = torch.asin((-rotation[..., 2, 0]).clamp(-1, 1))
+    roll = torch.atan2(rotation[..., 1, 0], rotation[..., 0, 0])
+    return torch.stack((pitch, yaw, roll), -1)
+
+
+def normalise_keypoints(keypoints: Tensor) -> Tensor:
+    """Centre keypoints on their mean and scale their mean distance from it to 1.
+
+    Args:
+        keypoints: (..., 5, 3), any unit.
+
+    Returns:
+        (..., 5, 3), dimensionless.
+    """
+    centred = keypoints - keypoints.mean(-2, keepdim=True)
+    size = centred.norm(dim=-1).mean(-1)[..., None, None]
+    return centred / size.clamp_min(torch.finfo(keypoints.dtype).tiny)
+
+
+def to_face_frame(keypoints: Tensor, angles: Tensor) -> Tensor:
+    """Undo the head pose: R^T k, so that every head looks straight at the camera.
+
+    Args:
+        keypoints: (..., 5, 3) as seen by the camera.
+        angles: (..., 3) pitch, yaw, roll in radians.
+
+    Returns:
+        (..., 5, 3) in the face's own frame.
+    """
+    return keypoints @ rotation_matrix(angles)
+
+
+def face_rotation(keypoints: Tensor) -> Tensor:
+    """The head's rotation, read off its five keypoints alone.
+
+    x runs from the left to the right eye and mouth corner, y from the eyes to the mouth (made
+    orthogonal to x), z out of the face. It differs from a fitted head pose by the (constant, small)
+    tilt between the plane of eyes and mouth and the frontal plane.
+
+    Args:
+        keypoints: (..., 5, 3) in `KEYPOINT_NAMES` order, not all on one line.
+
+    Returns:
+        (..., 3, 3) R whose columns are the face's axes seen by the camera.
+    """
+    left_eye, right_eye, _, mouth_left, mouth_right = keypoints.unbind(-2)
+    across = (right_eye - left_eye) + (mouth_right - mouth_left)
+    x = torch.nn.functional.normalize(across, dim=-1)
+    down = (mouth_left + mouth_right) - (left_eye + right_eye)
+    y = torch.nn.functional.normalize(down - (down * x).sum(-1, keepdim=True) * x, dim=-1)
+    return torch.stack((x, y, torch.linalg.cross(x, y)), -1)

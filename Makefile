@@ -1,0 +1,43 @@
+# make reproduce   set up, run the notebooks, write tables and figures (FAST=1: a smoke run)
+# make test        set up, run the tests
+# make lab         open JupyterLab
+# make data        rebuild the shipped data set (needs npm and network)
+#
+# Another torch build:  make reproduce TORCH="torch --index-url URL-of-the-build"
+# Your own environment: make reproduce VENV=path/of/a/venv
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: reproduce test lab data clean
+
+reproduce: $(VENV)/.kit
+	$(VENV)/bin/python -m viewdiff_nb.studies.reproduce $(if $(FAST),--fast)
+
+test: $(VENV)/.test
+	$(VENV)/bin/python -m pytest -q
+
+lab: $(VENV)/.kit
+	$(VENV)/bin/jupyter lab notebooks
+
+data: $(VENV)/.test
+	$(VENV)/bin/python -m viewdiff_nb.faces.build data/heads --sheet figures/heads_contact_sheet.png
+
+clean:
+	rm -rf runs build
+
+# torch comes first, so that the build asked for is the one that everything else finds.
+$(VENV)/.torch:
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	touch $@
+
+$(VENV)/.kit: $(VENV)/.torch pyproject.toml
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.kit
+	$(PIP) --editable ".[test]"
+	touch $@

@@ -1,0 +1,50 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from viewdiff_nb.faces import FaceViews
+
+
+def people(count: int, views: int = 6, width: int = 32, noise: float = 0.3, first: int = 0) -> FaceViews:
+    """Random people whose side views are noisy copies of their front, more so the larger the yaw."""
+    generator = torch.Generator().manual_seed(first)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator)
+
+    front = torch.nn.functional.normalize(randn(count, width), dim=1)
+    person = torch.arange(count).repeat_interleave(views)
+    yaw = torch.linspace(-85, 85, views).repeat(count).deg2rad()
+    angles = torch.stack((0.1 * randn(len(yaw)), yaw, 0.1 * randn(len(yaw))), 1)
+    side = front[person] + noise * yaw.abs()[:, None] * randn(len(yaw), width)
+    return FaceViews(tuple(f"person_{first + i:04d}" for i in range(count)), front,
+                     torch.nn.functional.normalize(side, dim=1), 50 * randn(len(yaw), 5, 3), angles, person)  # fmt: skip
+
+
+def write_set(folder, faces: FaceViews) -> None:
+    """Write a face set in the guide's six files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    halves = {
+        "front": (faces.front, torch.zeros(len(faces.front), 5, 3), torch.zeros(len(faces.front), 3), faces.names),
+        "video": (faces.src, faces.keypoints_3d, faces.angles.rad2deg(), [faces.names[i] for i in faces.person]),
+    }
+    for kind, (features, keypoints, poses, names) in halves.items():
+        np.save(folder / f"{kind}_feature.npy", features.numpy())
+        np.save(folder / f"{kind}_keypoints.npy", keypoints.numpy())
+        metadata = {"num_samples": len(features), "feature_dim": features.shape[1], "standard_info": {},
+                    "poses": poses.tolist(), "metadata": [{"person_name": name} for name in names]}  # fmt: skip
+        (folder / f"{kind}_metadata.json").write_text(json.dumps(metadata))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def face_set(tmp_path):
+    """A folder with a small valid set."""
+    write_set(tmp_path / "faces", people(8))
+    return tmp_path / "faces"

@@ -1,0 +1,157 @@
+import pytest
+import torch
+from torch import nn
+
+from viewdiff_nb import CrossViewAttention, PoseConditionedLoRAAttention
+
+
+def copy_into(torch_attention: nn.MultiheadAttention, ours) -> nn.MultiheadAttention:
+    """torch's multi-head attention with our weights: an independent implementation of the formula."""
+    with torch.no_grad():
+        torch_attention.in_proj_weight.copy_(torch.cat([ours.query.weight, ours.key.weight, ours.value.weight]))
+        torch_attention.in_proj_bias.copy_(torch.cat([ours.query.bias, ours.key.bias, ours.value.bias]))
+        torch_attention.out_proj.weight.copy_(ours.out.weight)
+        torch_attention.out_proj.bias.copy_(ours.out.bias)
+    return torch_attention.eval()
+
+
+def trained(attention: PoseConditionedLoRAAttention) -> PoseConditionedLoRAAttention:
+    for layer in (attention.query, attention.key, attention.value, attention.out):
+        nn.init.normal_(layer.lora_up, std=0.3)
+    return attention
+
+
+def test_base_equals_torch_multihead_attention():
+    ours = PoseConditionedLoRAAttention(32, num_heads=4, rank=0)
+    theirs = copy_into(nn.MultiheadAttention(32, 4, batch_first=True), ours)
+    x, memory = torch.randn(3, 2, 32), torch.randn(3, 6, 32)
+    context = torch.cat((x, memory), 1)
+    wanted, wanted_weights = theirs(x, context, context, average_attn_weights=False)
+    output, weights = ours(x, None, memory, return_attention=True)
+    torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(weights, wanted_weights, rtol=1e-5, atol=1e-6)
+
+
+def test_adapted_equals_its_formula_written_out():
+    ours = trained(PoseConditionedLoRAAttention(16, pose_dim=3, num_heads=2, rank=3, alpha=2.0)).double()
+    x, memory, pose = torch.randn(2, 16).double(), torch.randn(2, 4, 16).double(), torch.randn(2, 3).double()
+    context = torch.cat((x[:, None], memory), 1)
+
+    def adapted(layer, tokens):
+        code = torch.cat((pose.sin(), pose.cos()), 1)[:, None].expand(-1, tokens.shape[1], -1)
+        update = torch.cat((tokens, code), 2) @ layer.lora_down.T @ layer.lora_up.T
+        return tokens @ layer.weight.T + layer.bias + 2.0 / 3 * update
+
+    q, k, v = adapted(ours.query, x[:, None]), adapted(ours.key, context), adapted(ours.value, context)
+    heads = []
+    for h in range(2):
+        part = slice(8 * h, 8 * h + 8)
+        scores = q[..., part] @ k[..., part].transpose(1, 2) / 8**0.5
+        heads.append(scores.softmax(-1) @ v[..., part])
+    a = torch.cat(heads, -1)
+    wanted = a @ ours.out.weight.T + ours.out.bias + 2.0 / 3 * (a @ ours.out.lora_down.T @ ours.out.lora_up.T)
+    torch.testing.assert_close(ours(x, pose, memory), wanted[:, 0], rtol=1e-10, atol=1e-10)
+
+
+def test_attention_is_over_several_tokens_and_alive():
+    ours = trained(PoseConditionedLoRAAttention(32, num_heads=4, rank=4))
+    x, memory, pose = torch.randn(3, 32), torch.randn(3, 6, 32), torch.randn(3, 3)
+    output, weights = ours(x, pose, memory, return_attention=True)
+    assert output.shape == (3, 32) and weights.shape == (3, 4, 1, 7)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, 4, 1))
+    assert weights.std() > 1e-3
+    output.square().sum().backward()
+    for layer in (ours.query, ours.key):  # dead (zero gradient) where the only token attends to itself
+        assert layer.lora_up.grad.abs().sum() > 0
+    alone = trained(PoseConditionedLoRAAttention(32, num_heads=4, rank=4))
+    lonely, ones = alone(x, pose, return_attention=True)
+    assert torch.equal(ones, torch.ones(3, 4, 1, 1))
+    lonely.square().sum().backward()
+    assert alone.query.lora_up.grad.abs().max() < 1e-6
+
+
+def test_weights_are_those_that_the_fast_path_used():
+    ours = trained(PoseConditionedLoRAAttention(32, num_heads=4, rank=4))
+    x, memory, pose = torch.randn(5, 2, 32), torch.randn(5, 6, 32), torch.randn(5, 3)
+    output, weights = ours(x, pose, memory, return_attention=True)
+    v = torch.cat([ours._project(ours.value, t, pose) for t in (x, memory)], 1).unflatten(-1, (4, 8)).transpose(1, 2)
+    torch.testing.assert_close(ours.out((weights @ v).transpose(1, 2).flatten(2)), output, rtol=1e-5, atol=1e-5)
+
+
+def test_pose_matters_and_angles_wrap():
+    ours = trained(PoseConditionedLoRAAttention(32, num_heads=4, rank=4))
+    x, memory, pose = torch.randn(3, 32), torch.randn(3, 6, 32), torch.randn(3, 3)
+    output = ours(x, pose, memory)
+    assert (ours(x, pose + 0.5, memory) - output).abs().max() > 1e-3
+    torch.testing.assert_close(ours(x, pose + 2 * torch.pi, memory), output, rtol=1e-4, atol=1e-5)
+
+
+def test_merge_is_exact_for_one_pose():
+    ours = trained(PoseConditionedLoRAAttention(32, num_heads=4, rank=4)).double()
+    x, memory, pose = torch.randn(3, 32).double(), torch.randn(3, 6, 32).double(), torch.randn(3).double()
+    before = ours(x, pose.expand(3, 3), memory)
+    state = {name: value.clone() for name, value in ours.state_dict().items()}
+    ours.merge(pose)
+    torch.testing.assert_close(ours(x, None, memory), before, rtol=1e-12, atol=1e-12)
+    ours.unmerge()
+    assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
+
+
+def test_refuses_wrong_shapes():
+    with pytest.raises(ValueError, match="multiple of num_heads, got 30 and 4"):
+        PoseConditionedLoRAAttention(30, num_heads=4)
+    ours = PoseConditionedLoRAAttention(32, num_heads=4)
+    with pytest.raises(ValueError, match=r"pose must be \(2, 3\) angles in radians, got none"):
+        ours(torch.randn(2, 32))
+    with pytest.raises(ValueError, match=r"features must be \(B, 32\)"):
+        ours(torch.randn(2, 31), torch.randn(2, 3))
+
+
+def test_cross_view_equals_torch_multihead_attention_over_all_views():
+    ours = CrossViewAttention(32, num_heads=4, n_views=3)
+    theirs = copy_into(nn.MultiheadAttention(32, 4, batch_first=True), ours)
+    x = torch.randn(2 * 3, 2, 32)
+    joint = ours.norm(x).reshape(2, 6, 32)
+    wanted, wanted_weights = theirs(joint, joint, joint, average_attn_weights=False)
+    output, weights = ours(x, return_attention=True)
+    torch.testing.assert_close(output, x + wanted.reshape(6, 2, 32), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weights, wanted_weights, rtol=1e-5, atol=1e-6)
+    assert weights.shape == (2, 4, 6, 6)
+
+
+def test_permuting_views_permutes_outputs_and_people_stay_apart():
+    ours = CrossViewAttention(16, num_heads=2, n_views=4).double()
+    x = torch.randn(2, 4, 16).double()
+    order = torch.tensor([2, 0, 3, 1])
+    output = ours(x.view(8, 16)).view(2, 4, 16)
+    torch.testing.assert_close(ours(x[:, order].reshape(8, 16)).view(2, 4, 16), output[:, order])
+    changed = x.clone()
+    changed[1] += 1.0
+    torch.testing.assert_close(ours(changed.view(8, 16)).view(2, 4, 16)[0], output[0])
+    assert (ours(changed.view(8, 16)).view(2, 4, 16)[1] - output[1]).abs().max() > 1e-2
+
+
+def test_a_missing_view_has_no_influence():
+    ours = CrossViewAttention(16, num_heads=2, n_views=3).double()
+    x = torch.randn(3, 16).double()
+    mask = torch.tensor([True, True, False])
+    output, weights = ours(x, mask, return_attention=True)
+    other = x.clone()
+    other[2] += 100.0
+    torch.testing.assert_close(ours(other, mask)[:2], output[:2])
+    assert weights[:, :, :2, 2].abs().max() == 0
+    assert torch.equal(output[2], x[2])
+    assert ours(x, torch.tensor([False] * 3)).isfinite().all()
+    torch.testing.assert_close(ours(x, torch.tensor([True] * 3)), ours(x))
+    pair = CrossViewAttention(16, num_heads=2, n_views=2).double()
+    pair.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(output[:2], pair(x[:2]))  # as if the view had never been there
+
+
+def test_batch_must_be_a_multiple_of_the_views():
+    with pytest.raises(ValueError, match=r"批次大小必须是n_views的倍数.*got 8 with n_views=5; use 5 or 10.*drop_last"):
+        CrossViewAttention(512, n_views=5)(torch.randn(8, 512))
+
+
+def test_guide_sizes():
+    assert CrossViewAttention(512, num_heads=8, n_views=5)(torch.randn(40, 512)).shape == (40, 512)

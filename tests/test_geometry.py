@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from viewdiff_nb.faces.geometry import euler_angles, face_rotation, normalise_keypoints, rotation_matrix, to_face_frame
+
+FACE = torch.tensor(  # a frontal face in its own frame: eyes, nose toward the camera, mouth
+    [[-30.0, -30, 0], [30, -30, 0], [0, 0, 25], [-20, 30, 0], [20, 30, 0]], dtype=torch.float64)  # fmt: skip
+
+
+def test_rotations_are_rotations_and_euler_angles_come_back():
+    angles = (torch.rand(500, 3, dtype=torch.float64) - 0.5) * torch.tensor([3.0, 3.1, 6.2])
+    rotation = rotation_matrix(angles)
+    torch.testing.assert_close(rotation @ rotation.transpose(1, 2), torch.eye(3).double().expand(500, 3, 3))
+    torch.testing.assert_close(torch.linalg.det(rotation), torch.ones(500).double())
+    torch.testing.assert_close(euler_angles(rotation), angles)
+
+
+def test_order_is_roll_after_yaw_after_pitch():
+    x, y, z = torch.tensor([0.3, -0.5, 0.8]).double()
+    zero = torch.tensor(0.0).double()
+    parts = [rotation_matrix(torch.stack(a)) for a in ((zero, zero, z), (zero, y, zero), (x, zero, zero))]
+    torch.testing.assert_close(rotation_matrix(torch.stack((x, y, z))), parts[0] @ parts[1] @ parts[2])
+
+
+def test_positive_roll_turns_clockwise_in_the_image():
+    right = rotation_matrix(torch.tensor([0.0, 0.0, torch.pi / 2])) @ torch.tensor([1.0, 0.0, 0.0])
+    torch.testing.assert_close(right, torch.tensor([0.0, 1.0, 0.0]), atol=1e-6, rtol=0)  # y points down
+
+
+def test_face_frame_undoes_the_pose():
+    angles = torch.tensor([[0.2, 1.3, -0.4], [0.0, -0.9, 0.1]]).double()
+    seen = FACE @ rotation_matrix(angles).transpose(1, 2)
+    torch.testing.assert_close(to_face_frame(seen, angles), FACE.expand(2, 5, 3))
+
+
+def test_rotation_read_off_the_keypoints():
+    angles = torch.tensor([[0.2, 1.3, -0.4], [0.0, -0.9, 0.1]]).double()
+    seen = FACE @ rotation_matrix(angles).transpose(1, 2) * 3 + torch.tensor([100.0, 50, 7])
+    torch.testing.assert_close(face_rotation(seen), rotation_matrix(angles))
+
+
+def test_normalised_keypoints_do_not_depend_on_place_and_size():
+    normal = normalise_keypoints(FACE)
+    torch.testing.assert_close(normal.mean(0), torch.zeros(3).double(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(normal.norm(dim=1).mean(), torch.tensor(1.0).double())
+    torch.testing.assert_close(normalise_keypoints(FACE * 7 - 40), normal)
+    assert normalise_keypoints(torch.zeros(5, 3)).isfinite().all()
+
+
+def test_refuses_two_angles():
+    with pytest.raises(ValueError, match=r"last dimension of 3 .* got shape \(4, 2\)"):
+        rotation_matrix(torch.zeros(4, 2))

@@ -1,0 +1,146 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from viewdiff_nb import LoRALinearLayer
+from viewdiff_nb.modules.lora import disable_adapters, lora_layers
+
+
+def trained(layer: LoRALinearLayer) -> LoRALinearLayer:
+    """An adapter that does something: B is not zero any more."""
+    nn.init.normal_(layer.lora_up)
+    return layer
+
+
+def peft_twin(layer: LoRALinearLayer) -> nn.Module:
+    """PEFT's LoRA layer with the same weights."""
+    holder = nn.Sequential(nn.Linear(layer.in_features, layer.out_features))
+    config = LoraConfig(r=layer.rank, lora_alpha=layer.alpha, target_modules=["0"], use_rslora=layer.rslora)
+    twin = inject_adapter_in_model(config, holder)[0]
+    with torch.no_grad():
+        twin.base_layer.weight.copy_(layer.weight)
+        twin.base_layer.bias.copy_(layer.bias)
+        twin.lora_A["default"].weight.copy_(layer.lora_down)
+        twin.lora_B["default"].weight.copy_(layer.lora_up)
+    return twin.to(layer.weight.dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    inputs=st.integers(1, 40), outputs=st.integers(1, 40), rank=st.integers(1, 16), batch=st.integers(1, 9),
+    alpha=st.floats(0.1, 32), rslora=st.booleans(), double=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_equals_peft_forward_and_gradient(inputs, outputs, rank, batch, alpha, rslora, double, seed):
+    torch.manual_seed(seed)
+    dtype = torch.float64 if double else torch.float32
+    rank = min(rank, inputs, outputs)
+    layer = LoRALinearLayer(inputs, outputs, rank, alpha, rslora=rslora, dtype=dtype)
+    nn.init.normal_(layer.lora_up, std=0.1)
+    twin = peft_twin(layer)
+    x = torch.randn(batch, inputs, dtype=dtype, requires_grad=True)
+    ours, theirs = layer(x), twin(x)
+    tolerance = {"rtol": 1e-6, "atol": 1e-6 * max(1.0, ours.abs().max().item())}
+    torch.testing.assert_close(ours, theirs, **tolerance)
+    probe = torch.randn_like(ours)
+    wanted = torch.autograd.grad((theirs * probe).sum(), (x, twin.lora_A["default"].weight, twin.lora_B["default"].weight))
+    got = torch.autograd.grad((ours * probe).sum(), (x, layer.lora_down, layer.lora_up))
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-6, atol=1e-6 * max(1.0, w.abs().max().item()))
+
+
+def test_hand_computed_update_with_pose():
+    layer = LoRALinearLayer(2, 1, rank=1, alpha=3.0, pose_dim=1)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, 2.0]]))
+        layer.bias.fill_(0.5)
+        layer.lora_down.copy_(torch.tensor([[10.0, 0.0, 1.0]]))
+        layer.lora_up.fill_(2.0)
+    # W x + b = 1 + 2 + .5; A [x; c] = 10 + 7; s B = 3 * 2
+    assert layer(torch.tensor([1.0, 1.0]), torch.tensor([7.0])).item() == 3.5 + 6 * 17
+
+
+def test_new_adapter_changes_nothing_and_only_the_adapter_trains():
+    layer = LoRALinearLayer(6, 5, rank=2, pose_dim=3)
+    x, pose = torch.randn(4, 6), torch.randn(4, 3)
+    torch.testing.assert_close(layer(x, pose), nn.functional.linear(x, layer.weight, layer.bias), rtol=0, atol=0)
+    layer(x, pose).square().mean().backward()
+    assert layer.weight.grad is None and layer.bias.grad is None
+    assert layer.lora_up.grad.abs().sum() > 0
+    assert sum(p.numel() for p in layer.get_trainable_parameters()) == 2 * (6 + 3) + 5 * 2
+    assert {id(p) for p in layer.parameters() if p.requires_grad} == {id(p) for p in layer.get_trainable_parameters()}
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("pose_dim", [0, 3])
+def test_merge_is_exact_for_one_pose_and_unmerge_is_bit_exact(dtype, tolerance, pose_dim):
+    layer = trained(LoRALinearLayer(12, 9, rank=3, alpha=2.0, pose_dim=pose_dim, dtype=dtype))
+    x, pose = torch.randn(5, 12, dtype=dtype), torch.randn(3, dtype=dtype) if pose_dim else None
+    weight, bias, before = layer.weight.clone(), layer.bias.clone(), layer(x, pose)
+    layer.merge(pose)
+    torch.testing.assert_close(layer(x), before, rtol=tolerance, atol=tolerance)
+    assert not torch.equal(layer.weight, weight)
+    with pytest.raises(RuntimeError, match="merged already"):
+        layer.merge(pose)
+    layer.unmerge()
+    assert torch.equal(layer.weight, weight) and torch.equal(layer.bias, bias)
+    assert torch.equal(layer(x, pose), before)
+    with pytest.raises(RuntimeError, match="not merged"):
+        layer.unmerge()
+
+
+def test_wraps_a_linear_layer_without_copying():
+    linear = nn.Linear(7, 4, dtype=torch.float64)
+    layer = LoRALinearLayer.from_linear(linear, rank=2)
+    assert layer.weight is linear.weight and layer.bias is linear.bias
+    assert layer.lora_down.dtype == torch.float64 and not linear.weight.requires_grad
+    x = torch.randn(3, 7, dtype=torch.float64)
+    assert torch.equal(layer(x), linear(x))
+    assert LoRALinearLayer.from_linear(nn.Linear(3, 3, bias=False), rank=1).bias is None
+
+
+def test_disabling_adapters_is_undone_even_after_an_error():
+    model = nn.Sequential(trained(LoRALinearLayer(4, 4, rank=2)), nn.GELU(), trained(LoRALinearLayer(4, 4, rank=2)))
+    x = torch.randn(2, 4)
+    with_adapters = model(x)
+    with pytest.raises(KeyError), disable_adapters(model):
+        assert not torch.equal(model(x), with_adapters)
+        raise KeyError
+    assert torch.equal(model(x), with_adapters)
+    lora_layers(model)["0"].merge()
+    with pytest.raises(RuntimeError, match="unmerge"), disable_adapters(model):
+        raise AssertionError("must not be entered")
+
+
+def test_dropout_acts_on_the_adapter_only_and_only_in_training():
+    layer = trained(LoRALinearLayer(50, 3, rank=2, dropout=0.5))
+    x = torch.randn(2, 50)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    nn.init.zeros_(layer.lora_up)
+    layer.train()
+    assert torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize("bad,message", [
+    ({"rank": 0}, "rank must be in 1..4"), ({"rank": 5}, "got 5"), ({"alpha": 0.0}, "alpha must be positive, got 0"),
+    ({"dropout": 1.0}, "dropout"), ({"pose_dim": -1}, "pose_dim"),
+])  # fmt: skip
+def test_refuses_impossible_sizes(bad, message):
+    with pytest.raises(ValueError, match=message):
+        LoRALinearLayer(4, 6, **bad)
+
+
+def test_refuses_a_missing_or_wrong_pose():
+    layer = LoRALinearLayer(4, 4, rank=1, pose_dim=3)
+    with pytest.raises(ValueError, match="width 3, got none"):
+        layer(torch.randn(2, 4))
+    with pytest.raises(ValueError, match=r"got shape \(2, 2\)"):
+        layer(torch.randn(2, 4), torch.randn(2, 2))
+    with pytest.raises(ValueError, match="exact for one pose"):
+        layer.merge(torch.randn(2, 3))
+    with pytest.raises(RuntimeError, match="bias"):
+        LoRALinearLayer(4, 4, rank=1, pose_dim=3, bias=False).merge(torch.randn(3))

@@ -1,0 +1,157 @@
+import pytest
+import torch
+from torch import nn
+
+from viewdiff_nb import LightweightFaceProjectionLayer
+from viewdiff_nb.faces.geometry import rotation_matrix
+from viewdiff_nb.modules import volume
+
+FACE = torch.tensor([[-30.0, -30, 0], [30, -30, 0], [0, 0, 25], [-20, 30, 0], [20, 30, 0]])
+
+
+def layer(resolution=8, width=12, **options):
+    return LightweightFaceProjectionLayer(width, voxel_resolution=resolution, zero_init=False, **options)
+
+
+def seen(angles, face=FACE):
+    """The keypoints of a face that the camera sees at these angles."""
+    return face.to(angles.dtype) @ rotation_matrix(angles).transpose(-1, -2)
+
+
+def transparent(projection: nn.Module) -> nn.Module:
+    """A layer whose CNN passes the occupancy on: density and shares are equal blobs at the keypoints."""
+    first, _, last = projection.refine
+    with torch.no_grad():
+        projection.compress.weight.zero_()
+        projection.compress.bias.fill_(1.0)
+        for conv in (first, last):
+            conv.weight.zero_()
+            conv.bias.zero_()
+        for k in range(5):
+            first.weight[k, k, 1, 1, 1] = 10.0
+            last.weight[0, k, 1, 1, 1] = 10.0
+            last.weight[1 + k, k, 1, 1, 1] = 1.0
+    return projection
+
+
+@pytest.mark.parametrize("shape", [(3, 12), (3, 12, 1, 1), (3, 12, 7, 7), (3, 12, 5, 9)])
+@pytest.mark.parametrize("resolution", [8, 16, 32])
+def test_output_has_the_shape_of_the_input_and_starts_at_zero(shape, resolution):
+    features, pose = torch.randn(shape), torch.zeros(3, 3)
+    new = LightweightFaceProjectionLayer(12, voxel_resolution=resolution)
+    assert torch.equal(new(features, seen(pose), pose), torch.zeros(shape))
+    output = layer(resolution)(features, seen(pose), pose)
+    assert output.shape == shape and output.isfinite().all() and output.abs().max() > 0
+
+
+def test_vector_and_one_pixel_map_agree():
+    projection, features, pose = layer(), torch.randn(3, 12), torch.randn(3, 3) * 0.3
+    torch.testing.assert_close(projection(features[..., None, None], seen(pose), pose)[..., 0, 0],
+                               projection(features, seen(pose), pose))  # fmt: skip
+
+
+def test_constant_map_agrees_with_its_vector_inside():
+    projection, pose = layer(), torch.zeros(1, 3)
+    vector = torch.randn(1, 12)
+    per_point = projection._keypoint_features(vector, seen(pose) / 100)
+    from_map = projection._keypoint_features(vector[..., None, None].expand(1, 12, 9, 9), seen(pose) / 100)
+    torch.testing.assert_close(from_map, per_point, rtol=1e-5, atol=1e-6)
+
+
+def test_rendering_the_shares_equals_rendering_the_feature_volume():
+    """The layer composites K shares and mixes features afterwards; the same as compositing all channels."""
+    projection = layer().double()
+    nn.init.normal_(projection.background)
+    pose = torch.tensor([[0.1, 0.4, 0.2], [0.0, -0.7, 0.0]]).double()
+    _, seen_volume = projection(torch.randn(2, 12).double(), seen(pose), pose * 0.5, return_volume=True)
+    image = volume.composite(seen_volume.features, seen_volume.weights, projection.background)
+    torch.testing.assert_close(seen_volume.image, image)
+    torch.testing.assert_close(seen_volume.weights, volume.ray_weights(seen_volume.density, 2 / 8))
+
+
+def test_every_keypoint_every_pose_and_the_features_matter():
+    projection, pose = layer().double(), torch.tensor([[0.1, 0.5, 0.0]]).double()
+    features, points = torch.randn(1, 12).double(), seen(pose)
+    output = projection(features, points, pose, pose)
+    for k in range(5):
+        for axis in range(3):
+            moved = points.clone()
+            moved[0, k, axis] += 3.0
+            assert (projection(features, moved, pose, pose) - output).abs().max() > 1e-6, (k, axis)
+    assert (projection(features, points, pose + 0.3, pose) - output).abs().max() > 1e-5
+    assert (projection(features, points, pose, pose + 0.3) - output).abs().max() > 1e-5
+    assert (projection(features + 1, points, pose, pose) - output).abs().max() > 1e-5
+
+
+def test_the_source_pose_is_undone():
+    """The same face seen from anywhere makes the same volume, with the pose given or read off the keypoints."""
+    projection, features = layer().double(), torch.randn(1, 12).double().expand(4, -1)
+    angles = (torch.rand(4, 3).double() - 0.5) * torch.tensor([1.0, 3.0, 1.0]).double()
+    for source in (angles, None):
+        output, seen_volume = projection(features, seen(angles), None, source, return_volume=True)
+        torch.testing.assert_close(output, output[:1].expand_as(output))
+        torch.testing.assert_close(seen_volume.occupancy, seen_volume.occupancy[:1].expand(4, -1, -1, -1, -1))
+
+
+def test_place_and_size_of_the_face_do_not_matter():
+    projection, features, pose = layer().double(), torch.randn(1, 12).double(), torch.zeros(1, 3).double()
+    a = projection(features, seen(pose), pose)
+    torch.testing.assert_close(projection(features, seen(pose) * 4 + 77, pose), a)
+
+
+@pytest.mark.parametrize("axis,direction", [(1, (1, 0)), (0, (0, -1)), (2, (0, 0))])
+def test_the_rendered_nose_moves_as_geometry_says(axis, direction):
+    """+yaw moves the nose to the image's right, +pitch up, roll leaves it where it is."""
+    projection = transparent(layer(32)).double()
+    features, frontal = torch.ones(1, 12).double(), torch.zeros(1, 3).double()
+    turned = frontal.clone()
+    turned[0, axis] = 0.5
+
+    def nose(pose):
+        _, v = projection(features, seen(frontal), pose, frontal, return_volume=True)
+        splat = volume.composite(v.shares[:, 2:3], torch.ones_like(v.weights)).clamp_min(0)[0, 0]
+        c = volume.axis_centres(32, dtype=torch.float64)
+        place = torch.stack(((splat * c).sum(), (splat * c[:, None]).sum())) / splat.sum()
+        torch.testing.assert_close(place, v.keypoints[0, 2, :2], atol=0.03, rtol=0)
+        return place
+
+    step = nose(turned) - nose(frontal)
+    reach = nose_length() * torch.sin(torch.tensor(0.5)).item()
+    expected = torch.tensor(direction).double() * reach
+    torch.testing.assert_close(step, expected, atol=0.06, rtol=0)
+
+
+def nose_length():
+    """Distance of the nose from the centre of the keypoints, in grid units, along z."""
+    centred = FACE - FACE.mean(0)
+    return (centred[2, 2] / centred.norm(dim=1).mean() * 0.5).item()
+
+
+def test_mirrored_face_gives_the_mirrored_picture():
+    projection = transparent(layer(16)).double()
+    features, pose = torch.ones(1, 12).double(), torch.tensor([[0.0, 0.6, 0.0]]).double()
+    _, one = projection(features, seen(pose * 0), pose, pose * 0, return_volume=True)
+    _, other = projection(features, seen(pose * 0), -pose, pose * 0, return_volume=True)
+    torch.testing.assert_close(other.density.sum(2), one.density.sum(2).flip(-1))
+
+
+def test_gradients_reach_everything():
+    projection, pose = layer(), torch.randn(2, 3) * 0.3
+    points = seen(pose).requires_grad_()
+    projection(torch.randn(2, 12), points, pose, pose).square().sum().backward()
+    for name, parameter in projection.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    assert points.grad.abs().sum(dim=-1).min() > 0
+
+
+def test_refuses_wrong_shapes():
+    projection = layer()
+    good, points = torch.randn(2, 12), torch.randn(2, 5, 3)
+    with pytest.raises(ValueError, match=r"features must be \(B, 12\) .* got \(2, 11\)"):
+        projection(good[:, :11], points)
+    with pytest.raises(ValueError, match=r"keypoints_3d must be \(2, 5, 3\), got \(2, 4, 3\)"):
+        projection(good, points[:, :4])
+    with pytest.raises(ValueError, match=r"pose must be \(2, 3\)"):
+        projection(good, points, torch.zeros(3))
+    with pytest.raises(ValueError, match="at least 4, got 2"):
+        LightweightFaceProjectionLayer(12, voxel_resolution=2)

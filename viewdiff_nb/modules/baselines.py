@@ -1,0 +1,116 @@
+"""What a model must beat, behind the model's own interface.
+
+Each takes (src, angles, keypoints_3d, pose, return_residual) as `EnhancedTransformerDecoderOnly3D` does.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..faces.geometry import normalise_keypoints, to_face_frame
+from .attention import encode_pose
+
+
+class Frontaliser(nn.Module):
+    """Base class: subclasses predict the frontal embedding from unit side-view embeddings."""
+
+    def forward(
+        self,
+        src: Tensor,
+        angles: Tensor,
+        keypoints_3d: Tensor,
+        pose: Tensor | None = None,
+        return_residual: bool = True,
+    ) -> Tensor:
+        """Shapes as in the model; returns the residual r or src + r, (B, D), scaled with the length of src."""
+        length = src.norm(dim=-1, keepdim=True)
+        frontal = self.predict(src / length.clamp_min(1e-12), angles, keypoints_3d) * length
+        return frontal - src if return_residual else frontal
+
+    def predict(self, unit: Tensor, angles: Tensor, keypoints_3d: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} must define predict")
+
+
+class RawEmbedding(Frontaliser):
+    """No model: the side view stands for the frontal one."""
+
+    def predict(self, unit: Tensor, angles: Tensor, keypoints_3d: Tensor) -> Tensor:
+        return unit
+
+
+class MeanFace(Frontaliser):
+    """Always the mean frontal embedding: high cosine, recognises nobody."""
+
+    def __init__(self, front: Tensor) -> None:
+        """front: (P, D) frontal embeddings of the training people."""
+        super().__init__()
+        self.register_buffer("mean", F.normalize(F.normalize(front, dim=-1).mean(0), dim=-1))
+
+    def predict(self, unit: Tensor, angles: Tensor, keypoints_3d: Tensor) -> Tensor:
+        return self.mean.expand_as(unit)
+
+
+class PoseRidge(Frontaliser):
+    """Ridge regression on [x, 1, x sin(yaw), x cos(yaw), pose code], in closed form.
+
+        W = argmin |Z W - Y|^2 + strength |W|^2 = (Z^T Z + strength I)^-1 Z^T Y
+
+    Args:
+        src, angles, target: (N, D), (N, 3), (N, D) training samples.
+        strength: of the penalty.
+    """
+
+    def __init__(self, src: Tensor, angles: Tensor, target: Tensor, strength: float = 30.0) -> None:
+        super().__init__()
+        if strength <= 0:
+            raise ValueError(f"strength must be positive, got {strength}")
+        z = self._design(F.normalize(src, dim=-1), angles).double()
+        y = F.normalize(target, dim=-1).double()
+        gram = z.T @ z + strength * torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+        self.register_buffer("weight", torch.linalg.solve(gram, z.T @ y).to(src.dtype))
+
+    @staticmethod
+    def _design(unit: Tensor, angles: Tensor) -> Tensor:
+        scaled = unit * unit.shape[-1] ** 0.5
+        yaw = angles[:, 1:2]
+        code = encode_pose(angles)
+        return torch.cat((scaled, scaled * yaw.sin(), scaled * yaw.cos(), code, torch.ones_like(yaw)), -1)
+
+    def predict(self, unit: Tensor, angles: Tensor, keypoints_3d: Tensor) -> Tensor:
+        return self._design(unit, angles) @ self.weight
+
+
+class MLP(Frontaliser):
+    """Three layers on [x, pose code, keypoints]: what the same data and loss give without any module."""
+
+    def __init__(self, feature_dim: int = 512, hidden: int = 1024, dropout: float = 0.2) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(feature_dim + 6 + 30, hidden), nn.GELU(), nn.Dropout(dropout),
+            nn.Linear(hidden, hidden), nn.GELU(), nn.Dropout(dropout),
+            nn.Linear(hidden, feature_dim),
+        )  # fmt: skip
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def predict(self, unit: Tensor, angles: Tensor, keypoints_3d: Tensor) -> Tensor:
+        seen = normalise_keypoints(keypoints_3d)
+        points = torch.cat((seen, to_face_frame(seen, angles)), -1).flatten(1)
+        return unit + self.layers(torch.cat((unit * unit.shape[-1] ** 0.5, encode_pose(angles), points), -1))
+
+
+class DREAM(Frontaliser):
+    """Deep residual equivariant mapping: x + c(yaw) ReLU(W2 ReLU(W1 x)), c = sigmoid(10 (|yaw| / 45° - 1)).
+
+    Cao et al. 2018, arXiv:1803.00839, eq. 3 and the gate of the authors' public code.
+    """
+
+    def __init__(self, feature_dim: int = 512) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(feature_dim, feature_dim), nn.ReLU(),
+                                    nn.Linear(feature_dim, feature_dim), nn.ReLU())  # fmt: skip
+
+    def predict(self, unit: Tensor, angles: Tensor, keypoints_3d: Tensor) -> Tensor:
+        gate = torch.sigmoid(10 * (angles[:, 1:2].abs() / (torch.pi / 4) - 1))
+        scale = unit.shape[-1] ** 0.5
+        return unit + gate * self.layers(unit * scale) / scale

@@ -1,0 +1,190 @@
+"""Low-rank adaptation of a linear layer, optionally conditioned on a pose.
+
+    y = W x + b + s B (A_x x + A_p c),        s = alpha / rank   (rsLoRA: alpha / sqrt(rank))
+
+W and b are frozen; A = [A_x A_p] (`lora_down`) starts Kaiming-uniform and B (`lora_up`) at zero, so a
+new adapter changes nothing. Without a pose this is LoRA (Hu et al. 2021, arXiv:2106.09685, eq. 3;
+rsLoRA: Kalajdzievski 2023, arXiv:2312.03732). Appending the pose c to the input of A is ViewDiff's pose
+conditioning (Höllein et al. 2024, arXiv:2403.01807, sec. 3.1).
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LoRALinearLayer(nn.Linear):
+    """A frozen linear layer plus a trainable low-rank update.
+
+    It is an `nn.Linear` with two more parameters, so the state dict of a plain linear layer fits it.
+
+    Args:
+        in_features, out_features: widths of the layer.
+        rank: width of the bottleneck, 1 ... min(in_features, out_features).
+        alpha: scale of the update; s = alpha / rank.
+        pose_dim: width of the pose c appended to the input of A; 0 for plain LoRA.
+        bias: whether the frozen layer has a bias.
+        rslora: scale by alpha / sqrt(rank) instead.
+        dropout: dropout on the adapter's input x (never on the frozen path, nor on the pose).
+
+    Raises:
+        ValueError: for a rank, alpha, pose_dim or dropout out of range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int = 4,
+        alpha: float = 1.0,
+        *,
+        pose_dim: int = 0,
+        bias: bool = True,
+        rslora: bool = False,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not 1 <= rank <= min(in_features, out_features):
+            raise ValueError(f"rank must be in 1..{min(in_features, out_features)} for a {in_features} to "
+                             f"{out_features} layer, got {rank}")  # fmt: skip
+        if not alpha > 0:
+            raise ValueError(f"alpha must be positive, got {alpha}")
+        if pose_dim < 0:
+            raise ValueError(f"pose_dim must not be negative, got {pose_dim}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.rank, self.alpha, self.pose_dim = rank, float(alpha), pose_dim
+        self.rslora, self.dropout = rslora, dropout
+        self.scale = self.alpha / (math.sqrt(rank) if rslora else rank)
+        self.adapter_enabled = True
+        self._unmerged: tuple[Tensor, Tensor | None] | None = None  # (W, b) while merged
+        self.lora_down = nn.Parameter(torch.empty(rank, in_features + pose_dim, device=device, dtype=dtype))
+        self.lora_up = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
+        self.reset_adapter()
+        self.freeze_base()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, rank: int = 4, alpha: float = 1.0, **options) -> "LoRALinearLayer":
+        """Wrap an existing layer; its weight and bias are shared (and frozen), not copied."""
+        like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        layer = cls(linear.in_features, linear.out_features, rank, alpha, bias=linear.bias is not None,
+                    device="meta", dtype=linear.weight.dtype, **options)  # fmt: skip
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.lora_down = nn.Parameter(torch.empty(layer.lora_down.shape, **like))
+        layer.lora_up = nn.Parameter(torch.empty(layer.lora_up.shape, **like))
+        layer.reset_adapter()
+        layer.freeze_base()
+        return layer
+
+    def reset_adapter(self) -> None:
+        """A Kaiming-uniform with a = sqrt(5) (as PEFT), B zero."""
+        nn.init.kaiming_uniform_(self.lora_down, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_up)
+
+    def freeze_base(self) -> None:
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+
+    def get_trainable_parameters(self) -> list[nn.Parameter]:
+        """The adapter's parameters, [A, B]; the frozen layer is not among them."""
+        return [self.lora_down, self.lora_up]
+
+    @property
+    def is_merged(self) -> bool:
+        return self._unmerged is not None
+
+    def forward(self, x: Tensor, pose: Tensor | None = None) -> Tensor:
+        """
+        Args:
+            x: (..., in_features).
+            pose: (..., pose_dim), broadcast against the leading dimensions of x; needed if pose_dim > 0.
+
+        Returns:
+            (..., out_features).
+        """
+        y = F.linear(x, self.weight, self.bias)
+        if self.is_merged or not self.adapter_enabled:
+            return y
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_down[:, : self.in_features])
+        if self.pose_dim:
+            low = low + F.linear(self._checked(pose), self.lora_down[:, self.in_features :])
+        return y + F.linear(low * self.scale, self.lora_up)
+
+    def delta_weight(self) -> Tensor:
+        """s B A_x, the update of W: (out_features, in_features)."""
+        return self.scale * (self.lora_up @ self.lora_down[:, : self.in_features])
+
+    def delta_bias(self, pose: Tensor) -> Tensor:
+        """s B A_p c, the update of b for one pose: (out_features,)."""
+        return self.scale * (self.lora_up @ (self.lora_down[:, self.in_features :] @ self._checked(pose)))
+
+    @torch.no_grad()
+    def merge(self, pose: Tensor | None = None) -> None:
+        """Fold the adapter into W (and, for one pose of shape (pose_dim,), into b); `unmerge` undoes it.
+
+        The update is added in float32 at least, then rounded once to the layer's dtype.
+        """
+        if self.is_merged:
+            raise RuntimeError("the adapter is merged already; call unmerge() first")
+        if self.pose_dim:
+            if self.bias is None:
+                raise RuntimeError("a pose merges into the bias, and this layer has none; build it with bias=True")
+            if self._checked(pose).dim() != 1:
+                raise ValueError(f"merging is exact for one pose of shape ({self.pose_dim},), got {tuple(pose.shape)}")
+        saved = self.weight.clone(), None if self.bias is None else self.bias.clone()
+        self.weight.add_(self.delta_weight())
+        if self.pose_dim:
+            self.bias.add_(self.delta_bias(pose))
+        self._unmerged = saved
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restore W and b bit for bit (from a copy: subtracting the update would leave rounding behind)."""
+        if self._unmerged is None:
+            raise RuntimeError("the adapter is not merged")
+        weight, bias = self._unmerged
+        self.weight.copy_(weight)
+        if bias is not None:
+            self.bias.copy_(bias)
+        self._unmerged = None
+
+    def _checked(self, pose: Tensor | None) -> Tensor:
+        if pose is None or pose.shape[-1] != self.pose_dim:
+            got = "none" if pose is None else f"shape {tuple(pose.shape)}"
+            raise ValueError(f"this layer is conditioned on a pose of width {self.pose_dim}, got {got}")
+        return pose
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}, alpha={self.alpha:g}, pose_dim={self.pose_dim}"
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinearLayer]:
+    """All adapters of a model by their name."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinearLayer)}
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Within this context the model's LoRA layers compute the frozen W x + b only.
+
+    Raises:
+        RuntimeError: if an adapter is merged, since W is then no longer the frozen one.
+    """
+    layers = lora_layers(model)
+    if merged := [name for name, layer in layers.items() if layer.is_merged]:
+        raise RuntimeError(f"cannot disable merged adapters ({', '.join(merged[:3])}); call unmerge() first")
+    before = {name: layer.adapter_enabled for name, layer in layers.items()}
+    try:
+        for layer in layers.values():
+            layer.adapter_enabled = False
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.adapter_enabled = before[name]

@@ -1,0 +1,178 @@
+"""Prior preservation: adapt a model without losing what its base could do (DreamBooth, arXiv:2208.12242)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+Conditions = dict[str, Tensor]
+
+
+class PriorPreservationLoss(nn.Module):
+    """How far a student's predictions s are from its teacher's t; each term is zero when they agree.
+
+        kl      = mean KL(p || q),  p = softmax_j(cos(t, a_j) / T),  q = softmax_j(cos(s, a_j) / T)
+        feature = mean (1 - cos(s, t))
+        l2      = mean |s - t|^2 / |t|^2
+        loss    = w_kl kl + w_feature feature + w_l2 l2
+
+    p and q are distributions over people: which of the anchors a_j is this? kl is in nats.
+
+    Args:
+        anchors: (A, D) embeddings of people, any length; None to use the teacher's predictions of the
+            batch, so that p and q say which person of the batch a prediction is.
+        temperature: T.
+        weights: (w_kl, w_feature, w_l2).
+    """
+
+    def __init__(
+        self,
+        anchors: Tensor | None = None,
+        temperature: float = 0.05,
+        weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    ) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.temperature, self.weights = temperature, weights
+        unit = None if anchors is None else F.normalize(anchors.float(), dim=-1)
+        self.register_buffer("anchors", unit, persistent=False)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """
+        Args:
+            student, teacher: (B, D) frontal predictions; no gradient flows into the teacher.
+
+        Returns:
+            the loss (a scalar), and its terms {kl_loss, feature_loss, l2_loss}, detached.
+        """
+        if student.shape != teacher.shape or student.dim() != 2:
+            raise ValueError(f"student and teacher must both be (B, D), got {tuple(student.shape)} "
+                             f"and {tuple(teacher.shape)}")  # fmt: skip
+        student, teacher = student.float(), teacher.detach().float()
+        s, t = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+        anchors = t if self.anchors is None else self.anchors
+        log_q = (s @ anchors.T / self.temperature).log_softmax(-1)
+        log_p = (t @ anchors.T / self.temperature).log_softmax(-1)
+        terms = {
+            "kl_loss": F.kl_div(log_q, log_p, reduction="batchmean", log_target=True),
+            "feature_loss": (1 - (s * t).sum(-1)).mean(),
+            "l2_loss": ((student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-12)).mean(),
+        }
+        loss = sum(w * term for w, term in zip(self.weights, terms.values(), strict=True))
+        return loss, {name: term.detach() for name, term in terms.items()}
+
+
+class PriorPreservationDataset(Dataset):
+    """What must not be forgotten: prior samples with the base model's outputs, computed once.
+
+    Args:
+        base_model: the teacher, on the device of the samples.
+        src: (N, D) side-view embeddings of the prior set, e.g. the views that the base was trained on.
+        conditions: {angles (N, 3), keypoints_3d (N, 5, 3), pose (N, 3)}.
+        batch_size: samples per teacher forward.
+    """
+
+    def __init__(self, base_model: nn.Module, src: Tensor, conditions: Conditions, batch_size: int = 1024) -> None:
+        if not len(src):
+            raise ValueError("the prior set is empty; give the samples whose predictions are to be preserved")
+        self.src, self.conditions = src, conditions
+        parts = [slice(i, i + batch_size) for i in range(0, len(src), batch_size)]
+        outputs = [teacher_outputs(base_model, src[p], {k: v[p] for k, v in conditions.items()}) for p in parts]
+        self.outputs = torch.cat(outputs)
+
+    def __len__(self) -> int:
+        return len(self.src)
+
+    def __getitem__(self, index: Any) -> dict[str, Any]:
+        """One sample, or a batch for an index tensor: {inputs, conditions, outputs}."""
+        conditions = {name: value[index] for name, value in self.conditions.items()}
+        return {"inputs": self.src[index], "conditions": conditions, "outputs": self.outputs[index]}
+
+    def sample(self, count: int, generator: torch.Generator | None = None) -> dict[str, Any]:
+        """A random batch with replacement."""
+        device = self.src.device if generator is None else generator.device
+        index = torch.randint(len(self), (count,), generator=generator, device=device)
+        return self[index.to(self.src.device)]
+
+
+@torch.no_grad()
+def teacher_outputs(base_model: nn.Module, inputs: Tensor, conditions: Conditions) -> Tensor:
+    """The base model's frontal predictions in evaluation mode: (B, D). The model's mode is restored."""
+    was_training = base_model.training
+    base_model.eval()
+    try:
+        return base_model(inputs, **conditions, return_residual=False)
+    finally:
+        base_model.train(was_training)
+
+
+class EnhancedTransformerWithPrior(nn.Module):
+    """A model in training together with the frozen base that it must not forget.
+
+    loss = task loss + lambda_prior * prior loss, from one forward pass of the model.
+
+    Args:
+        model: the model that is adapted.
+        base_model: the teacher; it is frozen here.
+        lambda_prior: weight of the prior loss.
+        prior_loss: defaults to `PriorPreservationLoss()`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base_model: nn.Module,
+        lambda_prior: float = 0.1,
+        prior_loss: PriorPreservationLoss | None = None,
+    ) -> None:
+        super().__init__()
+        if lambda_prior < 0:
+            raise ValueError(f"lambda_prior must not be negative, got {lambda_prior}")
+        self.model, self.base_model, self.lambda_prior = model, base_model.requires_grad_(False).eval(), lambda_prior
+        self.prior_loss = prior_loss or PriorPreservationLoss()
+
+    def train(self, mode: bool = True) -> "EnhancedTransformerWithPrior":
+        super().train(mode)
+        self.base_model.eval()  # a teacher with dropout would not be a fixed function
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        inputs: Tensor,
+        conditions: Conditions,
+        targets: Tensor,
+        original_loss_fn: Callable[[Tensor, Tensor], Tensor],
+        prior: dict[str, Any] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """
+        Args:
+            inputs: (B, D) side-view embeddings.
+            conditions: {angles, pose, keypoints_3d}, each (B, ...).
+            targets: (B, D) frontal embeddings.
+            original_loss_fn: task loss of (predicted frontal embeddings, targets).
+            prior: samples to preserve, {inputs (P, D), conditions, outputs (P, D) of the base}, as
+                `PriorPreservationDataset` gives them; None to preserve the base's outputs on inputs.
+
+        Returns:
+            the loss, and {total_loss, original_loss, prior_loss, kl_loss, feature_loss, l2_loss}, detached.
+        """
+        count = len(inputs)
+        if prior is None:
+            predicted = self.model(inputs, **conditions, return_residual=False)
+            kept, taught = predicted, teacher_outputs(self.base_model, inputs, conditions)
+        else:
+            both = {name: torch.cat((value, prior["conditions"][name])) for name, value in conditions.items()}
+            output = self.model(torch.cat((inputs, prior["inputs"])), **both, return_residual=False)
+            predicted, kept, taught = output[:count], output[count:], prior["outputs"]
+        task = original_loss_fn(predicted, targets)
+        preserved, terms = self.prior_loss(kept, taught)
+        loss = task + self.lambda_prior * preserved
+        named = {"total_loss": loss, "original_loss": task, "prior_loss": preserved}
+        return loss, {name: value.detach() for name, value in named.items()} | terms

@@ -1,0 +1,165 @@
+"""Light 2D -> 3D -> 2D face projection: lift features to voxels around the keypoints, turn, render."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..faces.geometry import face_rotation, normalise_keypoints, rotation_matrix
+from . import volume
+
+KEYPOINT_REACH = 0.5  # mean distance of the keypoints from the grid's centre; the grid ends at 1
+KEYPOINT_WIDTH = 0.25  # standard deviation of a keypoint's Gaussian, in the same units
+
+
+@dataclass(frozen=True)
+class FaceVolume:
+    """What the layer saw on the way, for plots. All in the rendered pose but occupancy.
+
+    keypoints: (B, K, 3) in grid coordinates.
+    occupancy: (B, K, R, R, R) Gaussians around the keypoints in the face's own frame.
+    shares: (B, K, R, R, R) how much of each keypoint's features a voxel holds.
+    features: (B, C, R, R, R) the voxels' features, sum_k shares_k f_k.
+    density: (B, 1, R, R, R) per unit of length.
+    weights: (B, 1, R, R, R) weight of each voxel in its ray.
+    image: (B, C, R, R) the rendering.
+    """
+
+    keypoints: Tensor
+    occupancy: Tensor
+    shares: Tensor
+    features: Tensor
+    density: Tensor
+    weights: Tensor
+    image: Tensor
+
+
+class LightweightFaceProjectionLayer(nn.Module):
+    """Renders face features at a target pose through a small voxel grid.
+
+    After ViewDiff's projection layer (arXiv:2403.01807, sec. 3.2), for one face instead of a scene:
+
+    1. compress the features to a few channels f_k and a gain g_k for each keypoint;
+    2. undo the source pose, so that the keypoints lie in the face's own frame, and place a Gaussian
+       w_k around each: the occupancy of the grid;
+    3. refine g_k w_k with a small 3-D CNN to a density and to shares u_k; the feature of a voxel is
+       f(v) = sum_k u_k(v) f_k;
+    4. turn the grid to the target pose and render it along the depth axis;
+    5. expand the picture to feature_dim with a layer that starts at zero, so that a model with a new
+       projection layer computes what it computed before.
+
+    Rendering is linear in the features: sum_i w_i sum_k u_ik f_k = sum_k f_k (sum_i w_i u_ik). So the
+    grid holds K shares instead of C feature channels, and C costs nothing in three dimensions.
+
+    Args:
+        feature_dim: channels C of the features.
+        num_keypoints: K.
+        voxel_resolution: R; the grid has R^3 voxels.
+        channels: compressed channels (16 in the paper).
+        hidden: channels of the 3-D CNN.
+        patches: S; each output pixel sees S x S patches of the rendering.
+        zero_init: whether the expansion starts at zero.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        num_keypoints: int = 5,
+        voxel_resolution: int = 16,
+        *,
+        channels: int = 16,
+        hidden: int = 8,
+        patches: int = 4,
+        zero_init: bool = True,
+    ) -> None:
+        super().__init__()
+        if voxel_resolution < 4:
+            raise ValueError(f"voxel_resolution must be at least 4, got {voxel_resolution}")
+        self.feature_dim, self.num_keypoints, self.voxel_resolution = feature_dim, num_keypoints, voxel_resolution
+        self.channels, self.patches = channels, patches
+        self.compress = nn.Linear(feature_dim, num_keypoints * (channels + 1))
+        self.refine = nn.Sequential(
+            nn.Conv3d(num_keypoints, hidden, 3, padding=1),
+            nn.GELU(),
+            nn.Conv3d(hidden, 1 + num_keypoints, 3, padding=1),
+        ).to(memory_format=torch.channels_last_3d)
+        self.background = nn.Parameter(torch.zeros(channels))
+        self.expand = nn.Linear(channels * patches**2, feature_dim)
+        if zero_init:
+            nn.init.zeros_(self.expand.weight)
+            nn.init.zeros_(self.expand.bias)
+
+    def forward(
+        self,
+        features: Tensor,
+        keypoints_3d: Tensor,
+        target_pose: Tensor | None = None,
+        source_pose: Tensor | None = None,
+        return_volume: bool = False,
+    ) -> Tensor | tuple[Tensor, FaceVolume]:
+        """
+        Args:
+            features: (B, C), (B, C, 1, 1), or a map (B, C, H, W) over the square around the face.
+            keypoints_3d: (B, K, 3) as the camera sees them, x right, y down, z toward it; any unit.
+            target_pose: (B, 3) pitch, yaw, roll in radians to render at; None for frontal.
+            source_pose: (B, 3) pose of the face in keypoints_3d; None to read it off the keypoints.
+            return_volume: also return the `FaceVolume`.
+
+        Returns:
+            the rendered features, shaped as the features given.
+        """
+        self._check(features, keypoints_3d, target_pose, source_pose)
+        seen = normalise_keypoints(keypoints_3d) * KEYPOINT_REACH
+        rotation = face_rotation(seen) if source_pose is None else rotation_matrix(source_pose)
+        keypoints = seen @ rotation  # R^T k: in the face's own frame
+        compressed = self._keypoint_features(features, seen)
+        keypoint_features, gains = compressed[..., :-1], F.softplus(compressed[..., -1])
+
+        occupancy = volume.gaussian_occupancy(keypoints, self.voxel_resolution, KEYPOINT_WIDTH)
+        scene = (gains[..., None, None, None] * occupancy).contiguous(memory_format=torch.channels_last_3d)
+        scene = self.refine(scene)
+        density, shares = F.softplus(scene[:, :1] - 1), scene[:, 1:]
+        if target_pose is not None:  # turn density, not its logit: beyond the grid there is nothing
+            turn = rotation_matrix(target_pose)
+            turned = volume.rotate(torch.cat((density, shares), 1), turn.to(scene.dtype))
+            density, shares = turned[:, :1], turned[:, 1:]
+            keypoints = keypoints @ turn.transpose(1, 2)
+
+        weights = volume.ray_weights(density, 2 / self.voxel_resolution)
+        splats = volume.composite(shares, weights)  # (B, K, R, R)
+        left = 1 - weights.sum(2)  # (B, 1, R, R) of the background
+        palette = torch.cat((keypoint_features, self.background.expand(len(features), 1, -1)), 1)  # (B, K + 1, C)
+        image = torch.einsum("bkyx,bkc->bcyx", torch.cat((splats, left), 1), palette)
+        output = self._to_features(image, features.shape[2:] or (1, 1)).reshape(features.shape)
+        if not return_volume:
+            return output
+        voxels = volume.lift(keypoint_features, shares)
+        return output, FaceVolume(keypoints, occupancy, shares, voxels, density, weights, image)
+
+    def _keypoint_features(self, features: Tensor, seen: Tensor) -> Tensor:
+        """Compressed features and gain of each keypoint, (B, K, channels + 1), from where it lies in the map."""
+        if features.dim() == 2 or features.shape[2:] == (1, 1):
+            return self.compress(features.flatten(1)).unflatten(1, (self.num_keypoints, -1))
+        at = F.grid_sample(features, seen[:, :, None, :2].to(features.dtype), align_corners=False)  # (B, C, K, 1)
+        weight = self.compress.weight.unflatten(0, (self.num_keypoints, -1))
+        compressed = torch.einsum("bdk,kcd->bkc", at.squeeze(3), weight)
+        return compressed + self.compress.bias.unflatten(0, (self.num_keypoints, -1))
+
+    def _to_features(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, channels, R, R) to (B, feature_dim, H, W), each pixel from its S x S patches."""
+        height, width = (n * self.patches for n in size)
+        patches = F.adaptive_avg_pool2d(image, (height, width))
+        stacked = F.pixel_unshuffle(patches, self.patches)  # (B, channels S S, H, W)
+        return self.expand(stacked.movedim(1, -1)).movedim(-1, 1)
+
+    def _check(self, features: Tensor, keypoints: Tensor, *poses: Tensor | None) -> None:
+        batch = len(features)
+        if features.dim() not in (2, 4) or features.shape[1] != self.feature_dim:
+            raise ValueError(f"features must be (B, {self.feature_dim}) or (B, {self.feature_dim}, H, W), "
+                             f"got {tuple(features.shape)}")  # fmt: skip
+        if keypoints.shape != (batch, self.num_keypoints, 3):
+            raise ValueError(f"keypoints_3d must be {(batch, self.num_keypoints, 3)}, got {tuple(keypoints.shape)}")
+        for pose in poses:
+            if pose is not None and pose.shape != (batch, 3):
+                raise ValueError(f"a pose must be {(batch, 3)} (pitch, yaw, roll), got {tuple(pose.shape)}")

@@ -1,0 +1,223 @@
+"""The frontaliser: from a side-view embedding, its head pose and keypoints to the frontal embedding."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..faces.geometry import KEYPOINT_NAMES, normalise_keypoints, to_face_frame
+from .attention import CrossViewAttention, PoseConditionedLoRAAttention, encode_pose
+from .lora import LoRALinearLayer
+from .projection import LightweightFaceProjectionLayer
+
+MEMORY_TOKENS = ("pose", *KEYPOINT_NAMES)
+LORA_TARGETS = ("attention", "feed_forward")
+ROLES = ("base", "lora", "projection", "cross_view")
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm transformer block: feature tokens attend to themselves and to the memory, then an MLP."""
+
+    def __init__(
+        self, d_model: int, nhead: int, dim_feedforward: int, dropout: float, attention: dict, lora: dict | None
+    ) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.attention = PoseConditionedLoRAAttention(d_model, num_heads=nhead, **attention)
+        self.linear1, self.linear2 = (
+            nn.Linear(i, o) if lora is None else LoRALinearLayer(i, o, **lora)
+            for i, o in ((d_model, dim_feedforward), (dim_feedforward, d_model))
+        )
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, memory: Tensor, pose: Tensor, return_attention: bool = False):
+        """x: (B, T, D), memory: (B, M, D), pose: (B, P); returns (B, T, D) and the weights or None."""
+        attended = self.attention(self.norm1(x), pose, memory, return_attention)
+        attended, weights = attended if return_attention else (attended, None)
+        x = x + F.dropout(attended, self.dropout, self.training)
+        hidden = F.dropout(F.gelu(self.linear1(self.norm2(x))), self.dropout, self.training)
+        return x + F.dropout(self.linear2(hidden), self.dropout, self.training), weights
+
+
+class EnhancedTransformerDecoderOnly3D(nn.Module):
+    """Predicts the residual r with frontal ~ src + r.
+
+    The side-view embedding is one feature token. Its memory are six tokens: the head pose and the five
+    3-D keypoints, both as the camera sees them and in the face's own frame. The prediction scales with
+    the length of src, so normalised and raw embeddings both work.
+
+    With use_lora_attention=False and use_projection_layer=False it is the base model, trained as a
+    whole. An enhanced model has the same base parameters under the same names (`load_base`), and at
+    step 0 it computes exactly what its base computes.
+
+    Args:
+        d_model: width of the tokens.
+        nhead: attention heads.
+        num_layers: decoder blocks.
+        dim_feedforward: width of the blocks' MLPs.
+        dropout: in the blocks.
+        use_lora_attention: adapt the attention by pose-conditioned LoRA; its base weights are frozen.
+        use_projection_layer: add the 3-D face projection of the input features.
+        use_cross_view: let the n_views views of a person attend to each other; they lie next to each
+            other in the batch.
+        n_views: views per person.
+        rank, lora_alpha, rslora, lora_dropout: see `LoRALinearLayer`.
+        lora_targets: which layers LoRA adapts, of "attention" and "feed_forward".
+        voxel_resolution: of the projection layer.
+        pose_dim: number of angles in `pose`.
+        feature_dim: width of the embeddings; d_model if None.
+
+    Raises:
+        ValueError: for sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        d_model: int = 512,
+        nhead: int = 8,
+        num_layers: int = 4,
+        dim_feedforward: int = 1280,
+        dropout: float = 0.1,
+        use_lora_attention: bool = True,
+        use_projection_layer: bool = True,
+        use_cross_view: bool = False,
+        n_views: int = 5,
+        rank: int = 4,
+        lora_alpha: float = 1.0,
+        pose_dim: int = 3,
+        voxel_resolution: int = 16,
+        feature_dim: int | None = None,
+        lora_targets: tuple[str, ...] = ("attention",),
+        rslora: bool = False,
+        lora_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if unknown := set(lora_targets) - set(LORA_TARGETS):
+            raise ValueError(f"lora_targets must be among {LORA_TARGETS}, got {sorted(unknown)}")
+        self.feature_dim, self.n_views = feature_dim or d_model, n_views
+        self.use_cross_view = use_cross_view
+        lora = {"rank": rank, "alpha": lora_alpha, "rslora": rslora, "dropout": lora_dropout}
+        adapts = {target: use_lora_attention and target in lora_targets for target in LORA_TARGETS}
+        attention = lora | {"pose_dim": pose_dim} if adapts["attention"] else {"rank": 0}
+        feed_forward = lora if adapts["feed_forward"] else None
+
+        self.input = nn.Linear(self.feature_dim, d_model)
+        self.pose_encoder = _encoder(6, d_model)
+        self.keypoint_encoder = _encoder(6, d_model)
+        self.keypoint_identity = nn.Parameter(torch.randn(len(KEYPOINT_NAMES), d_model) * 0.02)
+        self.blocks = nn.ModuleList(
+            DecoderBlock(d_model, nhead, dim_feedforward, dropout, attention, feed_forward) for _ in range(num_layers)
+        )
+        self.norm = nn.LayerNorm(d_model)
+        self.output = nn.Linear(d_model, self.feature_dim)
+        nn.init.zeros_(self.output.weight)  # an untrained model predicts its input
+        nn.init.zeros_(self.output.bias)
+
+        self.projection = None
+        if use_projection_layer:
+            self.projection = LightweightFaceProjectionLayer(d_model, len(KEYPOINT_NAMES), voxel_resolution)
+        self.cross_view = CrossViewAttention(d_model, nhead, n_views, zero_init=True) if use_cross_view else None
+
+    def forward(
+        self,
+        src: Tensor,
+        angles: Tensor,
+        keypoints_3d: Tensor,
+        pose: Tensor | None = None,
+        return_residual: bool = True,
+        return_attention: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """
+        Args:
+            src: (B, feature_dim) side-view embeddings, of any length.
+            angles: (B, 3) pitch, yaw, roll of the head in radians.
+            keypoints_3d: (B, 5, 3) in `KEYPOINT_NAMES` order, any unit.
+            pose: (B, pose_dim) angles that condition the LoRA attention; the head pose if None.
+            return_residual: return r, else src + r.
+            return_attention: also return the weights, (B, num_layers, heads, 1, 7) over the feature
+                token itself and `MEMORY_TOKENS`.
+
+        Returns:
+            (B, feature_dim).
+        """
+        self._check(src, angles, keypoints_3d)
+        pose = angles if pose is None else pose
+        length = src.norm(dim=-1, keepdim=True)
+        unit = src / length.clamp_min(1e-12)
+        h = self.input(unit * self.feature_dim**0.5)  # entries of order 1
+        memory = self.encode_memory(angles, keypoints_3d)
+        if self.projection is not None:
+            h = h + self.projection(h, keypoints_3d, source_pose=angles)
+        x = h[:, None] + memory[:, :1]
+        weights = []
+        for block in self.blocks:
+            x, attention = block(x, memory, pose, return_attention)
+            weights.append(attention)
+        x = x[:, 0]
+        if self.cross_view is not None:
+            x = self.cross_view(x)
+        residual = self.output(self.norm(x)).to(src.dtype) * length
+        result = residual if return_residual else src + residual
+        return (result, torch.stack(weights, 1)) if return_attention else result
+
+    def encode_memory(self, angles: Tensor, keypoints_3d: Tensor) -> Tensor:
+        """The tokens that features attend to, in `MEMORY_TOKENS` order: (B, 6, d_model)."""
+        seen = normalise_keypoints(keypoints_3d)
+        both = torch.cat((seen, to_face_frame(seen, angles)), -1)  # (B, 5, 6)
+        points = self.keypoint_encoder(both) + self.keypoint_identity
+        return torch.cat((self.pose_encoder(encode_pose(angles))[:, None], points), 1)
+
+    def load_base(self, state: dict[str, Tensor]) -> None:
+        """Load a base model's state dict; what an enhanced model adds keeps its initialisation.
+
+        Raises:
+            ValueError: if the state lacks a base parameter, or holds one that is none of this base's.
+        """
+        own = {name for name, role in self.parameter_roles().items() if role == "base"}
+        missing, foreign = sorted(own - set(state)), sorted(set(state) - own)
+        if missing or foreign:
+            raise ValueError(f"not this model's base: {len(missing)} parameters missing {missing[:3]}, "
+                             f"{len(foreign)} unknown {foreign[:3]}")  # fmt: skip
+        mine = self.state_dict()
+        if wrong := [n for n in sorted(own) if mine[n].shape != state[n].shape]:
+            shapes = f"{tuple(state[wrong[0]].shape)} instead of {tuple(mine[wrong[0]].shape)}"
+            raise ValueError(f"the base was built with other sizes: {wrong[0]} is {shapes}")
+        self.load_state_dict(state, strict=False)
+
+    def parameter_roles(self) -> dict[str, str]:
+        """The role of every parameter by name: one of `ROLES`."""
+        roles = {}
+        for name, _ in self.named_parameters():
+            if name.endswith((".lora_down", ".lora_up")):
+                roles[name] = "lora"
+            elif name.startswith(("projection.", "cross_view.")):
+                roles[name] = name.split(".")[0]
+            else:
+                roles[name] = "base"
+        return roles
+
+    def freeze_base(self) -> None:
+        """Train only what the enhancement adds: LoRA, projection, cross-view attention."""
+        roles = self.parameter_roles()
+        for name, parameter in self.named_parameters():
+            if roles[name] == "base":
+                parameter.requires_grad_(False)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Trainable parameters by role; roles without any are left out."""
+        groups: dict[str, list[nn.Parameter]] = {}
+        roles = self.parameter_roles()
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault(roles[name], []).append(parameter)
+        return groups
+
+    def _check(self, src: Tensor, angles: Tensor, keypoints: Tensor) -> None:
+        batch = len(src)
+        wanted = (batch, self.feature_dim), (batch, 3), (batch, len(KEYPOINT_NAMES), 3)
+        for name, value, shape in zip(("src", "angles", "keypoints_3d"), (src, angles, keypoints), wanted, strict=True):
+            if value.shape != shape:
+                raise ValueError(f"{name} must be {shape}, got {tuple(value.shape)}")
+
+
+def _encoder(inputs: int, outputs: int, hidden: int = 128) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))

@@ -1,0 +1,210 @@
+"""The main study: a base model of near-frontal views is adapted to side views, in several ways.
+
+For every seed a base is trained on |yaw| < 45 degrees, then adapted to |yaw| >= 45 degrees. Every trained
+model is scored once on the test people, and every result is kept under a key of all that made it, so a
+second run only does what is missing.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+
+from .. import __version__
+from ..faces.views import FaceViews, Split, load_face_views, split_by_person
+from ..metrics import recognition_by_yaw
+from ..modules.baselines import DREAM, MLP, MeanFace, PoseRidge, RawEmbedding
+from ..paths import HEADS, RUNS
+from ..training.checkpoint import save_checkpoint
+from ..training.config import TrainConfig
+from ..training.trainer import predict, train
+
+BOUNDARY = 45.0  # degrees of |yaw|: the base's domain below, the adapted one from there on
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much work a study does."""
+
+    name: str
+    seeds: int
+    train_people: int | None  # None: all
+    base_epochs: int
+    adapt_epochs: int
+    all_epochs: int  # for baselines trained on all views
+
+
+FULL = Profile("full", seeds=5, train_people=None, base_epochs=10, adapt_epochs=6, all_epochs=10)
+FAST = Profile("fast", seeds=1, train_people=300, base_epochs=2, adapt_epochs=2, all_epochs=2)
+
+COMMON = TrainConfig(batch_size=128, dropout=0.2, lr=5e-4)
+FINE_TUNING = {"min_yaw": BOUNDARY, "lr": 2e-4, "lora_lr": 3e-3}
+LORA = FINE_TUNING | {"use_lora_attention": True, "freeze_base": True}
+ADAPTATIONS: dict[str, dict] = {
+    "full fine-tuning": FINE_TUNING,
+    "LoRA r=4": LORA | {"rank": 4, "lora_alpha": 4.0},
+    "LoRA r=8": LORA | {"rank": 8, "lora_alpha": 8.0},
+    "LoRA r=16": LORA | {"rank": 16, "lora_alpha": 16.0},
+    "LoRA r=8 + 3-D projection": LORA | {"rank": 8, "lora_alpha": 8.0, "use_projection_layer": True},
+    "LoRA r=8 + prior": LORA | {"rank": 8, "lora_alpha": 8.0, "use_prior_preservation": True},
+}
+
+
+def load_split(profile: Profile = FULL, folder: Path = HEADS) -> Split:
+    """The shipped people, split; a smaller profile trains on fewer people, and tests on the same."""
+    split = split_by_person(load_face_views(folder), COMMON.val_people, COMMON.test_people, COMMON.split_seed)
+    if profile.train_people is None:
+        return split
+    return replace(split, train=split.train.select(torch.arange(profile.train_people)))
+
+
+class Store:
+    """Finished results, one JSON file per key; a key is all that determines the result."""
+
+    def __init__(self, split: Split, folder: Path = RUNS) -> None:
+        self.folder = folder / "study"
+        self.data = fingerprint(split)
+
+    def path(self, key: dict) -> Path:
+        text = json.dumps(key | {"data": self.data, "version": __version__}, sort_keys=True)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
+
+    def get(self, key: dict, make: Callable[[Path], dict]) -> dict:
+        """The stored result of key, or make(path), stored; make may put further files beside path."""
+        path = self.path(key)
+        if path.is_file():
+            return json.loads(path.read_text())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result = make(path)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps({"key": key} | result, indent=1))
+        os.replace(part, path)
+        return result
+
+
+def fingerprint(split: Split) -> str:
+    """A hash of all tensors of a split."""
+    digest = hashlib.sha256()
+    for faces in (split.train, split.val, split.test):
+        for tensor in (faces.front, faces.src, faces.keypoints_3d, faces.angles, faces.person):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def base_model(store: Store, split: Split, profile: Profile, seed: int, progress: bool = False) -> Path:
+    """Checkpoint of the base of a seed, trained if there is none yet."""
+    config = replace(COMMON, max_yaw=BOUNDARY, epochs=profile.base_epochs, seed=seed)
+
+    def make(path: Path) -> dict:
+        run = train(config, split.train, split.val, progress=progress)
+        save_checkpoint(path.with_suffix(".pth"), {"model": run.model.state_dict()})
+        return _result(run.model, split, run.train_seconds, run.history)
+
+    key = {"name": "base", "config": config.to_dict()}
+    store.get(key, make)
+    return store.path(key).with_suffix(".pth")
+
+
+def adaptation(
+    store: Store, split: Split, profile: Profile, name: str, seed: int, progress: bool = False, **changes
+) -> dict:
+    """Result of one of `ADAPTATIONS` (or of a variation of it) for one seed; see `_result`."""
+    base = base_model(store, split, profile, seed, progress)
+    options = ADAPTATIONS[name] | changes
+    config = replace(COMMON, epochs=profile.adapt_epochs, seed=seed, base_model_path=base.name, **options)
+
+    def make(path: Path) -> dict:
+        run = train(replace(config, base_model_path=str(base)), split.train, split.val, progress=progress)
+        return _result(run.model, split, run.train_seconds, run.history)
+
+    return store.get({"name": name, "config": config.to_dict()}, make)
+
+
+BASELINES: dict[str, Callable[[FaceViews], nn.Module]] = {
+    "raw side view": lambda train: RawEmbedding(),
+    "mean face": lambda train: MeanFace(train.front),
+    "pose ridge": lambda train: PoseRidge(train.src, train.angles, train.target),
+    "DREAM": lambda train: DREAM(train.feature_dim),
+    "MLP": lambda train: MLP(train.feature_dim),
+}
+
+
+def baseline(store: Store, split: Split, profile: Profile, name: str, seed: int, progress: bool = False) -> dict:
+    """Result of one of `BASELINES`, trained (where it is trained at all) on all side views, base domain too."""
+    config = replace(COMMON, epochs=profile.all_epochs, seed=seed)
+
+    def make(path: Path) -> dict:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = BASELINES[name](split.train)
+        if not list(model.parameters()):
+            return _result(model, split, 0.0, None)
+        run = train(config, split.train, split.val, model, progress=progress)
+        return _result(run.model, split, run.train_seconds, run.history)
+
+    return store.get({"name": name, "config": config.to_dict()}, make)
+
+
+def everywhere(store: Store, split: Split, profile: Profile, seed: int, progress: bool = False, **changes) -> dict:
+    """Result of the whole model, projection included, trained on all side views at once."""
+    config = replace(COMMON, epochs=profile.all_epochs, seed=seed, use_projection_layer=True, lora_lr=5e-4, **changes)
+
+    def make(path: Path) -> dict:
+        run = train(config, split.train, split.val, progress=progress)
+        return _result(run.model, split, run.train_seconds, run.history)
+
+    return store.get({"name": "everywhere", "config": config.to_dict()}, make)
+
+
+def _result(model: nn.Module, split: Split, seconds: float, history: pd.DataFrame | None) -> dict:
+    """{val, test: rates by yaw bin, parameters, trainable, lora, train_seconds, history}."""
+    rates = {}
+    for part in ("val", "test"):
+        faces = getattr(split, part).to(next(iter(model.parameters()), split.train.src).device)
+        rates[part] = recognition_by_yaw(predict(model, faces), faces.front, faces.person, faces.abs_yaw)
+    counts = parameter_counts(model)
+    return rates | counts | {"train_seconds": seconds,
+                             "history": None if history is None else history.to_dict("list")}  # fmt: skip
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """Numbers of parameters: all, trainable, and in LoRA layers."""
+    roles = model.parameter_roles() if hasattr(model, "parameter_roles") else {}
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "lora": sum(p.numel() for n, p in model.named_parameters() if roles.get(n) == "lora"),
+    }
+
+
+def run_study(profile: Profile, split: Split | None = None, progress: Callable = iter) -> dict[tuple[str, int], dict]:
+    """All results of the study by (name, seed); what was done before is reused.
+
+    Args:
+        progress: wraps the list of (name, seed), e.g. tqdm.
+    """
+    split = split or load_split(profile)
+    store = Store(split)
+    fixed = ("raw side view", "mean face", "pose ridge")  # nothing random in them
+    jobs = [(name, seed) for seed in range(profile.seeds) for name in (*BASELINES, "base", *ADAPTATIONS)
+            if seed == 0 or name not in fixed]  # fmt: skip
+    results = {}
+    for name, seed in progress(jobs):
+        if name in BASELINES:
+            results[name, seed] = baseline(store, split, profile, name, seed)
+        elif name == "base":
+            results[name, seed] = json.loads(
+                base_model(store, split, profile, seed).with_suffix(".json").read_text())  # fmt: skip
+        else:
+            results[name, seed] = adaptation(store, split, profile, name, seed)
+    return results
+
+
+def describe(profile: Profile) -> dict:
+    return asdict(profile)

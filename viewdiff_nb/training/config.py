@@ -1,0 +1,154 @@
+"""The one description of a training run: shell flags, notebooks and checkpoints share it."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ..modules.transformer import EnhancedTransformerDecoderOnly3D
+from .losses import LOSSES
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. Field names are the flags of the command line."""
+
+    data_dir: str = "data/heads"
+    """Folder with the six files of a face set."""
+    val_people: int = 200
+    test_people: int = 300
+    """People kept out of training; drawn by split_seed, so they stay the same for every --seed."""
+    split_seed: int = 0
+    min_yaw: float = 0.0
+    """Train on side views with min_yaw <= |yaw| < max_yaw, degrees."""
+    max_yaw: float = 180.0
+
+    d_model: int = 512
+    nhead: int = 8
+    num_layers: int = 4
+    dim_feedforward: int = 1280
+    dropout: float = 0.1
+    pose_dim: int = 3
+    use_lora_attention: bool = False
+    use_projection_layer: bool = False
+    use_cross_view: bool = False
+    n_views: int = 5
+    """Views per person in a batch, with use_cross_view."""
+    rank: int = 4
+    lora_alpha: float = 1.0
+    """Scale of the LoRA update, alpha / rank."""
+    voxel_resolution: int = 16
+
+    use_prior_preservation: bool = False
+    lambda_prior: float = 0.1
+    prior_max_yaw: float = 45.0
+    """The prior set: training views with |yaw| below this, whose base predictions are preserved."""
+    prior_fraction: float = 0.25
+    """Prior samples per batch, as a share of batch_size."""
+    base_model_path: str | None = None
+    """Checkpoint of the base model to adapt."""
+    freeze_base: bool | None = None
+    """Train only what the enhancement adds; by default, if a base is given and LoRA is used."""
+
+    loss: Literal[*LOSSES] = "identity"
+    """Task loss; mse is the guide's."""
+    epochs: int = 100
+    batch_size: int = 32
+    num_workers: int = 0
+    """Kept for the guide's commands; data that fits the device needs no worker."""
+    lr: float = 1e-4
+    """Learning rate of base parameters."""
+    lora_lr: float = 1e-3
+    """Learning rate of LoRA, projection and cross-view parameters."""
+    weight_decay: float = 1e-2
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises; then it falls along a cosine to 1 % of itself."""
+    gradient_accumulation_steps: int = 1
+    clip_norm: float = 1.0
+    use_amp: bool = False
+    """Mixed precision: bfloat16 where the device has it, else float16 with a gradient scaler."""
+    device: str = "auto"
+    seed: int = 0
+
+    save_dir: str | None = None
+    log_dir: str | None = None
+    save_every: int = 10
+    """Epochs between periodic checkpoints."""
+    resume: str | None = None
+    """Checkpoint to go on from."""
+
+    def __post_init__(self) -> None:
+        positive = ("epochs", "batch_size", "gradient_accumulation_steps", "lr", "lora_lr", "clip_norm", "n_views",
+                    "save_every", "rank", "lora_alpha")  # fmt: skip
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("lambda_prior", "weight_decay", "num_workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("dropout", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 < self.prior_fraction <= 1:
+            raise ValueError(f"prior_fraction must be in (0, 1], got {self.prior_fraction}")
+        if not 0 <= self.min_yaw < self.max_yaw:
+            raise ValueError(f"min_yaw must be below max_yaw, got {self.min_yaw} and {self.max_yaw}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+        if self.use_lora_attention and self.rank > self.d_model:
+            raise ValueError(f"rank must not exceed d_model={self.d_model}, got {self.rank}")
+        if self.use_prior_preservation and not self.base_model_path:
+            raise ValueError("prior preservation needs the base model that is to be preserved: give base_model_path")
+        if self.freeze_base and not self.base_model_path:
+            raise ValueError("freeze_base without base_model_path would freeze random weights; give a base model")
+        if self.use_cross_view and self.batch_size % self.n_views:
+            raise ValueError(f"batch_size must be a multiple of n_views={self.n_views} "
+                             f"(批次大小必须是n_views的倍数), got {self.batch_size}")  # fmt: skip
+
+    @property
+    def freezes_base(self) -> bool:
+        if self.freeze_base is not None:
+            return self.freeze_base
+        return self.base_model_path is not None and self.use_lora_attention
+
+    def build_model(self, feature_dim: int, base: bool = False) -> EnhancedTransformerDecoderOnly3D:
+        """The model of this run (or, with base=True, the plain model it adapts), randomly initialised."""
+        modules = ("use_lora_attention", "use_projection_layer", "use_cross_view")
+        return EnhancedTransformerDecoderOnly3D(
+            **{name: getattr(self, name) and not base for name in modules},
+            **{name: getattr(self, name) for name in ("d_model", "nhead", "num_layers", "dim_feedforward", "dropout",
+                                                      "pose_dim", "n_views", "rank", "lora_alpha",
+                                                      "voxel_resolution")},
+            feature_dim=feature_dim,
+        )  # fmt: skip
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device of that name; "auto" is the GPU if there is one.
+
+    Raises:
+        ValueError: if the device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} was asked for, but this torch sees no GPU; use --device cpu or auto")
+    return device
+
+
+def writable_folder(path: str | Path) -> Path:
+    """Create the folder and make sure that files can be written there, before any work is lost."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write_test"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write to {folder}: {error}; choose another folder") from error
+    return folder

@@ -1,0 +1,279 @@
+"""The training loop: one, used by the command line, the notebooks and the studies."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..faces.views import FaceViews
+from ..modules.prior import EnhancedTransformerWithPrior, PriorPreservationDataset, PriorPreservationLoss
+from ..modules.transformer import EnhancedTransformerDecoderOnly3D
+from ..metrics import recognition_by_yaw
+from .checkpoint import load_base_weights, load_checkpoint, save_checkpoint
+from .config import TrainConfig, choose_device, writable_folder
+from .losses import LOSSES
+
+FINAL_LR = 0.01  # of the learning rate, at the end of the cosine
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer a number; the message says where and what to try."""
+
+
+@dataclass
+class TrainResult:
+    """history: one row per epoch. train_seconds: spent in training steps, without validation."""
+
+    model: EnhancedTransformerDecoderOnly3D
+    history: pd.DataFrame
+    train_seconds: float
+    steps: int = field(default=0)
+
+
+def prepare_model(config: TrainConfig, feature_dim: int) -> tuple[EnhancedTransformerDecoderOnly3D, nn.Module | None]:
+    """The model of a run, and the frozen base if prior preservation needs one; seeded by config.seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model, base = config.build_model(feature_dim), config.build_model(feature_dim, base=True)
+    if config.base_model_path:
+        state = load_base_weights(config.base_model_path)
+        model.load_base(state)
+        base.load_base(state)
+    if config.freezes_base:
+        model.freeze_base()
+    return model, base if config.use_prior_preservation else None
+
+
+def train(
+    config: TrainConfig,
+    train_faces: FaceViews,
+    val_faces: FaceViews,
+    model: nn.Module | None = None,
+    on_epoch: Callable[[pd.DataFrame], None] | None = None,
+    progress: bool = True,
+) -> TrainResult:
+    """Train as config says.
+
+    Args:
+        train_faces, val_faces: different people; of train_faces the views within the config's yaw
+            range are used. Moved to the device as a whole.
+        model: to train instead of the one that config describes (a baseline, say).
+        on_epoch: called with the history so far after every epoch.
+
+    Raises:
+        TrainingDiverged: if the loss is not finite.
+        ValueError: if there is nothing to train, or data and config disagree.
+    """
+    if overlap := set(train_faces.names) & set(val_faces.names):
+        raise ValueError(f"{len(overlap)} people are in both training and validation, e.g. {min(overlap)!r}")
+    device = choose_device(config.device)
+    save_dir = writable_folder(config.save_dir) if config.save_dir else None
+    log_dir = writable_folder(config.log_dir) if config.log_dir else None
+    train_faces, val_faces = train_faces.to(device), val_faces.to(device)
+    prior_faces = train_faces.where(train_faces.abs_yaw < config.prior_max_yaw)
+    train_faces = train_faces.where((train_faces.abs_yaw >= config.min_yaw) & (train_faces.abs_yaw < config.max_yaw))
+    if not len(train_faces):
+        raise ValueError(f"no training view has {config.min_yaw} <= |yaw| < {config.max_yaw} degrees")
+
+    base = None
+    if model is None:
+        model, base = prepare_model(config, train_faces.feature_dim)
+    model.to(device)
+    task = EnhancedTransformerWithPrior(model, base.to(device), config.lambda_prior,
+                                        PriorPreservationLoss(train_faces.front)) if base else None  # fmt: skip
+    prior = PriorPreservationDataset(base, prior_faces.src, prior_faces.conditions()) if base else None
+    batches = _epoch_batches(train_faces, config)
+    windows = math.ceil(batches / config.gradient_accumulation_steps)
+    optimizer = build_optimizer(model, config)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(config.warmup, config.epochs * windows))
+    amp_dtype = amp_dtype_for(device) if config.use_amp else None
+    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
+    generator = torch.Generator().manual_seed(config.seed)
+    trainable = [p for group in optimizer.param_groups for p in group["params"]]
+    task_loss = LOSSES[config.loss]
+
+    history: list[dict[str, float]] = []
+    seconds, steps, first_epoch = 0.0, 0, 0
+    if config.resume:
+        state = load_checkpoint(config.resume, device)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        scaler.load_state_dict(state["scaler"])
+        generator.set_state(state["generator"].cpu())
+        torch.set_rng_state(state["torch_rng"].cpu())
+        history, seconds, steps, first_epoch = state["history"], state["seconds"], state["steps"], state["epoch"]
+    writer = _summary_writer(log_dir, first_epoch)
+    if not config.resume:
+        torch.manual_seed(config.seed)  # dropout
+    best = min((row["val_loss"] for row in history), default=math.inf)
+
+    bar = tqdm(range(first_epoch, config.epochs), disable=not progress, desc="epochs")
+    for epoch in bar:
+        model.train()
+        (task or model).train()
+        started = time.perf_counter()
+        losses = torch.zeros(batches, device=device)
+        for i, index in enumerate(_batches(train_faces, config, generator)):
+            inputs, conditions = train_faces.src[index], train_faces.conditions(index)
+            person = train_faces.person[index]
+            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+                if task is None:
+                    predicted = model(inputs, **conditions, return_residual=False)
+                    loss = task_loss(predicted.float(), train_faces.front, person)
+                else:
+                    count = max(1, round(config.prior_fraction * len(index)))
+                    kept = prior.sample(count, generator)
+                    loss, _ = task.compute_loss(
+                        inputs, conditions, train_faces.front[person],
+                        lambda predicted, _, person=person: task_loss(predicted.float(), train_faces.front, person),
+                        prior=kept)  # fmt: skip
+            losses[i] = loss.detach()
+            window = min(config.gradient_accumulation_steps, batches - i // config.gradient_accumulation_steps
+                         * config.gradient_accumulation_steps)  # fmt: skip  # the last window may be shorter
+            scaler.scale(loss / window).backward()
+            if (i + 1) % config.gradient_accumulation_steps == 0 or i + 1 == batches:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(trainable, config.clip_norm)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                scheduler.step()
+                steps += 1
+        train_loss = losses.mean().item()  # the epoch's one wait for the device
+        seconds += time.perf_counter() - started
+        if not math.isfinite(train_loss):
+            bad = int((~losses.isfinite()).float().argmax())
+            raise TrainingDiverged(
+                f"the loss is {losses[bad].item()} in batch {bad} of epoch {epoch + 1}; lower lr "
+                f"({config.lr:g}) or lora_lr ({config.lora_lr:g})" + (", or switch use_amp off" * config.use_amp))
+
+        row = {"epoch": epoch + 1, "train_loss": train_loss, "lr": scheduler.get_last_lr()[0],
+               **evaluate(model, val_faces, task_loss), "seconds": seconds}  # fmt: skip
+        history.append(row)
+        bar.set_postfix(loss=f"{train_loss:.4f}", val_rank1=f"{row['val_rank1']:.3f}")
+        _log(writer, row, losses, epoch * batches)
+        if save_dir:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1,
+                     "scheduler": scheduler.state_dict(), "scaler": scaler.state_dict(), "history": history,
+                     "generator": generator.get_state(), "torch_rng": torch.get_rng_state(), "seconds": seconds,
+                     "steps": steps, "config": config.to_dict()}  # fmt: skip
+            if row["val_loss"] < best:
+                save_checkpoint(save_dir / "best_model_enhanced.pth", state)
+            if (epoch + 1) % config.save_every == 0 or epoch + 1 == config.epochs:
+                save_checkpoint(save_dir / f"checkpoint_epoch_{epoch + 1}_enhanced.pth", state)
+        best = min(best, row["val_loss"])
+        if on_epoch:
+            on_epoch(pd.DataFrame(history))
+    if writer:
+        writer.close()
+    return TrainResult(model, pd.DataFrame(history), seconds, steps)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, faces: FaceViews, batch_size: int = 1024) -> Tensor:
+    """Predicted frontal embeddings (M, D) of all side views, in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    parts = [slice(i, i + batch_size) for i in range(0, len(faces), batch_size)]
+    out = [model(faces.src[p], **faces.conditions(p), return_residual=False).float() for p in parts]
+    model.train(was_training)
+    return torch.cat(out)
+
+
+def evaluate(model: nn.Module, faces: FaceViews, loss: Callable) -> dict[str, float]:
+    """val_loss, val_mse, val_cosine, val_rank1, val_tar and val_auc over all side views of faces."""
+    predicted = predict(model, faces)
+    rates = recognition_by_yaw(predicted, faces.front, faces.person, faces.abs_yaw)["all"]
+    names = ("mse", "cosine", "rank1", "tar", "auc")
+    return {"val_loss": loss(predicted, faces.front, faces.person).item()} | {f"val_{n}": rates[n] for n in names}
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with one group per role: base parameters at lr, everything added to the base at lora_lr."""
+    if hasattr(model, "parameter_groups"):
+        roles = model.parameter_groups()
+    else:
+        roles = {"base": [p for p in model.parameters() if p.requires_grad]}
+    if not roles:
+        raise ValueError("the model has no trainable parameter: its base is frozen and nothing was added")
+    groups = [{"params": params, "lr": config.lr if role == "base" else config.lora_lr, "role": role}
+              for role, params in roles.items()]  # fmt: skip
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+
+
+def warmup_cosine(warmup: float, steps: int) -> Callable[[int], float]:
+    """Factor of the learning rate: linear from 0 to 1, then a cosine down to `FINAL_LR`."""
+    rising = max(1, round(warmup * steps))
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / rising
+        done = (step - rising) / max(1, steps - rising)
+        return FINAL_LR + (1 - FINAL_LR) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+    return factor
+
+
+def amp_dtype_for(device: torch.device) -> torch.dtype:
+    """bfloat16 on CPUs and on GPUs that compute it, float16 otherwise."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def _epoch_batches(faces: FaceViews, config: TrainConfig) -> int:
+    if config.use_cross_view:
+        people = int((torch.bincount(faces.person, minlength=len(faces.names)) >= config.n_views).sum())
+        return max(1, people * config.n_views // config.batch_size)
+    return math.ceil(len(faces) / config.batch_size)
+
+
+def _batches(faces: FaceViews, config: TrainConfig, generator: torch.Generator):
+    """Index tensors of one epoch's batches; with cross-view attention n_views of a person lie together."""
+    if not config.use_cross_view:
+        order = torch.randperm(len(faces), generator=generator).to(faces.device)
+        yield from order.split(config.batch_size)
+        return
+    yield from _view_groups(faces.person, config.n_views, generator).split(config.batch_size)[
+        : _epoch_batches(faces, config)
+    ]
+
+
+def _view_groups(person: Tensor, n_views: int, generator: torch.Generator) -> Tensor:
+    """n_views random views of every person that has as many, people shuffled: (people * n_views,)."""
+    order = torch.randperm(len(person), generator=generator).to(person.device)
+    order = order[person[order].argsort(stable=True)]  # by person, views of a person in random order
+    counts = torch.bincount(person)
+    first = counts.cumsum(0) - counts
+    able = (counts >= n_views).nonzero()[:, 0]
+    able = able[torch.randperm(len(able), generator=generator).to(able.device)]
+    return order[first[able][:, None] + torch.arange(n_views, device=person.device)].flatten()
+
+
+def _summary_writer(log_dir: Path | None, first_epoch: int):
+    if log_dir is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError('--log_dir needs TensorBoard: pip install "viewdiff_nb[tensorboard]"') from error
+    return SummaryWriter(str(log_dir), purge_step=first_epoch or None)
+
+
+def _log(writer, row: dict[str, float], losses: Tensor, first_step: int) -> None:
+    if writer is None:
+        return
+    for i, loss in enumerate(losses.tolist()):
+        writer.add_scalar("Train/Loss", loss, first_step + i)
+    names = {"Train/LearningRate": "lr", "Epoch/TrainLoss": "train_loss", "Epoch/ValLoss": "val_loss",
+             "Epoch/ValCosineSim": "val_cosine", "Epoch/ValRank1": "val_rank1", "Epoch/ValTAR": "val_tar"}  # fmt: skip
+    for tag, key in names.items():
+        writer.add_scalar(tag, row[key], row["epoch"])
+    writer.flush()

@@ -1,4 +1,4 @@
-"""The renderer against facts that need no renderer: rotations, symmetry, occlusion, hand-made similarities."""
+"""The renderer against facts that need no renderer: rotations, symmetry, occlusion, known similarities."""
 
 import math
 
@@ -30,7 +30,12 @@ KEYPOINTS = np.array([(-0.03, -0.03, 0.06), (0.03, -0.03, 0.06), (0.0, 0.0, 0.09
 def square(centre, half, colour_index):
     """A square facing the camera: 4 vertices, normals toward the camera, the texture column of one colour."""
     x, y, z = centre
-    corners = [(x - half, y - half, z), (x + half, y - half, z), (x + half, y + half, z), (x - half, y + half, z)]
+    corners = [
+        (x - half, y - half, z),
+        (x + half, y - half, z),
+        (x + half, y + half, z),
+        (x - half, y + half, z),
+    ]
     uv = np.full((4, 2), ((colour_index + 0.5) / 3, 0.5))
     return np.array(corners), np.tile((0.0, 0.0, 1.0), (4, 1)), uv, np.array([(0, 1, 2), (0, 2, 3)])
 
@@ -41,7 +46,7 @@ def renderer_of(*squares):
     for vertices, normals, uv, faces in squares:
         parts.append((vertices, normals, uv, faces + offset))
         offset += len(vertices)
-    mesh = Mesh(*(np.concatenate(values) for values in zip(*parts)))
+    mesh = Mesh(*(np.concatenate(values) for values in zip(*parts, strict=True)))
     texture = np.repeat(np.repeat(np.array([[RED, GREEN, BLUE]], np.uint8), 8, 1), 24, 0)
     return HeadRenderer(mesh, texture, KEYPOINTS)
 
@@ -83,7 +88,9 @@ def test_keypoints_are_rotated_face_points_times_the_perspective_scale():
     seen, distance = project(KEYPOINTS, angles)
     turned = KEYPOINTS @ rotation_matrix(torch.tensor(angles)).numpy().T
     scale = (PHOTO_SIZE / PHOTO_FIELD) * CAMERA_DISTANCE / (CAMERA_DISTANCE - turned[:, 2])
-    np.testing.assert_allclose(seen - (PHOTO_SIZE / 2, PHOTO_SIZE / 2, 0), turned * scale[:, None], rtol=1e-12)
+    np.testing.assert_allclose(
+        seen - (PHOTO_SIZE / 2, PHOTO_SIZE / 2, 0), turned * scale[:, None], rtol=1e-12
+    )
     np.testing.assert_allclose(distance, CAMERA_DISTANCE - turned[:, 2])
 
 
@@ -123,7 +130,9 @@ def test_a_crop_puts_the_features_where_the_template_wants_them():
     wanted = keypoints[:, :2] @ similarity[:, :2].T + similarity[:, 2]
     for x, y in wanted:
         assert coloured(crop, 0)[int(y), int(x)]
-    assert abs(wanted - np.array(ARCFACE_TEMPLATE)).max() < 6  # roll is undone, proportions stay the face's own
+    assert (
+        abs(wanted - np.array(ARCFACE_TEMPLATE)).max() < 6
+    )  # roll is undone, proportions stay the face's own
 
 
 def test_jitter_moves_alignment_and_keypoints():
@@ -145,7 +154,10 @@ def test_light_comes_from_its_direction():
 
 
 def test_equal_inputs_give_equal_bytes():
-    scenes = [(sample_light(np.random.default_rng(3)), sample_background(np.random.default_rng(4))) for _ in range(2)]
+    scenes = [
+        (sample_light(np.random.default_rng(3)), sample_background(np.random.default_rng(4)))
+        for _ in range(2)
+    ]
     renderer = renderer_of(square((0, 0, 0.05), 0.05, 2))
     first, second = (renderer.crop((0.1, 0.2, 0.3), *scene)[0] for scene in scenes)
     assert (first == second).all()
@@ -178,10 +190,16 @@ def test_baking_interpolates_linearly_and_leaves_the_rest_empty():
         (lambda r: r.crop((0, 0)), r"angles must have shape \(3,\), got \(2,\)"),
         (lambda r: r.crop((0, math.nan, 0)), "angles holds a value that is not finite"),
         (lambda r: r.crop((0, 90, 0)), r"angles must lie within -3\.14159.*got 0\.\.90"),
-        (lambda r: r.crop((0, 0, 0), jitter=np.zeros((5, 2))), r"jitter must have shape \(5, 3\), got \(5, 2\)"),
+        (
+            lambda r: r.crop((0, 0, 0), jitter=np.zeros((5, 2))),
+            r"jitter must have shape \(5, 3\), got \(5, 2\)",
+        ),
         (lambda r: r.crop((0, 0, 0), size=4), "size must be a whole number of pixels from 8 to 2048, got 4"),
         (lambda r: r.picture((0, 0, 0), field=0), "field must lie within 0.05..5.0, got 0..0"),
-        (lambda r: HeadRenderer(r.mesh, np.zeros((4, 5, 3), np.uint8), KEYPOINTS), r"square uint8 RGB.*\(4, 5, 3\)"),
+        (
+            lambda r: HeadRenderer(r.mesh, np.zeros((4, 5, 3), np.uint8), KEYPOINTS),
+            r"square uint8 RGB.*\(4, 5, 3\)",
+        ),
         (lambda r: Light(direction=(0, 0, 0)), "light direction must not be zero"),
         (lambda r: Background(colour=(0, 0, 2)), r"background colour must lie within 0\.\.1, got 0\.\.2"),
         (lambda r: fit_similarity(np.ones((3, 2)), np.ones((3, 2))), "source points must not all coincide"),

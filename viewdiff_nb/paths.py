@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
+FAST = os.environ.get("FAST", "") not in ("", "0")  # the smoke profile: less work, the same story
+
 PROJECT = Path(os.environ.get("VIEWDIFF_NB_HOME", Path(__file__).resolve().parents[1]))
 HEADS = PROJECT / "data" / "heads"  # the shipped set of synthetic people
-FIGURES = PROJECT / "figures"  # tables and pictures of the full run
 RUNS = PROJECT / "runs"  # finished runs, reused; not part of the repository
-
-FAST = os.environ.get("FAST", "") not in ("", "0")  # the smoke profile: less work, the same story
+FIGURES = RUNS / "fast" / "figures" if FAST else PROJECT / "figures"  # what the notebooks write

@@ -186,7 +186,7 @@ def _load_array(path: Path, shape: tuple[int | None, ...]) -> np.ndarray:
     if len(array.shape) != len(shape) or any(w not in (None, n) for n, w in zip(array.shape, shape, strict=True)):
         wanted = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
         raise FaceDataError(f"{path}: shape is {array.shape}, must be {wanted}")
-    finite = np.isfinite(array).reshape(len(array), -1).all(1)
+    finite = np.isfinite(array).all(axis=tuple(range(1, array.ndim)))
     if not finite.all():
         raise FaceDataError(f"{path}: row {int(finite.argmin())}: not finite ({int((~finite).sum())} such rows)")
     return array.astype(np.float32)

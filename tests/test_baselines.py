@@ -1,0 +1,48 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import people
+from sklearn.linear_model import Ridge
+
+from viewdiff_nb.modules.baselines import DREAM, MLP, MeanFace, PoseRidge, RawEmbedding
+
+
+def all_baselines(faces):
+    return [RawEmbedding(), MeanFace(faces.front), PoseRidge(faces.src, faces.angles, faces.target),
+            DREAM(faces.feature_dim), MLP(faces.feature_dim).eval()]  # fmt: skip
+
+
+def test_behave_as_the_model_does():
+    faces = people(10)
+    for model in all_baselines(faces):
+        frontal = model(faces.src, **faces.conditions(), return_residual=False)
+        residual = model(faces.src, **faces.conditions())
+        assert frontal.shape == faces.src.shape
+        torch.testing.assert_close(faces.src + residual, frontal)
+        torch.testing.assert_close(model(3 * faces.src, **faces.conditions(), return_residual=False), 3 * frontal)
+
+
+def test_raw_and_mean_face():
+    faces = people(10)
+    assert torch.equal(RawEmbedding()(faces.src, **faces.conditions()), torch.zeros_like(faces.src))
+    mean = MeanFace(7 * faces.front)(faces.src, **faces.conditions(), return_residual=False)
+    torch.testing.assert_close(mean[3], F.normalize(faces.front.mean(0), dim=0))
+
+
+def test_ridge_equals_scikit_learn():
+    faces = people(30)
+    z = PoseRidge._design(faces.src, faces.angles)
+    reference = Ridge(alpha=2.0, fit_intercept=False, solver="cholesky").fit(z.double().numpy(), faces.target.numpy())
+    model = PoseRidge(faces.src, faces.angles, faces.target, strength=2.0)
+    torch.testing.assert_close(model.weight.T, torch.from_numpy(reference.coef_).float(), rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="strength must be positive, got 0"):
+        PoseRidge(faces.src, faces.angles, faces.target, strength=0)
+
+
+def test_dream_gate_is_closed_at_the_front_and_open_at_the_side():
+    dream, x = DREAM(16), F.normalize(torch.randn(3, 16), dim=1)
+    angles = torch.zeros(3, 3)
+    angles[:, 1] = torch.tensor([0.0, 45.0, -90.0]).deg2rad()
+    residual = dream(x, angles, torch.zeros(3, 5, 3))
+    full = dream.layers(x * 4) / 4
+    torch.testing.assert_close(residual, full * torch.tensor([[4.54e-5], [0.5], [1 - 4.54e-5]]), rtol=1e-4, atol=1e-6)

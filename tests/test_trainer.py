@@ -1,0 +1,217 @@
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from conftest import people
+from torch import nn
+
+from viewdiff_nb.modules.baselines import MLP
+from viewdiff_nb.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from viewdiff_nb.training.config import TrainConfig, choose_device
+from viewdiff_nb.training.losses import LOSSES
+from viewdiff_nb.training.trainer import TrainingDiverged, _view_groups, build_optimizer, predict, train, warmup_cosine
+
+CONFIG = TrainConfig(d_model=32, nhead=4, num_layers=2, dim_feedforward=48, voxel_resolution=4, batch_size=16,
+                     epochs=2, lr=1e-3, device="cpu")  # fmt: skip
+
+
+def sets():
+    return people(40, noise=0.6), people(30, noise=0.6, first=1000)
+
+
+def run(config=CONFIG, **options):
+    return train(config, *sets(), progress=False, **options)
+
+
+@pytest.fixture
+def base_path(tmp_path):
+    result = run(replace(CONFIG, max_yaw=45.0))
+    save_checkpoint(tmp_path / "base.pth", {"model": result.model.state_dict()})
+    return str(tmp_path / "base.pth")
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_learns_with_every_loss(loss):
+    result = run(replace(CONFIG, loss=loss, epochs=6, lr=3e-3))
+    losses = result.history["train_loss"]
+    assert losses.iloc[-1] < losses.iloc[0]
+    assert len(result.history) == 6 and result.steps == 6 * 15
+    assert {"epoch", "train_loss", "lr", "val_loss", "val_mse", "val_cosine", "val_rank1", "val_tar", "val_auc",
+            "seconds"} == set(result.history)  # fmt: skip
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not():
+    config = replace(CONFIG, use_lora_attention=True, use_projection_layer=True)
+    first, again, other = run(config), run(config), run(replace(config, seed=1))
+    for (name, a), b in zip(first.model.state_dict().items(), again.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert not torch.equal(first.model.output.weight, other.model.output.weight)
+
+
+def test_adapting_a_base_leaves_its_weights_alone(base_path):
+    config = replace(CONFIG, use_lora_attention=True, use_projection_layer=True, base_model_path=base_path, min_yaw=45.0)
+    model = run(config).model
+    state = load_checkpoint(base_path)["model"]
+    for name, role in model.parameter_roles().items():
+        if role == "base":
+            assert torch.equal(dict(model.named_parameters())[name], state[name]), name
+    assert model.blocks[0].attention.query.lora_up.abs().sum() > 0
+    assert model.projection.expand.weight.abs().sum() > 0
+
+
+def test_prior_preservation_keeps_predictions_near_the_base(base_path):
+    config = replace(CONFIG, use_lora_attention=True, rank=8, lora_alpha=8.0, base_model_path=base_path, min_yaw=45.0,
+                     epochs=8, lora_lr=1e-2, prior_fraction=1.0)  # fmt: skip
+    _, val = sets()
+    near = val.where(val.abs_yaw < 45)
+    base = config.build_model(32, base=True)
+    base.load_state_dict(load_checkpoint(base_path)["model"])
+    moved = {}
+    for use_prior in (False, True):
+        model = run(replace(config, use_prior_preservation=use_prior, lambda_prior=3.0)).model
+        moved[use_prior] = (predict(model, near) - predict(base, near)).norm(dim=1).mean()
+    assert moved[True] < 0.7 * moved[False]
+
+
+def test_layered_learning_rates():
+    model = replace(CONFIG, use_lora_attention=True, use_projection_layer=True).build_model(32)
+    groups = {g["role"]: g for g in build_optimizer(model, replace(CONFIG, lr=1e-4, lora_lr=1e-3)).param_groups}
+    assert groups["base"]["lr"] == 1e-4 and groups["lora"]["lr"] == groups["projection"]["lr"] == 1e-3
+    assert sum(len(g["params"]) for g in groups.values()) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_schedule_rises_then_falls_along_a_cosine():
+    factor = warmup_cosine(0.1, 100)
+    assert factor(0) == pytest.approx(0.1) and factor(9) == pytest.approx(1.0) and factor(10) == pytest.approx(1.0)
+    assert factor(55) == pytest.approx(0.505, abs=1e-6) and factor(100) == pytest.approx(0.01)
+
+
+def test_accumulated_gradients_equal_one_large_batch():
+    """4 batches of 15 in windows of 4 are one batch of 60 (mean losses, no dropout)."""
+    train_faces, val_faces = people(10), people(30, first=1000)
+    config = replace(CONFIG, dropout=0.0, loss="cosine", epochs=1, warmup=0.0, clip_norm=1e9)
+    small = train(replace(config, batch_size=15, gradient_accumulation_steps=4), train_faces, val_faces, progress=False)
+    large = train(replace(config, batch_size=60), train_faces, val_faces, progress=False)
+    assert small.steps == large.steps == 1
+    assert small.history["train_loss"][0] == pytest.approx(large.history["train_loss"][0], rel=1e-5)
+    torch.testing.assert_close(small.model.output.weight, large.model.output.weight, rtol=1e-3, atol=1e-5)
+
+
+def test_the_last_partial_window_is_flushed():
+    result = run(replace(CONFIG, gradient_accumulation_steps=4, epochs=1))
+    assert result.steps == 4  # 15 batches: 4 + 4 + 4 + 3
+
+
+def test_clipping_bounds_the_gradient(monkeypatch):
+    norms = []
+    original = nn.utils.clip_grad_norm_
+
+    def spy(parameters, max_norm):
+        parameters = list(parameters)
+        norm = original(parameters, max_norm)
+        norms.append(torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item())
+        return norm
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", spy)
+    run(replace(CONFIG, epochs=1, clip_norm=0.01))
+    assert len(norms) == 15 and max(norms) <= 0.01 * 1.001
+
+
+def test_mixed_precision_trains_to_about_the_same():
+    single, mixed = run(replace(CONFIG, epochs=4)), run(replace(CONFIG, epochs=4, use_amp=True))
+    assert next(mixed.model.parameters()).dtype == torch.float32
+    assert mixed.history["train_loss"].iloc[-1] == pytest.approx(single.history["train_loss"].iloc[-1], rel=0.05)
+
+
+def test_resumed_training_equals_uninterrupted(tmp_path):
+    config = replace(CONFIG, use_lora_attention=True, use_projection_layer=True, epochs=4, save_every=1)
+    whole = run(replace(config, save_dir=str(tmp_path / "whole")))
+    resumed = run(replace(config, resume=str(tmp_path / "whole/checkpoint_epoch_2_enhanced.pth")))
+    for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    columns = ["epoch", "train_loss", "lr", "val_loss", "val_rank1"]
+    pd.testing.assert_frame_equal(whole.history[columns], resumed.history[columns])
+
+
+def test_cross_view_batches_hold_the_views_of_a_person_together():
+    person = people(7).person
+    groups = _view_groups(person, 3, torch.Generator().manual_seed(0)).view(-1, 3)
+    assert len(groups) == 7 and (person[groups] == person[groups[:, :1]]).all()
+    assert all(len(set(row)) == 3 for row in groups.tolist())
+    sparse = person[:-5]  # the last person has one view left
+    assert len(_view_groups(sparse, 3, torch.Generator())) == 18
+
+
+def test_cross_view_trains():
+    result = run(replace(CONFIG, use_cross_view=True, n_views=3, batch_size=15))
+    assert result.model.cross_view.out.weight.abs().sum() > 0
+
+
+def test_divergence_is_diagnosed():
+    with pytest.raises(TrainingDiverged, match=r"batch \d+ of epoch \d.*lower lr"):
+        run(replace(CONFIG, lr=1e30, warmup=0.0, clip_norm=1e30, loss="mse"))
+
+
+def test_baselines_train_in_the_same_loop():
+    assert len(run(model=MLP(32)).history) == 2
+
+
+def test_people_may_not_be_in_training_and_validation():
+    train_faces, _ = sets()
+    with pytest.raises(ValueError, match="40 people are in both training and validation, e.g. 'person_0000'"):
+        train(CONFIG, train_faces, train_faces, progress=False)
+
+
+def test_an_unwritable_folder_is_found_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write to"):
+        run(replace(CONFIG, save_dir=str(tmp_path / "file" / "checkpoints")))
+
+
+def test_no_view_in_range():
+    with pytest.raises(ValueError, match="no training view has 89"):
+        run(replace(CONFIG, min_yaw=89.0, max_yaw=89.5))
+
+
+@pytest.mark.parametrize("bad,message", [
+    ({"epochs": 0}, "epochs must be positive, got 0"), ({"loss": "l1"}, "loss must be one of mse, cosine"),
+    ({"min_yaw": 50.0, "max_yaw": 40.0}, "min_yaw must be below"), ({"dropout": 1.0}, "dropout"),
+    ({"use_prior_preservation": True}, "needs the base model"), ({"freeze_base": True}, "random weights"),
+    ({"use_cross_view": True, "n_views": 5, "batch_size": 32}, "multiple of n_views=5"),
+    ({"use_lora_attention": True, "rank": 999}, "rank must not exceed d_model=32"), ({"lambda_prior": -1.0}, "lambda"),
+])  # fmt: skip
+def test_contradictory_configs_are_refused(bad, message):
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **bad)
+
+
+def test_asking_for_a_missing_gpu():
+    if torch.cuda.is_available():
+        assert choose_device("auto").type == "cuda"
+    else:
+        with pytest.raises(ValueError, match="sees no GPU"):
+            choose_device("cuda")
+
+
+def test_checkpoints_are_checked_when_read(tmp_path):
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, {"model": {"w": torch.ones(3)}, "epoch": 4})
+    assert load_checkpoint(path)["epoch"] == 4
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(CheckpointError, match=r"a\.pth is truncated or no checkpoint"):
+        load_checkpoint(path)
+    torch.save({"model": {}}, path)
+    with pytest.raises(CheckpointError, match="was not written by this kit"):
+        load_checkpoint(path)
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
+        load_checkpoint(tmp_path / "b.pth")
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, {"epoch": 1})
+    with pytest.raises((AttributeError, TypeError, RuntimeError)):
+        save_checkpoint(path, {"epoch": lambda: 2})  # cannot be pickled
+    assert load_checkpoint(path)["epoch"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]

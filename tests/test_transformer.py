@@ -1,0 +1,177 @@
+import pytest
+import torch
+from torch import nn
+
+from viewdiff_nb import EnhancedTransformerDecoderOnly3D
+from viewdiff_nb.modules.lora import LoRALinearLayer, lora_layers
+from viewdiff_nb.modules.transformer import MEMORY_TOKENS
+
+SMALL = {"d_model": 32, "nhead": 4, "num_layers": 2, "dim_feedforward": 48, "voxel_resolution": 8, "n_views": 3,
+         "dropout": 0.0}  # fmt: skip
+
+
+def build(lora=False, projection=False, cross_view=False, **options):
+    return EnhancedTransformerDecoderOnly3D(
+        use_lora_attention=lora, use_projection_layer=projection, use_cross_view=cross_view, **SMALL | options)  # fmt: skip
+
+
+def trained_base():
+    base = build()
+    for parameter in base.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return base
+
+
+def inputs(batch=6, width=32):
+    angles = torch.rand(batch, 3) - 0.5
+    return {"src": torch.randn(batch, width), "angles": angles, "keypoints_3d": 30 * torch.randn(batch, 5, 3),
+            "pose": angles}  # fmt: skip
+
+
+MODULES = {
+    "lora": {"lora": True}, "feed forward": {"lora": True, "lora_targets": ("attention", "feed_forward")},
+    "projection": {"projection": True}, "cross-view": {"cross_view": True},
+    "all": {"lora": True, "projection": True, "cross_view": True},
+}  # fmt: skip
+ADDED = {"lora": {"lora"}, "feed forward": {"lora"}, "projection": {"projection"}, "cross-view": {"cross_view"},
+         "all": {"lora", "projection", "cross_view"}}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MODULES)
+def test_step_0_equals_the_base(case):
+    base, model, x = trained_base(), build(**MODULES[case]), inputs()
+    model.load_base(base.state_dict())
+    for mode in (True, False):
+        torch.testing.assert_close(model.train(mode)(**x), base.train(mode)(**x), rtol=0, atol=1e-6)
+    assert base(**x).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("case", MODULES)
+def test_every_added_parameter_trains_and_the_frozen_base_does_not(case):
+    model, x = build(**MODULES[case]), inputs()
+    model.load_base(trained_base().state_dict())
+    model.freeze_base()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    roles = model.parameter_roles()
+    for _ in range(3):  # zero-initialised layers pass no gradient on in the first step
+        optimizer.zero_grad()
+        (model(**x) - 1).square().sum().backward()
+        optimizer.step()
+    dead = [n for n, p in model.named_parameters() if roles[n] != "base" and (p.grad is None or not p.grad.abs().sum())]
+    # the pose is common to all keys, so softmax removes it there; a key's bias likewise
+    assert [name for name in dead if not name.endswith("key.bias")] == []
+    for name, p in model.named_parameters():
+        if roles[name] == "base":
+            assert p.grad is None and torch.equal(p, before[name]), name
+    assert set(model.parameter_groups()) == ADDED[case]
+
+
+def test_every_base_parameter_trains():
+    model, x = trained_base(), inputs()
+    (model(**x) - 1).square().sum().backward()
+    dead = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-9]
+    assert [name for name in dead if not name.endswith("key.bias")] == []  # softmax removes a key's bias
+
+
+def test_residual_and_frontal_prediction_differ_by_the_input():
+    model, x = trained_base(), inputs()
+    torch.testing.assert_close(model(**x, return_residual=False), x["src"] + model(**x))
+
+
+def test_every_input_matters():
+    model = build(lora=True, projection=True)
+    model.load_base(trained_base().state_dict())
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    x = inputs()
+    output = model(**x)
+    for name, value in x.items():
+        changed = model(**x | {name: value + torch.randn_like(value)})
+        assert (changed - output).abs().max() > 1e-3, name
+
+
+def test_prediction_scales_with_the_embedding_and_ignores_where_the_face_is():
+    model, x = trained_base(), inputs()
+    output = model(**x)
+    torch.testing.assert_close(model(**x | {"src": 20 * x["src"]}), 20 * output, rtol=1e-4, atol=1e-4)
+    moved = x | {"keypoints_3d": 3 * x["keypoints_3d"] + 200}
+    torch.testing.assert_close(model(**moved), output, rtol=1e-3, atol=1e-4)
+    assert model(**x | {"src": torch.zeros(6, 32)}).isfinite().all()
+
+
+def test_pose_defaults_to_the_head_pose():
+    model, x = build(lora=True), inputs()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    torch.testing.assert_close(model(**x | {"pose": None}), model(**x))
+
+
+def test_attention_over_named_tokens():
+    model, x = trained_base(), inputs()
+    output, weights = model(**x, return_attention=True)
+    assert weights.shape == (6, 2, 4, 1, 1 + len(MEMORY_TOKENS))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(6, 2, 4, 1))
+    torch.testing.assert_close(output, model(**x))
+    assert weights.std() > 1e-3
+
+
+def test_embeddings_of_another_width():
+    model = build(lora=True, projection=True, feature_dim=20)
+    assert model(**inputs(width=20)).shape == (6, 20)
+
+
+def test_guide_size_is_about_ten_million():
+    base = EnhancedTransformerDecoderOnly3D(use_lora_attention=False, use_projection_layer=False)
+    assert 9.5e6 < sum(p.numel() for p in base.parameters()) < 10.5e6
+
+
+def test_blocks_do_not_share_weights():
+    model = build(lora=True)
+    assert len({id(p) for p in model.parameters()}) == len(list(model.parameters()))
+    assert len({layer.weight.data_ptr() for layer in lora_layers(model).values()}) == 8
+
+
+def test_lora_targets():
+    assert len(lora_layers(build(lora=True))) == 8
+    assert len(lora_layers(build(lora=True, lora_targets=("attention", "feed_forward")))) == 12
+    assert isinstance(build(lora=True, lora_targets=("feed_forward",)).blocks[0].linear1, LoRALinearLayer)
+    assert not lora_layers(build(lora=False))
+    with pytest.raises(ValueError, match=r"lora_targets must be among .* got \['embedding'\]"):
+        build(lora=True, lora_targets=("embedding",))
+
+
+def test_base_checkpoints_are_checked_both_ways():
+    model, state = build(lora=True), trained_base().state_dict()
+    short = {name: value for name, value in state.items() if name != "norm.weight"}
+    with pytest.raises(ValueError, match=r"1 parameters missing \['norm.weight'\]"):
+        model.load_base(short)
+    with pytest.raises(ValueError, match=r"1 unknown \['extra'\]"):
+        model.load_base(state | {"extra": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"other sizes: .* is \(32,\) instead of \(64,\)"):
+        EnhancedTransformerDecoderOnly3D(**SMALL | {"d_model": 64}, feature_dim=32).load_base(state)
+
+
+def test_building_is_deterministic_given_the_seed_and_seeds_nothing_itself():
+    torch.manual_seed(5)
+    first = build(lora=True, projection=True).state_dict()
+    after = torch.rand(3)
+    torch.manual_seed(5)
+    second = build(lora=True, projection=True).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(after, torch.rand(3))
+
+
+def test_cross_view_needs_whole_people():
+    with pytest.raises(ValueError, match="got 7 with n_views=3; use 6 or 9"):
+        build(cross_view=True)(**inputs(7))
+
+
+def test_refuses_wrong_shapes():
+    model, x = build(), inputs()
+    with pytest.raises(ValueError, match=r"src must be \(6, 32\), got \(6, 31\)"):
+        model(**x | {"src": x["src"][:, 1:]})
+    with pytest.raises(ValueError, match=r"angles must be \(6, 3\)"):
+        model(**x | {"angles": x["angles"][:, :2]})
+    with pytest.raises(ValueError, match=r"keypoints_3d must be \(6, 5, 3\), got \(6, 4, 3\)"):
+        model(**x | {"keypoints_3d": x["keypoints_3d"][:, 1:]})

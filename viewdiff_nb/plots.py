@@ -1,0 +1,65 @@
+"""Static figures."""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from .faces.views import YAW_BINS
+
+BIN_NAMES = [f"{low}-{high}" for low, high in YAW_BINS]
+
+
+def table_figure(table: pd.DataFrame, title: str, note: str = "") -> Figure:
+    """A table as a picture: its index as the first column, the guide's columns in grey."""
+    cells = table.reset_index()
+    widths = [max(len(str(v)) for v in (column, *cells[column])) for column in cells]
+    fig, ax = plt.subplots(figsize=(0.085 * sum(widths) + 0.3 * len(widths), 0.32 * (len(cells) + 1) + 0.9))
+    ax.axis("off")
+    drawn = ax.table(cells.astype(str).values.tolist(), colLabels=list(cells), cellLoc="center", loc="center",
+                     colWidths=[w + 3 for w in widths], bbox=(0, 0, 1, 1))  # fmt: skip
+    drawn.auto_set_font_size(False)
+    drawn.set_fontsize(9)
+    for (row, column), cell in drawn.get_celld().items():
+        cell.set_edgecolor("0.85")
+        cell.set_linewidth(0.6)
+        guide = cells.columns[column].startswith("guide")
+        cell.get_text().set_color("0.5" if guide else "0.1")
+        if row == 0:
+            cell.set_facecolor("0.93")
+            cell.get_text().set_weight("bold")
+        if column == 0:
+            cell.get_text().set_horizontalalignment("left")
+    ax.set_title(title, loc="left", fontsize=11, weight="bold")
+    if note:
+        fig.text(0.01, 0.01, note, fontsize=7.5, color="0.35", ha="left", va="bottom")
+    fig.subplots_adjust(left=0.01, right=0.99, bottom=0.16 if note else 0.02, top=1 - 0.35 / fig.get_figheight())
+    return fig
+
+
+def recognition_curves(tidy: pd.DataFrame, rate: str, title: str) -> Figure:
+    """A rate over |yaw| bins for several models, mean and 95 % interval over seeds.
+
+    Args:
+        tidy: columns model, seed, yaw (a name of `BIN_NAMES`) and the rate.
+    """
+    fig, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    sns.pointplot(tidy, x="yaw", y=rate, hue="model", order=BIN_NAMES, errorbar=("ci", 95), palette="colorblind",
+                  markers=["o", "s", "D", "^", "v", "P", "X", "*"][: tidy["model"].nunique()], dodge=0.25,
+                  linestyle="-", ax=ax, err_kws={"linewidth": 1.2}, markersize=5, linewidth=1.4)  # fmt: skip
+    ax.set(xlabel="|yaw| of the side view, degrees", ylabel=rate, ylim=(0, 1.02))
+    ax.set_title(title, loc="left", fontsize=11)
+    ax.legend(title=None, frameon=False, fontsize=8.5, loc="lower left")
+    sns.despine(fig)
+    return fig
+
+
+def save_table(table: pd.DataFrame, name: str, folder: Path, title: str, note: str = "") -> Figure:
+    """Write NAME.csv and NAME.png to the folder; returns the picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table.to_csv(folder / f"{name}.csv")
+    fig = table_figure(table, title, note)
+    fig.savefig(folder / f"{name}.png", dpi=150)
+    return fig

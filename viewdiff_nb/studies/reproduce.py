@@ -1,0 +1,48 @@
+"""Execute the notebooks:  python -m viewdiff_nb.studies.reproduce [--fast] [NOTEBOOK ...]
+
+The full run rewrites the notebooks and figures/. With --fast, the smoke run, everything goes to runs/fast.
+Finished training runs are reused from runs/; delete that folder to start afresh.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", nargs="*", type=Path, help="by default all in notebooks/")
+    parser.add_argument("--fast", action="store_true", help="less work, the same story")
+    arguments = parser.parse_args()
+    if arguments.fast:
+        os.environ["FAST"] = "1"  # read by viewdiff_nb.paths, here and in the kernels
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+
+    from ..paths import PROJECT, RUNS
+
+    started = time.monotonic()
+    for path in arguments.notebooks or sorted((PROJECT / "notebooks").glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        begun = time.monotonic()
+        print(f"{path.name} ...", flush=True)
+        client = NotebookClient(notebook, timeout=None, kernel_name="python3", store_widget_state=False,
+                                resources={"metadata": {"path": str(path.parent)}})  # fmt: skip
+        try:
+            client.execute()
+        except CellExecutionError as error:
+            sys.exit(f"{path.name} failed:\n{error}")
+        for cell in notebook.cells:
+            cell.metadata.pop("execution", None)  # time stamps, new with every run
+        target = RUNS / "fast" / "notebooks" / path.name if arguments.fast else path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, target)
+        print(f"{path.name} done in {time.monotonic() - begun:.0f} s: {target}", flush=True)
+    print(f"all done in {(time.monotonic() - started) / 60:.1f} min")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,13 +3,16 @@ import torch
 from torch import nn
 
 from viewdiff_nb import CrossViewAttention, PoseConditionedLoRAAttention
+from viewdiff_nb.modules.attention import attention_weights
 
 
 def copy_into(torch_attention: nn.MultiheadAttention, ours) -> nn.MultiheadAttention:
     """torch's multi-head attention with our weights: an independent implementation of the formula."""
     with torch.no_grad():
         torch_attention.in_proj_weight.copy_(torch.cat([ours.query.weight, ours.key.weight, ours.value.weight]))
-        torch_attention.in_proj_bias.copy_(torch.cat([ours.query.bias, ours.key.bias, ours.value.bias]))
+        biases = [layer.bias if layer.bias is not None else torch.zeros(ours.feature_dim)
+                  for layer in (ours.query, ours.key, ours.value)]  # fmt: skip
+        torch_attention.in_proj_bias.copy_(torch.cat(biases))
         torch_attention.out_proj.weight.copy_(ours.out.weight)
         torch_attention.out_proj.bias.copy_(ours.out.bias)
     return torch_attention.eval()
@@ -21,10 +24,11 @@ def trained(attention: PoseConditionedLoRAAttention) -> PoseConditionedLoRAAtten
     return attention
 
 
-def test_base_equals_torch_multihead_attention():
+@pytest.mark.parametrize("tokens", [1, 2, 9])  # few queries take the absorbed path, many the projected one
+def test_base_equals_torch_multihead_attention(tokens):
     ours = PoseConditionedLoRAAttention(32, num_heads=4, rank=0)
     theirs = copy_into(nn.MultiheadAttention(32, 4, batch_first=True), ours)
-    x, memory = torch.randn(3, 2, 32), torch.randn(3, 6, 32)
+    x, memory = torch.randn(3, tokens, 32), torch.randn(3, 6, 32)
     context = torch.cat((x, memory), 1)
     wanted, wanted_weights = theirs(x, context, context, average_attn_weights=False)
     output, weights = ours(x, None, memory, return_attention=True)
@@ -32,17 +36,19 @@ def test_base_equals_torch_multihead_attention():
     torch.testing.assert_close(weights, wanted_weights, rtol=1e-5, atol=1e-6)
 
 
-def test_adapted_equals_its_formula_written_out():
+@pytest.mark.parametrize("tokens", [1, 2, 6])
+def test_adapted_equals_its_formula_written_out(tokens):
     ours = trained(PoseConditionedLoRAAttention(16, pose_dim=3, num_heads=2, rank=3, alpha=2.0)).double()
-    x, memory, pose = torch.randn(2, 16).double(), torch.randn(2, 4, 16).double(), torch.randn(2, 3).double()
-    context = torch.cat((x[:, None], memory), 1)
+    x, memory, pose = torch.randn(2, tokens, 16).double(), torch.randn(2, 4, 16).double(), torch.randn(2, 3).double()
+    context = torch.cat((x, memory), 1)
 
     def adapted(layer, tokens):
         code = torch.cat((pose.sin(), pose.cos()), 1)[:, None].expand(-1, tokens.shape[1], -1)
         update = torch.cat((tokens, code), 2) @ layer.lora_down.T @ layer.lora_up.T
         return tokens @ layer.weight.T + layer.bias + 2.0 / 3 * update
 
-    q, k, v = adapted(ours.query, x[:, None]), adapted(ours.key, context), adapted(ours.value, context)
+    q, v = adapted(ours.query, x), adapted(ours.value, context)
+    k = context @ (ours.key.weight + 2.0 / 3 * ours.key.lora_up @ ours.key.lora_down).T
     heads = []
     for h in range(2):
         part = slice(8 * h, 8 * h + 8)
@@ -50,7 +56,7 @@ def test_adapted_equals_its_formula_written_out():
         heads.append(scores.softmax(-1) @ v[..., part])
     a = torch.cat(heads, -1)
     wanted = a @ ours.out.weight.T + ours.out.bias + 2.0 / 3 * (a @ ours.out.lora_down.T @ ours.out.lora_up.T)
-    torch.testing.assert_close(ours(x, pose, memory), wanted[:, 0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ours(x, pose, memory), wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_attention_is_over_several_tokens_and_alive():
@@ -70,12 +76,31 @@ def test_attention_is_over_several_tokens_and_alive():
     assert alone.query.lora_up.grad.abs().max() < 1e-6
 
 
-def test_weights_are_those_that_the_fast_path_used():
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+def test_weights_are_those_that_the_fast_path_used(tokens):
     ours = trained(PoseConditionedLoRAAttention(32, num_heads=4, rank=4))
-    x, memory, pose = torch.randn(5, 2, 32), torch.randn(5, 6, 32), torch.randn(5, 3)
+    x, memory, pose = torch.randn(5, tokens, 32), torch.randn(5, 6, 32), torch.randn(5, 3)
     output, weights = ours(x, pose, memory, return_attention=True)
-    v = torch.cat([ours._project(ours.value, t, pose) for t in (x, memory)], 1).unflatten(-1, (4, 8)).transpose(1, 2)
+    v = ours.value(torch.cat((x, memory), 1), ours._pose_code(pose, 5)).unflatten(-1, (4, 8)).transpose(1, 2)
     torch.testing.assert_close(ours.out((weights @ v).transpose(1, 2).flatten(2)), output, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pose_or_bias_in_the_keys_would_change_nothing():
+    """Why k has neither: a shift of all keys of a sample leaves softmax(q k^T) as it is."""
+    q, k, shift = torch.randn(2, 4, 1, 8), torch.randn(2, 4, 7, 8), torch.randn(2, 4, 1, 8)
+    torch.testing.assert_close(attention_weights(q, k + shift), attention_weights(q, k), rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_takes_the_written_path_and_agrees_without_it():
+    ours = trained(PoseConditionedLoRAAttention(32, num_heads=4, rank=4, dropout=0.5))
+    x, memory, pose = torch.randn(3, 32), torch.randn(3, 6, 32), torch.randn(3, 3)
+    assert not torch.equal(ours(x, pose, memory), ours(x, pose, memory))
+    ours.eval()
+    absorbed = ours(x, pose, memory)
+    code = ours._pose_code(pose, 3)
+    q = ours.query(x[:, None], code).unflatten(-1, (4, 8)).transpose(1, 2)
+    written, _ = ours._projected(q, torch.cat((x[:, None], memory), 1), code, False)
+    torch.testing.assert_close(ours.out(written)[:, 0], absorbed, rtol=1e-5, atol=1e-5)
 
 
 def test_pose_matters_and_angles_wrap():

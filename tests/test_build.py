@@ -170,3 +170,9 @@ def test_the_command_line_builds(tmp_path, one_studio, monkeypatch):
     calls = []
     main([str(tmp_path / "new"), "--people", "5", "--views", "3", "--seed", "2", "--workers", "2"])
     assert calls == [(tmp_path / "new", BuildConfig(people=5, views=3, seed=2), 2, None)]
+
+
+def test_the_command_line_wants_a_folder(capsys):
+    with pytest.raises(SystemExit):
+        main(["--people", "5"])
+    assert "give the folder for the six files, or --sheet PATH" in capsys.readouterr().err

@@ -48,15 +48,22 @@ def _check_heads(feature_dim: int, num_heads: int) -> None:
 class PoseConditionedLoRAAttention(nn.Module):
     """Multi-head attention with frozen projections, adapted by LoRA that sees the pose.
 
-        q = W_q h + s B_q A_q [h; c],  k and v alike over [h; memory],  out = W_o a + s B_o A_o a,
-        c = [sin p, cos p]
+        q = W_q h + b_q + s B_q A_q [h; c]         c = [sin p, cos p]
+        k = W_k [h; memory] + s B_k A_k [h; memory]
+        v = W_v [h; memory] + b_v + s B_v A_v [h; memory; c]
+        out = W_o a + b_o + s B_o A_o a            a = softmax(q k^T / sqrt(d)) v
 
-    as the attention processor of ViewDiff (arXiv:2403.01807, sec. 3.1) does. Feature tokens are the
+    after the attention processor of ViewDiff (arXiv:2403.01807, sec. 3.1). Feature tokens are the
     queries; they attend jointly to themselves and to `memory`. Without memory a single token can only
     attend to itself and its weight is 1 whatever q and k are: give memory tokens, or a sequence.
 
-    The pose is the same for all tokens of a sample, so its part in k shifts all scores of a query
-    equally and softmax removes it; the pose acts through q and v.
+    A bias or a pose in k would shift all scores of a query equally, and softmax would remove it again;
+    so k has neither, and the pose acts through q and v.
+
+    Few queries over many keys take a shorter way to the same numbers: q_h . (W_h m) = (W_h^T q_h) . m,
+    so W_k moves to the side of the queries and W_v behind the weighted sum, and no token of the memory
+    has to be projected (the weight absorption of multi-head latent attention, arXiv:2405.04434,
+    sec. 2.1.2).
 
     Args:
         feature_dim: width D of the tokens, a multiple of num_heads.
@@ -79,17 +86,17 @@ class PoseConditionedLoRAAttention(nn.Module):
     ) -> None:
         super().__init__()
         _check_heads(feature_dim, num_heads)
-        self.feature_dim, self.num_heads, self.rank = feature_dim, num_heads, rank
+        self.feature_dim, self.num_heads, self.rank, self.dropout = feature_dim, num_heads, rank, dropout
         self.pose_dim = pose_dim if rank else 0
 
-        def linear(pose_dim: int) -> nn.Linear:
+        def linear(pose_dim: int, bias: bool = True) -> nn.Linear:
             if rank == 0:
-                return nn.Linear(feature_dim, feature_dim)
-            options = {"pose_dim": pose_dim, "rslora": rslora, "dropout": dropout}
+                return nn.Linear(feature_dim, feature_dim, bias)
+            options = {"pose_dim": pose_dim, "bias": bias, "rslora": rslora, "dropout": dropout}
             return LoRALinearLayer(feature_dim, feature_dim, rank, alpha, **options)
 
-        self.query, self.key, self.value = (linear(2 * self.pose_dim) for _ in range(3))
-        self.out = linear(0)
+        self.query, self.value = linear(2 * self.pose_dim), linear(2 * self.pose_dim)
+        self.key, self.out = linear(0, bias=False), linear(0)
 
     def forward(
         self,
@@ -112,22 +119,59 @@ class PoseConditionedLoRAAttention(nn.Module):
         if h.dim() != 3 or h.shape[-1] != self.feature_dim:
             raise ValueError(f"features must be (B, {self.feature_dim}) or (B, T, {self.feature_dim}), "
                              f"got {tuple(features.shape)}")  # fmt: skip
-        q, k, v = (self._project(layer, h, pose) for layer in (self.query, self.key, self.value))
-        if memory is not None:  # projected apart from h: memory often needs no gradient, which spares its backward
-            k = torch.cat((k, self._project(self.key, memory, pose)), 1)
-            v = torch.cat((v, self._project(self.value, memory, pose)), 1)
-        q, k, v = (split_heads(x, self.num_heads) for x in (q, k, v))
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        code = self._pose_code(pose, len(h))
+        context = h if memory is None else torch.cat((h, memory), 1)
+        q = split_heads(self.query(h, code) if self.pose_dim else self.query(h), self.num_heads)
+        few_queries = context.shape[1] > 2 * h.shape[1]
+        if few_queries and not (self.dropout and self.training):  # dropout is defined on projected tokens
+            attended, weights = self._absorbed(q, context, code, return_attention)
+        else:
+            attended, weights = self._projected(q, context, code, return_attention)
         output = self.out(attended).view_as(features)
-        return (output, attention_weights(q, k)) if return_attention else output
+        return (output, weights) if return_attention else output
 
-    def _project(self, layer: nn.Linear, tokens: Tensor, pose: Tensor | None) -> Tensor:
-        if not self.pose_dim or layer.is_merged:
-            return layer(tokens)
-        if pose is None or pose.shape != (len(tokens), self.pose_dim):
+    def _projected(self, q: Tensor, context: Tensor, code: Tensor | None, with_weights: bool):
+        """Attention as it is written: project every token to a key and a value."""
+        k = split_heads(self.key(context), self.num_heads)
+        v = split_heads(self.value(context, code) if self.pose_dim else self.value(context), self.num_heads)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return attended, attention_weights(q, k) if with_weights else None
+
+    def _absorbed(self, q: Tensor, context: Tensor, code: Tensor | None, with_weights: bool):
+        """The same with W_k applied to the queries and W_v after the weighted sum of the tokens."""
+        batch, heads, count, width = q.shape  # (B, H, T, d)
+        by_head = q.transpose(0, 1).reshape(heads, batch * count, width)  # (H, B T, d)
+        towards = by_head @ self.key.weight.unflatten(0, (heads, width))  # (H, B T, D)
+        if self.rank and self.key.adapter_acts:
+            low = by_head @ self.key.lora_up.unflatten(0, (heads, width))  # (H, B T, r)
+            towards = towards + (low * self.key.scale) @ self.key.lora_down
+        towards = towards.unflatten(1, (batch, count)).transpose(0, 1).flatten(1, 2)  # (B, H T, D)
+        summed = F.scaled_dot_product_attention(towards[:, None], context[:, None], context[:, None],
+                                                scale=width**-0.5)[:, 0]  # fmt: skip
+        by_head = summed.unflatten(1, (heads, count)).transpose(0, 1).reshape(heads, batch * count, -1)
+        attended = by_head @ self.value.weight.unflatten(0, (heads, width)).transpose(1, 2)  # (H, B T, d)
+        if self.rank and self.value.adapter_acts:
+            low = by_head @ self.value.lora_down[:, : self.feature_dim].T  # (H, B T, r)
+            if self.pose_dim:
+                low = low + F.linear(code, self.value.lora_down[:, self.feature_dim :]).expand(-1, count, -1).flatten(0, 1)
+            up = self.value.lora_up.unflatten(0, (heads, width)).transpose(1, 2)
+            attended = attended + (low * self.value.scale) @ up
+        attended = attended.unflatten(1, (batch, count)).permute(1, 2, 0, 3).flatten(2) + self.value.bias
+        if not with_weights:
+            return attended, None
+        scores = towards @ context.transpose(1, 2) * width**-0.5
+        return attended, scores.softmax(-1).unflatten(1, (heads, count))
+
+    def _pose_code(self, pose: Tensor | None, batch: int) -> Tensor | None:
+        """[sin p, cos p] for all tokens of a sample: (B, 1, 2 P); None if no adapter asks for it."""
+        if not self.pose_dim:
+            return None
+        if pose is None and not (self.query.adapter_acts or self.value.adapter_acts):
+            return None
+        if pose is None or pose.shape != (batch, self.pose_dim):
             got = "none" if pose is None else tuple(pose.shape)
-            raise ValueError(f"pose must be ({len(tokens)}, {self.pose_dim}) angles in radians, got {got}")
-        return layer(tokens, encode_pose(pose)[:, None])
+            raise ValueError(f"pose must be ({batch}, {self.pose_dim}) angles in radians, got {got}")
+        return encode_pose(pose)[:, None]
 
     def get_trainable_parameters(self) -> list[nn.Parameter]:
         """The adapters' parameters (with rank 0: all of them)."""
@@ -137,8 +181,9 @@ class PoseConditionedLoRAAttention(nn.Module):
     def merge(self, pose: Tensor | None = None) -> None:
         """Fold all four adapters into the frozen weights, exactly, for one pose (P,)."""
         code = encode_pose(pose) if self.pose_dim and pose is not None else None
-        for layer in (self.query, self.key, self.value):
-            layer.merge(code)
+        self.query.merge(code)
+        self.value.merge(code)
+        self.key.merge()
         self.out.merge()
 
     def unmerge(self) -> None:

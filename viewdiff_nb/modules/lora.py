@@ -100,6 +100,11 @@ class LoRALinearLayer(nn.Linear):
     def is_merged(self) -> bool:
         return self._unmerged is not None
 
+    @property
+    def adapter_acts(self) -> bool:
+        """Whether the adapter has to be computed beside W: not if it is merged or disabled."""
+        return self.adapter_enabled and not self.is_merged
+
     def forward(self, x: Tensor, pose: Tensor | None = None) -> Tensor:
         """
         Args:
@@ -110,7 +115,7 @@ class LoRALinearLayer(nn.Linear):
             (..., out_features).
         """
         y = F.linear(x, self.weight, self.bias)
-        if self.is_merged or not self.adapter_enabled:
+        if not self.adapter_acts:
             return y
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_down[:, : self.in_features])
         if self.pose_dim:

@@ -43,7 +43,7 @@ class Profile:
 FULL = Profile("full", seeds=5, train_people=None, base_epochs=10, adapt_epochs=6, all_epochs=10)
 FAST = Profile("fast", seeds=1, train_people=300, base_epochs=2, adapt_epochs=2, all_epochs=2)
 
-COMMON = TrainConfig(batch_size=128, dropout=0.2, lr=5e-4)
+COMMON = TrainConfig(batch_size=128, dropout=0.2, lr=5e-4, val_every=1000)  # scored at the end
 FINE_TUNING = {"min_yaw": BOUNDARY, "lr": 2e-4, "lora_lr": 3e-3}
 LORA = FINE_TUNING | {"use_lora_attention": True, "freeze_base": True}
 ADAPTATIONS: dict[str, dict] = {
@@ -104,7 +104,7 @@ def base_model(store: Store, split: Split, profile: Profile, seed: int, progress
     def make(path: Path) -> dict:
         run = train(config, split.train, split.val, progress=progress)
         save_checkpoint(path.with_suffix(".pth"), {"model": run.model.state_dict()})
-        return _result(run.model, split, run.train_seconds, run.history)
+        return score_model(run.model, split, run.train_seconds, run.history)
 
     key = {"name": "base", "config": config.to_dict()}
     store.get(key, make)
@@ -114,14 +114,14 @@ def base_model(store: Store, split: Split, profile: Profile, seed: int, progress
 def adaptation(
     store: Store, split: Split, profile: Profile, name: str, seed: int, progress: bool = False, **changes
 ) -> dict:
-    """Result of one of `ADAPTATIONS` (or of a variation of it) for one seed; see `_result`."""
+    """Result of one of `ADAPTATIONS` (or of a variation of it) for one seed; see `score_model`."""
     base = base_model(store, split, profile, seed, progress)
     options = ADAPTATIONS[name] | changes
     config = replace(COMMON, epochs=profile.adapt_epochs, seed=seed, base_model_path=base.name, **options)
 
     def make(path: Path) -> dict:
         run = train(replace(config, base_model_path=str(base)), split.train, split.val, progress=progress)
-        return _result(run.model, split, run.train_seconds, run.history)
+        return score_model(run.model, split, run.train_seconds, run.history)
 
     return store.get({"name": name, "config": config.to_dict()}, make)
 
@@ -144,9 +144,9 @@ def baseline(store: Store, split: Split, profile: Profile, name: str, seed: int,
             torch.manual_seed(seed)
             model = BASELINES[name](split.train)
         if not list(model.parameters()):
-            return _result(model, split, 0.0, None)
+            return score_model(model, split, 0.0, None)
         run = train(config, split.train, split.val, model, progress=progress)
-        return _result(run.model, split, run.train_seconds, run.history)
+        return score_model(run.model, split, run.train_seconds, run.history)
 
     return store.get({"name": name, "config": config.to_dict()}, make)
 
@@ -157,12 +157,12 @@ def everywhere(store: Store, split: Split, profile: Profile, seed: int, progress
 
     def make(path: Path) -> dict:
         run = train(config, split.train, split.val, progress=progress)
-        return _result(run.model, split, run.train_seconds, run.history)
+        return score_model(run.model, split, run.train_seconds, run.history)
 
     return store.get({"name": "everywhere", "config": config.to_dict()}, make)
 
 
-def _result(model: nn.Module, split: Split, seconds: float, history: pd.DataFrame | None) -> dict:
+def score_model(model: nn.Module, split: Split, seconds: float, history: pd.DataFrame | None) -> dict:
     """{val, test: rates by yaw bin, parameters, trainable, lora, train_seconds, history}."""
     rates = {}
     for part in ("val", "test"):

@@ -75,12 +75,14 @@ class TrainConfig:
     log_dir: str | None = None
     save_every: int = 10
     """Epochs between periodic checkpoints."""
+    val_every: int = 1
+    """Epochs between validations; the last epoch always has one."""
     resume: str | None = None
     """Checkpoint to go on from."""
 
     def __post_init__(self) -> None:
         positive = ("epochs", "batch_size", "gradient_accumulation_steps", "lr", "lora_lr", "clip_norm", "n_views",
-                    "save_every", "rank", "lora_alpha")  # fmt: skip
+                    "save_every", "val_every", "rank", "lora_alpha")  # fmt: skip
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

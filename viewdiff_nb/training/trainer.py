@@ -112,7 +112,7 @@ def train(
     writer = _summary_writer(log_dir, first_epoch)
     if not config.resume:
         torch.manual_seed(config.seed)  # dropout
-    best = min((row["val_loss"] for row in history), default=math.inf)
+    best = min((row.get("val_loss", math.inf) for row in history), default=math.inf)
 
     bar = tqdm(range(first_epoch, config.epochs), disable=not progress, desc="epochs")
     for epoch in bar:
@@ -154,21 +154,22 @@ def train(
                 f"the loss is {losses[bad].item()} in batch {bad} of epoch {epoch + 1}; lower lr "
                 f"({config.lr:g}) or lora_lr ({config.lora_lr:g})" + (", or switch use_amp off" * config.use_amp))
 
-        row = {"epoch": epoch + 1, "train_loss": train_loss, "lr": scheduler.get_last_lr()[0],
-               **evaluate(model, val_faces, task_loss), "seconds": seconds}  # fmt: skip
+        row = {"epoch": epoch + 1, "train_loss": train_loss, "lr": scheduler.get_last_lr()[0], "seconds": seconds}
+        if (epoch + 1) % config.val_every == 0 or epoch + 1 == config.epochs:
+            row |= evaluate(model, val_faces, task_loss)
         history.append(row)
-        bar.set_postfix(loss=f"{train_loss:.4f}", val_rank1=f"{row['val_rank1']:.3f}")
+        bar.set_postfix({name: f"{row[name]:.3f}" for name in ("train_loss", "val_rank1") if name in row})
         _log(writer, row, losses, epoch * batches)
         if save_dir:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1,
                      "scheduler": scheduler.state_dict(), "scaler": scaler.state_dict(), "history": history,
                      "generator": generator.get_state(), "torch_rng": torch.get_rng_state(), "seconds": seconds,
                      "steps": steps, "config": config.to_dict()}  # fmt: skip
-            if row["val_loss"] < best:
+            if row.get("val_loss", math.inf) < best:
                 save_checkpoint(save_dir / "best_model_enhanced.pth", state)
             if (epoch + 1) % config.save_every == 0 or epoch + 1 == config.epochs:
                 save_checkpoint(save_dir / f"checkpoint_epoch_{epoch + 1}_enhanced.pth", state)
-        best = min(best, row["val_loss"])
+        best = min(best, row.get("val_loss", math.inf))
         if on_epoch:
             on_epoch(pd.DataFrame(history))
     if writer:
@@ -275,5 +276,6 @@ def _log(writer, row: dict[str, float], losses: Tensor, first_step: int) -> None
     names = {"Train/LearningRate": "lr", "Epoch/TrainLoss": "train_loss", "Epoch/ValLoss": "val_loss",
              "Epoch/ValCosineSim": "val_cosine", "Epoch/ValRank1": "val_rank1", "Epoch/ValTAR": "val_tar"}  # fmt: skip
     for tag, key in names.items():
-        writer.add_scalar(tag, row[key], row["epoch"])
+        if key in row:
+            writer.add_scalar(tag, row[key], row["epoch"])
     writer.flush()

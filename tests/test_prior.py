@@ -97,7 +97,7 @@ def test_at_step_0_the_prior_loss_is_zero():
 
 def test_the_base_stays_frozen_and_in_evaluation_mode():
     model, base = pair()
-    together = EnhancedTransformerWithPrior(model, base).train()
+    EnhancedTransformerWithPrior(model, base).train()
     assert model.training and not base.training
     assert not any(p.requires_grad for p in base.parameters())
 

@@ -122,13 +122,18 @@ class PoseConditionedLoRAAttention(nn.Module):
         code = self._pose_code(pose, len(h))
         context = h if memory is None else torch.cat((h, memory), 1)
         q = split_heads(self.query(h, code) if self.pose_dim else self.query(h), self.num_heads)
-        few_queries = context.shape[1] > 2 * h.shape[1]
-        if few_queries and not (self.dropout and self.training):  # dropout is defined on projected tokens
+        if self._may_absorb(h.shape[1], context.shape[1]):
             attended, weights = self._absorbed(q, context, code, return_attention)
         else:
             attended, weights = self._projected(q, context, code, return_attention)
         output = self.out(attended).view_as(features)
         return (output, weights) if return_attention else output
+
+    def _may_absorb(self, queries: int, keys: int) -> bool:
+        """Whether the short way is shorter, and allowed: adapter dropout acts on projected tokens, and a
+        layer that somebody else has wrapped (PEFT, quantisation) has to be called."""
+        ours = all(type(layer) in (nn.Linear, LoRALinearLayer) for layer in (self.key, self.value))
+        return keys > 2 * queries and ours and not (self.dropout and self.training)
 
     def _projected(self, q: Tensor, context: Tensor, code: Tensor | None, with_weights: bool):
         """Attention as it is written: project every token to a key and a value."""
@@ -151,9 +156,10 @@ class PoseConditionedLoRAAttention(nn.Module):
         by_head = summed.unflatten(1, (heads, count)).transpose(0, 1).reshape(heads, batch * count, -1)
         attended = by_head @ self.value.weight.unflatten(0, (heads, width)).transpose(1, 2)  # (H, B T, d)
         if self.rank and self.value.adapter_acts:
-            low = by_head @ self.value.lora_down[:, : self.feature_dim].T  # (H, B T, r)
+            down, pose_down = self.value.lora_down.split((self.feature_dim, self.value.pose_dim), 1)
+            low = by_head @ down.T  # (H, B T, r)
             if self.pose_dim:
-                low = low + F.linear(code, self.value.lora_down[:, self.feature_dim :]).expand(-1, count, -1).flatten(0, 1)
+                low = low + F.linear(code, pose_down).expand(-1, count, -1).flatten(0, 1)
             up = self.value.lora_up.unflatten(0, (heads, width)).transpose(1, 2)
             attended = attended + (low * self.value.scale) @ up
         attended = attended.unflatten(1, (batch, count)).permute(1, 2, 0, 3).flatten(2) + self.value.bias

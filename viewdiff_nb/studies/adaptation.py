@@ -9,10 +9,9 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pandas as pd
 import torch
 from torch import nn
 
@@ -23,6 +22,7 @@ from ..modules.baselines import DREAM, MLP, MeanFace, PoseRidge, RawEmbedding
 from ..paths import HEADS, RUNS
 from ..training.checkpoint import save_checkpoint
 from ..training.config import TrainConfig
+from ..training.losses import LOSSES
 from ..training.trainer import predict, train
 
 BOUNDARY = 45.0  # degrees of |yaw|: the base's domain below, the adapted one from there on
@@ -40,11 +40,11 @@ class Profile:
     all_epochs: int  # for baselines trained on all views
 
 
-FULL = Profile("full", seeds=5, train_people=None, base_epochs=10, adapt_epochs=6, all_epochs=10)
+FULL = Profile("full", seeds=5, train_people=None, base_epochs=8, adapt_epochs=6, all_epochs=8)
 FAST = Profile("fast", seeds=1, train_people=300, base_epochs=2, adapt_epochs=2, all_epochs=2)
 
 COMMON = TrainConfig(batch_size=128, dropout=0.2, lr=5e-4, val_every=1000)  # scored at the end
-FINE_TUNING = {"min_yaw": BOUNDARY, "lr": 2e-4, "lora_lr": 3e-3}
+FINE_TUNING = {"min_yaw": BOUNDARY, "lr": 2e-4, "lora_lr": 1e-2}  # chosen among three each on validation people
 LORA = FINE_TUNING | {"use_lora_attention": True, "freeze_base": True}
 ADAPTATIONS: dict[str, dict] = {
     "full fine-tuning": FINE_TUNING,
@@ -81,9 +81,9 @@ class Store:
         if path.is_file():
             return json.loads(path.read_text())
         path.parent.mkdir(parents=True, exist_ok=True)
-        result = make(path)
+        result = {"key": key} | make(path)
         part = path.with_suffix(".part")
-        part.write_text(json.dumps({"key": key} | result, indent=1))
+        part.write_text(json.dumps(result, indent=1))
         os.replace(part, path)
         return result
 
@@ -97,31 +97,29 @@ def fingerprint(split: Split) -> str:
     return digest.hexdigest()[:16]
 
 
-def base_model(store: Store, split: Split, profile: Profile, seed: int, progress: bool = False) -> Path:
-    """Checkpoint of the base of a seed, trained if there is none yet."""
-    config = replace(COMMON, max_yaw=BOUNDARY, epochs=profile.base_epochs, seed=seed)
+def base_model(store: Store, split: Split, profile: Profile, seed: int, **changes) -> tuple[Path, dict]:
+    """Checkpoint and result of the base of a seed, trained if there is none yet."""
+    config = replace(COMMON, max_yaw=BOUNDARY, epochs=profile.base_epochs, seed=seed, **changes)
 
     def make(path: Path) -> dict:
-        run = train(config, split.train, split.val, progress=progress)
+        run = train(config, split.train, split.val, progress=False)
         save_checkpoint(path.with_suffix(".pth"), {"model": run.model.state_dict()})
-        return score_model(run.model, split, run.train_seconds, run.history)
+        return score_model(run.model, split, run.train_seconds)
 
     key = {"name": "base", "config": config.to_dict()}
-    store.get(key, make)
-    return store.path(key).with_suffix(".pth")
+    result = store.get(key, make)
+    return store.path(key).with_suffix(".pth"), result
 
 
-def adaptation(
-    store: Store, split: Split, profile: Profile, name: str, seed: int, progress: bool = False, **changes
-) -> dict:
-    """Result of one of `ADAPTATIONS` (or of a variation of it) for one seed; see `score_model`."""
-    base = base_model(store, split, profile, seed, progress)
+def adaptation(store: Store, split: Split, profile: Profile, name: str, seed: int, **changes) -> dict:
+    """Result of one of `ADAPTATIONS` for one seed; changes go to the base as well as to its adaptation."""
+    base, _ = base_model(store, split, profile, seed, **changes)
     options = ADAPTATIONS[name] | changes
     config = replace(COMMON, epochs=profile.adapt_epochs, seed=seed, base_model_path=base.name, **options)
 
     def make(path: Path) -> dict:
-        run = train(replace(config, base_model_path=str(base)), split.train, split.val, progress=progress)
-        return score_model(run.model, split, run.train_seconds, run.history)
+        run = train(replace(config, base_model_path=str(base)), split.train, split.val, progress=False)
+        return score_model(run.model, split, run.train_seconds)
 
     return store.get({"name": name, "config": config.to_dict()}, make)
 
@@ -135,7 +133,7 @@ BASELINES: dict[str, Callable[[FaceViews], nn.Module]] = {
 }
 
 
-def baseline(store: Store, split: Split, profile: Profile, name: str, seed: int, progress: bool = False) -> dict:
+def baseline(store: Store, split: Split, profile: Profile, name: str, seed: int) -> dict:
     """Result of one of `BASELINES`, trained (where it is trained at all) on all side views, base domain too."""
     config = replace(COMMON, epochs=profile.all_epochs, seed=seed)
 
@@ -144,33 +142,20 @@ def baseline(store: Store, split: Split, profile: Profile, name: str, seed: int,
             torch.manual_seed(seed)
             model = BASELINES[name](split.train)
         if not list(model.parameters()):
-            return score_model(model, split, 0.0, None)
-        run = train(config, split.train, split.val, model, progress=progress)
-        return score_model(run.model, split, run.train_seconds, run.history)
+            return score_model(model, split, 0.0)
+        run = train(config, split.train, split.val, model, progress=False)
+        return score_model(run.model, split, run.train_seconds)
 
     return store.get({"name": name, "config": config.to_dict()}, make)
 
 
-def everywhere(store: Store, split: Split, profile: Profile, seed: int, progress: bool = False, **changes) -> dict:
-    """Result of the whole model, projection included, trained on all side views at once."""
-    config = replace(COMMON, epochs=profile.all_epochs, seed=seed, use_projection_layer=True, lora_lr=5e-4, **changes)
-
-    def make(path: Path) -> dict:
-        run = train(config, split.train, split.val, progress=progress)
-        return score_model(run.model, split, run.train_seconds, run.history)
-
-    return store.get({"name": "everywhere", "config": config.to_dict()}, make)
-
-
-def score_model(model: nn.Module, split: Split, seconds: float, history: pd.DataFrame | None) -> dict:
-    """{val, test: rates by yaw bin, parameters, trainable, lora, train_seconds, history}."""
+def score_model(model: nn.Module, split: Split, seconds: float) -> dict:
+    """{val, test: rates by yaw bin, parameters, trainable, lora, train_seconds}."""
     rates = {}
     for part in ("val", "test"):
         faces = getattr(split, part).to(next(iter(model.parameters()), split.train.src).device)
         rates[part] = recognition_by_yaw(predict(model, faces), faces.front, faces.person, faces.abs_yaw)
-    counts = parameter_counts(model)
-    return rates | counts | {"train_seconds": seconds,
-                             "history": None if history is None else history.to_dict("list")}  # fmt: skip
+    return rates | parameter_counts(model) | {"train_seconds": seconds}
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
@@ -199,12 +184,13 @@ def run_study(profile: Profile, split: Split | None = None, progress: Callable =
         if name in BASELINES:
             results[name, seed] = baseline(store, split, profile, name, seed)
         elif name == "base":
-            results[name, seed] = json.loads(
-                base_model(store, split, profile, seed).with_suffix(".json").read_text())  # fmt: skip
+            results[name, seed] = base_model(store, split, profile, seed)[1]
         else:
             results[name, seed] = adaptation(store, split, profile, name, seed)
     return results
 
 
-def describe(profile: Profile) -> dict:
-    return asdict(profile)
+def loss_study(profile: Profile, split: Split, progress: Callable = iter) -> dict[str, dict]:
+    """Results of LoRA r=8, base and adaptation alike trained with each loss, for seed 0."""
+    store = Store(split)
+    return {loss: adaptation(store, split, profile, "LoRA r=8", 0, loss=loss) for loss in progress(list(LOSSES))}

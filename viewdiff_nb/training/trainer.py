@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..faces.views import FaceViews
+from ..metrics import recognition_by_yaw
 from ..modules.prior import EnhancedTransformerWithPrior, PriorPreservationDataset, PriorPreservationLoss
 from ..modules.transformer import EnhancedTransformerDecoderOnly3D
-from ..metrics import recognition_by_yaw
 from .checkpoint import load_base_weights, load_checkpoint, save_checkpoint
 from .config import TrainConfig, choose_device, writable_folder
 from .losses import LOSSES

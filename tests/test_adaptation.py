@@ -1,0 +1,68 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import people
+
+from viewdiff_nb.faces import split_by_person
+from viewdiff_nb.studies import adaptation
+from viewdiff_nb.studies.adaptation import Profile, Store, run_study
+
+TINY = Profile("tiny", seeds=1, train_people=None, base_epochs=1, adapt_epochs=1, all_epochs=1)
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """A split of random people, models of toy size, and results in a folder of their own."""
+    sizes = {"d_model": 32, "nhead": 4, "num_layers": 2, "dim_feedforward": 48, "voxel_resolution": 4}
+    monkeypatch.setattr(adaptation, "COMMON", replace(adaptation.COMMON, **sizes))
+    monkeypatch.setattr(adaptation, "RUNS", tmp_path)
+    monkeypatch.setattr(Store.__init__, "__defaults__", (tmp_path,))
+    return split_by_person(people(100), val=30, test=40)
+
+
+def test_study_trains_everything_once_and_reuses_it(small, monkeypatch):
+    results = run_study(TINY, small)
+    assert {name for name, _ in results} == {*adaptation.BASELINES, "base", *adaptation.ADAPTATIONS}
+    for result in results.values():
+        assert 0 <= result["test"]["all"]["rank1"] <= 1 and result["test"]["all"]["views"] == 40 * 6
+    assert results["LoRA r=8", 0]["trainable"] == results["LoRA r=8", 0]["lora"] > 0
+    assert results["LoRA r=8 + 3-D projection", 0]["trainable"] > results["LoRA r=8", 0]["trainable"]
+
+    def fail(*_, **__):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(adaptation, "train", fail)
+    assert run_study(TINY, small) == results
+
+
+def test_a_result_is_stored_under_all_that_made_it(small):
+    store = Store(small)
+    key = {"name": "x", "config": {"lr": 1.0}}
+    made = []
+    for k in (key, key, {"name": "x", "config": {"lr": 2.0}}):
+        store.get(k, lambda path: made.append(path) or {"value": len(made)})
+    assert len(made) == 2 and made[0] != made[1]
+    other = Store(split_by_person(people(100, noise=0.4), val=30, test=40))
+    assert other.path(key) != store.path(key)
+
+
+def test_an_interrupted_result_is_not_kept(small):
+    store = Store(small)
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.get({"name": "y"}, interrupted)
+    assert store.get({"name": "y"}, lambda path: {"value": 1})["value"] == 1
+
+
+def test_the_shipped_set_loads_and_splits():
+    split = adaptation.load_split()
+    assert split.train.feature_dim == 512 and len(split.train.names) == 1300
+    assert len(split.val.names) == 200 and len(split.test.names) == 300
+    smoke = adaptation.load_split(adaptation.FAST)
+    assert smoke.test.names == split.test.names and len(smoke.train.names) < 1300
+    lengths = split.train.src.norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=2e-3)  # float16 on disk

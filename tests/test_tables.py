@@ -1,0 +1,91 @@
+import math
+
+import pandas as pd
+import pytest
+
+from viewdiff_nb.plots import recognition_curves, save_table
+from viewdiff_nb.studies import tables
+from viewdiff_nb.studies.adaptation import ADAPTATIONS
+
+BINS = ("all", "0-45", "45-90", "0-30", "30-45", "45-60", "60-75", "75-90")
+
+
+def result(rank1, trainable=1000, lora=0, seconds=10.0):
+    rates = {"rank1": rank1, "tar": rank1 - 0.1, "auc": 0.9, "cosine": 0.5, "centred_cosine": 0.4, "mse": 0.002, "views": 9}
+    return {"val": dict.fromkeys(BINS, rates), "test": dict.fromkeys(BINS, rates), "parameters": 9000,
+            "trainable": trainable, "lora": lora, "train_seconds": seconds}  # fmt: skip
+
+
+@pytest.fixture
+def results():
+    """Two seeds of everything; LoRA r=8 is better than full fine-tuning by .1 and .3."""
+    found = {(name, seed): result(0.5) for name in ("base", "MLP", *ADAPTATIONS) for seed in (0, 1)}
+    found["full fine-tuning", 0], found["full fine-tuning", 1] = result(0.5, 9000), result(0.5, 9000, seconds=20.0)
+    for seed, rank1, seconds in ((0, 0.6, 5.0), (1, 0.8, 5.0)):
+        found["LoRA r=8", seed] = result(rank1, trainable=900, lora=900, seconds=seconds)
+    return found
+
+
+def test_student_interval_by_hand():
+    mean, half = tables.mean_interval([0.6, 0.8])
+    assert mean == pytest.approx(0.7)
+    assert half == pytest.approx(12.706 * math.sqrt(0.02) / math.sqrt(2), rel=1e-4)
+    assert math.isnan(tables.mean_interval([1.0])[1])
+
+
+def test_differences_are_paired_by_seed(results):
+    mean, half = tables.difference(results, "LoRA r=8", "full fine-tuning", "rank1")
+    assert mean == pytest.approx(0.2) and half == pytest.approx(12.706 * 0.1, rel=1e-4)
+    assert "0.200 ± 1.271 above full fine-tuning in rank1 (all); the interval includes 0" in tables.verdict(
+        results, "LoRA r=8", "full fine-tuning", "rank1")  # fmt: skip
+
+
+def test_verdicts_say_which_way_and_how_sure(results):
+    for seed in (0, 1):
+        results["LoRA r=8", seed] = result(0.4 + 0.001 * seed)
+    words = tables.verdict(results, "LoRA r=8", "full fine-tuning", "rank1")
+    assert "below full fine-tuning" in words and "excludes 0" in words
+    single = {key: value for key, value in results.items() if key[1] == 0}
+    assert "one seed, so this is no evidence" in tables.verdict(single, "LoRA r=8", "full fine-tuning", "rank1")
+    assert len(tables.claims(results).splitlines()) == 10
+
+
+def test_parameter_table_has_the_guide_beside_it(results):
+    table = tables.parameter_table(results)
+    assert table.loc["LoRA r=8", "reduction"] == "90.0%" and table.loc["LoRA r=8", "guide: reduction"] == "80%"
+    assert table.loc["full fine-tuning", "reduction"] == "0.0%"
+    assert list(table.columns[:2]) == ["total", "guide: total"]
+
+
+def test_quality_table_pairs_times_by_seed(results):
+    table = tables.quality_table(results)
+    assert table.loc["LoRA r=8", "training time"].startswith("38%")  # mean of 5/10 and 5/20
+    assert table.loc["LoRA r=8", "rank-1"].startswith("0.700 ±")
+    assert table.loc["base", "training time"] == "–" and table.loc["LoRA r=8", "guide: cosine"] == "0.984"
+    assert "by rank-1: LoRA r=8 >" in tables.quality_findings(results | {("raw side view", 0): result(0.5)})
+
+
+def test_speed_table_and_findings():
+    names = ("full fine-tuning", "LoRA r=4", "LoRA r=8", "LoRA r=8 + 3-D projection", "LoRA r=8 + prior")
+    rows = [{"batch_size": 32, "amp": False, "name": n, "ms": 10.0 * (i + 1), "ms_low": 9.0, "ms_high": 12.0,
+             "memory_mb": 100.0, "speed": 1 / (i + 1), "memory": 0.4} for i, n in enumerate(names)]  # fmt: skip
+    table = tables.speed_table(pd.DataFrame(rows), 32, False)
+    assert table.loc["LoRA r=4", "speed"] == "0.50x" and table.loc["LoRA r=4", "guide: speed"] == "2.5x"
+    assert "LoRA r=8 0.33x (guide 2x)" in tables.speed_findings(pd.DataFrame(rows))
+
+
+def test_recognition_table_and_figures(results, tmp_path):
+    table = tables.recognition_table(results, "rank1")
+    assert list(table.columns) == list(BINS) and table.loc["LoRA r=8", "75-90"].startswith("0.700 ± ")
+    save_table(table, "t", tmp_path / "new", "Title", "a note")
+    assert pd.read_csv(tmp_path / "new/t.csv", index_col=0).loc["base", "all"] == "0.500 ± 0.000"
+    assert (tmp_path / "new/t.png").read_bytes()[:4] == b"\x89PNG"
+    shown = ["full fine-tuning", "LoRA r=8"]
+    figure = recognition_curves(tables.tidy(results, shown), "rank1", "title")
+    assert [t.get_text() for t in figure.axes[0].get_legend().get_texts()] == shown
+
+
+def test_loss_table(results):
+    losses = {"mse": result(0.5), "identity": result(0.7)}
+    assert tables.loss_table(losses).loc["identity", "rank1"] == "0.7000"
+    assert "Best by rank-1: **identity**" in tables.loss_findings(losses)

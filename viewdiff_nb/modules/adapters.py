@@ -1,0 +1,178 @@
+"""Adapters of a whole model on disk: safetensors plus json, and PEFT's format where PEFT can express them.
+
+A folder of the kit holds
+
+    adapter_model.safetensors   everything that was added to the base: LoRA, projection, cross-view attention
+    adapter_config.json         rank, alpha, ... of every adapted layer, and a fingerprint of the base
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .lora import LoRALinearLayer, lora_layers
+
+FORMAT = "viewdiff_nb adapter 1"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PEFT_PREFIX = "base_model.model."
+
+
+class AdapterError(ValueError):
+    """An adapter that does not fit the model, or a folder that holds none."""
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters that are not the base's: those in LoRA layers, and added modules of the kit's model."""
+    parameters = dict(model.named_parameters())
+    if hasattr(model, "parameter_roles"):
+        return {name: parameters[name] for name, role in model.parameter_roles().items() if role != "base"}
+    return {name: p for name, p in parameters.items() if name.endswith((".lora_down", ".lora_up"))}
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """A hash of names, types, shapes and values of the base's parameters, the same with and without adapters."""
+    refuse_merged(model)
+    added = adapter_parameters(model)
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if name not in added:
+            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Write the adapters of a model; existing files are replaced only once the new ones are complete.
+
+    Raises:
+        AdapterError: if the model has none.
+    """
+    added = adapter_parameters(model)
+    if not added:
+        raise AdapterError("the model has no adapter to save")
+    config = {"format": FORMAT, "layers": {name: _layer_config(layer) for name, layer in lora_layers(model).items()},
+              "base_fingerprint": base_fingerprint(model)}  # fmt: skip
+    _write(Path(folder), added, config)
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Load adapters into a model with the same adapted layers on the same base.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        AdapterError: if the folder is not of this format, the layers differ, or the base is another one.
+    """
+    weights, config = _read(Path(folder))
+    if config.get("format") != FORMAT:
+        raise AdapterError(f"{folder} is not an adapter of this kit; for PEFT's format use load_peft_adapter")
+    mine = {name: _layer_config(layer) for name, layer in lora_layers(model).items()}
+    if mine != config["layers"]:
+        differing = sorted(name for name in mine.keys() | config["layers"].keys()
+                           if mine.get(name) != config["layers"].get(name))  # fmt: skip
+        first = differing[0]
+        raise AdapterError(f"{len(differing)} adapted layers differ, e.g. {first}: the adapter has "
+                           f"{config['layers'].get(first)}, the model {mine.get(first)}")  # fmt: skip
+    if config["base_fingerprint"] != base_fingerprint(model):
+        raise AdapterError(f"the adapter in {folder} belongs to another base model: its weights would be added to "
+                           "the wrong ones; load its base first")  # fmt: skip
+    _copy(adapter_parameters(model), weights, folder)
+
+
+def save_peft_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Write the LoRA layers so that `peft.PeftModel.from_pretrained(base, folder)` reads them.
+
+    Raises:
+        AdapterError: for layers conditioned on a pose, which PEFT cannot express, or if there are none.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise AdapterError("the model has no LoRA layer to save")
+    refuse_merged(model)
+    if posed := [name for name, layer in layers.items() if layer.pose_dim]:
+        raise AdapterError(f"PEFT has no pose-conditioned LoRA: {posed[0]} has pose_dim={layers[posed[0]].pose_dim}")
+    first = next(iter(layers.values()))
+    if any(layer.rslora != first.rslora for layer in layers.values()):
+        raise AdapterError("PEFT has one rslora setting for all layers, and these differ")
+    config = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True,
+              "r": first.rank, "lora_alpha": first.alpha, "lora_dropout": first.dropout, "use_rslora": first.rslora,
+              "bias": "none", "target_modules": list(layers), "fan_in_fan_out": False,
+              "rank_pattern": {n: layer.rank for n, layer in layers.items() if layer.rank != first.rank},
+              "alpha_pattern": {n: layer.alpha for n, layer in layers.items() if layer.alpha != first.alpha}}  # fmt: skip
+    weights = {}
+    for name, layer in layers.items():
+        weights[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_down
+        weights[f"{PEFT_PREFIX}{name}.lora_B.weight"] = layer.lora_up
+    _write(Path(folder), weights, config)
+
+
+def load_peft_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Load an adapter that PEFT saved into the model's LoRA layers of the same names.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        AdapterError: if ranks, alphas, rslora or the set of layers differ.
+    """
+    weights, config = _read(Path(folder))
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"{folder} holds no LoRA adapter of PEFT (peft_type is {config.get('peft_type')!r})")
+    layers = lora_layers(model)
+    for name, layer in layers.items():
+        mine = layer.rank, layer.alpha, layer.rslora, layer.pose_dim
+        theirs = (config.get("rank_pattern", {}).get(name, config["r"]),
+                  float(config.get("alpha_pattern", {}).get(name, config["lora_alpha"])),
+                  bool(config.get("use_rslora", False)), 0)  # fmt: skip
+        if mine != theirs:
+            raise AdapterError(f"{name}: (rank, alpha, rslora, pose_dim) is {mine} in the model and {theirs} in {folder}")
+    names = {"lora_A": "lora_down", "lora_B": "lora_up"}
+    renamed = {}
+    for key, value in weights.items():
+        name, part, _ = key.removeprefix(PEFT_PREFIX).rsplit(".", 2)
+        renamed[f"{name}.{names[part]}"] = value
+    parameters = {f"{name}.{p}": getattr(layer, p) for name, layer in layers.items() for p in names.values()}
+    _copy(parameters, renamed, folder)
+
+
+def refuse_merged(model: nn.Module) -> None:
+    """
+    Raises:
+        AdapterError: if an adapter is merged, since the weights are then not the base's.
+    """
+    if merged := [name for name, layer in lora_layers(model).items() if layer.is_merged]:
+        raise AdapterError(f"{merged[0]} is merged, so its weights are not the base's; call unmerge() first")
+
+
+def _layer_config(layer: LoRALinearLayer) -> dict:
+    return {"rank": layer.rank, "alpha": layer.alpha, "rslora": layer.rslora, "pose_dim": layer.pose_dim}
+
+
+def _copy(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor], folder: str | Path) -> None:
+    missing, foreign = sorted(parameters.keys() - weights.keys()), sorted(weights.keys() - parameters.keys())
+    if missing or foreign:
+        raise AdapterError(f"{folder} lacks {missing[:3] or 'nothing'} and holds {foreign[:3] or 'nothing'} beyond "
+                           "what the model has")  # fmt: skip
+    if wrong := [name for name, p in parameters.items() if p.shape != weights[name].shape]:
+        raise AdapterError(f"{wrong[0]} is {tuple(weights[wrong[0]].shape)} in {folder} and "
+                           f"{tuple(parameters[wrong[0]].shape)} in the model")  # fmt: skip
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
+def _write(folder: Path, weights: dict[str, Tensor], config: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = folder / f"{WEIGHTS}.part", folder / f"{CONFIG}.part"
+    save_file({name: value.detach().contiguous().cpu() for name, value in weights.items()}, parts[0])
+    parts[1].write_text(json.dumps(config, indent=1))
+    for part, name in zip(parts, (WEIGHTS, CONFIG), strict=True):
+        os.replace(part, folder / name)
+
+
+def _read(folder: Path) -> tuple[dict[str, Tensor], dict]:
+    if missing := [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {' and '.join(missing)}")
+    return load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())

@@ -4,6 +4,7 @@ from torch import nn
 
 from viewdiff_nb import LightweightFaceProjectionLayer
 from viewdiff_nb.faces.geometry import rotation_matrix
+from viewdiff_nb.modules import projection as projection_module
 from viewdiff_nb.modules import volume
 
 FACE = torch.tensor([[-30.0, -30, 0], [30, -30, 0], [0, 0, 25], [-20, 30, 0], [20, 30, 0]])
@@ -142,6 +143,55 @@ def test_gradients_reach_everything():
     for name, parameter in projection.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     assert points.grad.abs().sum(dim=-1).min() > 0
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_large_grids_go_in_turns_with_the_same_result(monkeypatch, turned):
+    projection, pose = layer().double(), torch.randn(5, 3).double() * 0.3
+    features, points = torch.randn(5, 12).double(), seen(pose)
+    target = pose.flip(0) if turned else None
+    results = []
+    for budget in (10**9, 2 * 8**3):
+        monkeypatch.setattr(projection_module, "VOXEL_BUDGET", budget)
+        projection.zero_grad()
+        output = projection(features, points, target)
+        output.square().sum().backward()
+        with torch.no_grad():
+            torch.testing.assert_close(projection(features, points, target), output)
+        results.append([output, *(p.grad for p in projection.parameters())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("batch", [32, 128])
+def test_activations_at_32_take_at_most_four_times_those_at_16(batch):
+    """The guide's claim, for all that the layer keeps between forward and backward, and for one part in turn."""
+    kept = {resolution: kept_bytes(layer(resolution), batch) for resolution in (16, 32)}
+    assert kept[32] <= 4 * kept[16]
+
+
+def kept_bytes(projection, batch):
+    """Bytes that a training step holds at its worst moment: kept for backward, plus one part's volumes."""
+    pose = torch.zeros(batch, 3)
+    weights = {p.untyped_storage().data_ptr() for p in projection.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        projection(torch.randn(batch, 12), seen(pose))
+    between = sum(kept.values())
+    part = min(batch, projection_module.VOXEL_BUDGET // projection.voxel_resolution**3)
+    if part == batch:
+        return between
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        projection._render(seen(pose[:part]) / 100, torch.ones(part, 5, requires_grad=True), None)
+    return between + sum(kept.values())
 
 
 def test_refuses_wrong_shapes():

@@ -6,11 +6,20 @@ import torch
 from conftest import people
 from torch import nn
 
+from viewdiff_nb.faces import FaceViews
 from viewdiff_nb.modules.baselines import MLP
 from viewdiff_nb.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from viewdiff_nb.training.config import TrainConfig, choose_device
 from viewdiff_nb.training.losses import LOSSES
-from viewdiff_nb.training.trainer import TrainingDiverged, _view_groups, build_optimizer, predict, train, warmup_cosine
+from viewdiff_nb.training.trainer import (
+    TrainingDiverged,
+    build_optimizer,
+    padded_groups,
+    predict,
+    train,
+    view_groups,
+    warmup_cosine,
+)
 
 CONFIG = TrainConfig(d_model=32, nhead=4, num_layers=2, dim_feedforward=48, voxel_resolution=4, batch_size=16,
                      epochs=2, lr=1e-3, device="cpu")  # fmt: skip
@@ -134,18 +143,51 @@ def test_resumed_training_equals_uninterrupted(tmp_path):
     pd.testing.assert_frame_equal(whole.history[columns], resumed.history[columns])
 
 
-def test_cross_view_batches_hold_the_views_of_a_person_together():
-    person = people(7).person
-    groups = _view_groups(person, 3, torch.Generator().manual_seed(0)).view(-1, 3)
-    assert len(groups) == 7 and (person[groups] == person[groups[:, :1]]).all()
-    assert all(len(set(row)) == 3 for row in groups.tolist())
-    sparse = person[:-5]  # the last person has one view left
-    assert len(_view_groups(sparse, 3, torch.Generator())) == 18
+def test_cross_view_groups_are_views_of_one_person_and_no_view_comes_twice():
+    person = people(7).person  # 6 views each
+    groups = view_groups(person, 4, torch.Generator().manual_seed(0))
+    assert groups.shape == (7, 4) and (person[groups] == person[groups[:, :1]]).all()
+    pairs = view_groups(person, 2, torch.Generator().manual_seed(0))
+    assert sorted(pairs.flatten().tolist()) == list(range(42))
+    assert not torch.equal(pairs, view_groups(person, 2, torch.Generator().manual_seed(1)))
+    assert len(view_groups(person[:-5], 3, torch.Generator())) == 12  # the last person has one view left
+    with pytest.raises(ValueError, match="7 groups of n_views=4 views do not fill a batch of 64"):
+        train(replace(CONFIG, use_cross_view=True, n_views=4, batch_size=64), people(7), sets()[1], progress=False)
 
 
 def test_cross_view_trains():
     result = run(replace(CONFIG, use_cross_view=True, n_views=3, batch_size=15))
-    assert result.model.cross_view.out.weight.abs().sum() > 0
+    assert result.model.cross_view["0"].out.weight.abs().sum() > 0
+
+
+def test_predictions_of_views_seen_together_never_mix_people():
+    """6 views in groups of 4: the second group is filled up, and the filling has no influence."""
+    model = replace(CONFIG, use_cross_view=True, n_views=4, batch_size=16).build_model(32)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    faces = people(5)
+    predicted = predict(model, faces, batch_size=8)
+    changed = FaceViews(faces.names, faces.front, faces.src.clone(), faces.keypoints_3d, faces.angles, faces.person)
+    changed.src[6:12] = changed.src[6:12].flip(1)  # another second person
+    after = predict(model, changed, batch_size=8)
+    same = torch.ones(30, dtype=torch.bool)
+    same[6:12] = False
+    torch.testing.assert_close(after[same], predicted[same])
+    assert (after[~same] - predicted[~same]).abs().max() > 1e-2
+    groups, mask = padded_groups(faces.person, 4, torch.Generator().manual_seed(0))
+    assert groups.shape == (10, 4) and sorted(groups[mask].tolist()) == list(range(30))
+    assert (faces.person[groups] == faces.person[groups[:, :1]]).all()
+
+
+def test_only_what_is_added_to_an_adapted_base_trains(tmp_path):
+    lora = replace(CONFIG, use_lora_attention=True, epochs=1)
+    save_checkpoint(tmp_path / "adapted.pth", {"model": run(lora).model.state_dict()})
+    config = replace(lora, use_cross_view=True, n_views=3, batch_size=15, base_model_path=str(tmp_path / "adapted.pth"))
+    model = run(config).model
+    state = load_checkpoint(tmp_path / "adapted.pth")["model"]
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(name.startswith("cross_view.") for name in trained)
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in state.items())
 
 
 def test_divergence_is_diagnosed():

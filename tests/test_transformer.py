@@ -4,7 +4,7 @@ from torch import nn
 
 from viewdiff_nb import EnhancedTransformerDecoderOnly3D
 from viewdiff_nb.modules.lora import LoRALinearLayer, lora_layers
-from viewdiff_nb.modules.transformer import MEMORY_TOKENS
+from viewdiff_nb.modules.transformer import MEMORY_TOKENS, fuse_views
 
 SMALL = {"d_model": 32, "nhead": 4, "num_layers": 2, "dim_feedforward": 48, "voxel_resolution": 8, "n_views": 3,
          "dropout": 0.0}  # fmt: skip
@@ -60,7 +60,7 @@ def test_every_added_parameter_trains_and_the_frozen_base_does_not(case):
         optimizer.step()
     dead = [n for n, p in model.named_parameters() if roles[n] != "base" and (p.grad is None or not p.grad.abs().sum())]
     # a bias common to all keys is removed by softmax
-    assert [name for name in dead if name != "cross_view.key.bias"] == []
+    assert [name for name in dead if name != "cross_view.0.key.bias"] == []
     for name, p in model.named_parameters():
         if roles[name] == "base":
             assert p.grad is None and torch.equal(p, before[name]), name
@@ -150,6 +150,28 @@ def test_base_checkpoints_are_checked_both_ways():
         model.load_base(state | {"extra": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"other sizes: .* is \(32, 32\) instead of \(64, 64\)"):
         EnhancedTransformerDecoderOnly3D(**SMALL | {"d_model": 64}, feature_dim=32).load_base(state)
+
+
+def test_an_adapted_model_can_be_a_base():
+    """Cross-view attention on top of LoRA and projection: everything loaded, nothing changed at step 0."""
+    adapted, x = build(lora=True, projection=True), inputs()
+    for parameter in adapted.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    model = build(lora=True, projection=True, cross_view=True)
+    model.load_base(adapted.state_dict())
+    torch.testing.assert_close(model.eval()(**x), adapted.eval()(**x), rtol=0, atol=1e-6)
+
+
+def test_views_meet_where_asked():
+    model = build(cross_view=True, cross_view_after=(0, 2))
+    assert list(model.cross_view) == ["0", "2"]
+    with pytest.raises(ValueError, match=r"cross_view_after must be among 0..2, got \(3,\)"):
+        build(cross_view=True, cross_view_after=(3,))
+
+
+def test_fused_views_are_the_mean_of_unit_predictions():
+    fused = fuse_views(torch.tensor([[2.0, 0.0], [0.0, 7.0], [1.0, 0.0], [1.0, 0.0]]), 2)
+    torch.testing.assert_close(fused, torch.tensor([[0.5**0.5, 0.5**0.5], [1.0, 0.0]]))
 
 
 def test_building_is_deterministic_given_the_seed_and_seeds_nothing_itself():

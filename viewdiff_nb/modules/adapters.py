@@ -98,11 +98,13 @@ def save_peft_adapter(model: nn.Module, folder: str | Path) -> None:
     first = next(iter(layers.values()))
     if any(layer.rslora != first.rslora for layer in layers.values()):
         raise AdapterError("PEFT has one rslora setting for all layers, and these differ")
-    config = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True,
-              "r": first.rank, "lora_alpha": first.alpha, "lora_dropout": first.dropout, "use_rslora": first.rslora,
-              "bias": "none", "target_modules": list(layers), "fan_in_fan_out": False,
-              "rank_pattern": {n: layer.rank for n, layer in layers.items() if layer.rank != first.rank},
-              "alpha_pattern": {n: layer.alpha for n, layer in layers.items() if layer.alpha != first.alpha}}  # fmt: skip
+    config = {
+        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True,
+        "r": first.rank, "lora_alpha": first.alpha, "lora_dropout": first.dropout, "use_rslora": first.rslora,
+        "bias": "none", "target_modules": list(layers), "fan_in_fan_out": False,
+        "rank_pattern": {n: layer.rank for n, layer in layers.items() if layer.rank != first.rank},
+        "alpha_pattern": {n: layer.alpha for n, layer in layers.items() if layer.alpha != first.alpha},
+    }  # fmt: skip
     weights = {}
     for name, layer in layers.items():
         weights[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_down
@@ -127,7 +129,8 @@ def load_peft_adapter(model: nn.Module, folder: str | Path) -> None:
                   float(config.get("alpha_pattern", {}).get(name, config["lora_alpha"])),
                   bool(config.get("use_rslora", False)), 0)  # fmt: skip
         if mine != theirs:
-            raise AdapterError(f"{name}: (rank, alpha, rslora, pose_dim) is {mine} in the model and {theirs} in {folder}")
+            raise AdapterError(f"{name}: (rank, alpha, rslora, pose_dim) is {mine} in the model and {theirs} "
+                               f"in {folder}")  # fmt: skip
     names = {"lora_A": "lora_down", "lora_B": "lora_up"}
     renamed = {}
     for key, value in weights.items():

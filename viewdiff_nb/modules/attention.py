@@ -119,7 +119,7 @@ class PoseConditionedLoRAAttention(nn.Module):
         if h.dim() != 3 or h.shape[-1] != self.feature_dim:
             raise ValueError(f"features must be (B, {self.feature_dim}) or (B, T, {self.feature_dim}), "
                              f"got {tuple(features.shape)}")  # fmt: skip
-        code = self._pose_code(pose, len(h))
+        code = self._pose_code(pose, h.shape[0])
         context = h if memory is None else torch.cat((h, memory), 1)
         q = split_heads(self.query(h, code) if self.pose_dim else self.query(h), self.num_heads)
         if self._may_absorb(h.shape[1], context.shape[1]):
@@ -236,7 +236,7 @@ class CrossViewAttention(nn.Module):
         Returns:
             output of the shape of features, and if asked the weights (B, heads, V T, V T).
         """
-        views = check_views(len(features), self.n_views)
+        views = check_views(features.shape[0], self.n_views)
         tokens = features.reshape(views, -1, self.feature_dim)  # (B, V T, D)
         h = self.norm(tokens)
         q, k, v = (split_heads(layer(h), self.num_heads) for layer in (self.query, self.key, self.value))

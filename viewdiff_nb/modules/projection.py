@@ -5,12 +5,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..faces.geometry import face_rotation, normalise_keypoints, rotation_matrix
 from . import volume
 
 KEYPOINT_REACH = 0.5  # mean distance of the keypoints from the grid's centre; the grid ends at 1
 KEYPOINT_WIDTH = 0.25  # standard deviation of a keypoint's Gaussian, in the same units
+VOXEL_BUDGET = 128 * 16**3  # voxels that are in memory at once; larger batches and grids go in turns
 
 
 @dataclass(frozen=True)
@@ -116,26 +118,56 @@ class LightweightFaceProjectionLayer(nn.Module):
         compressed = self._keypoint_features(features, seen)
         keypoint_features, gains = compressed[..., :-1], F.softplus(compressed[..., -1])
 
-        occupancy = volume.gaussian_occupancy(keypoints, self.voxel_resolution, KEYPOINT_WIDTH)
-        scene = (gains[..., None, None, None] * occupancy).contiguous(memory_format=torch.channels_last_3d)
-        scene = self.refine(scene)
-        density, shares = F.softplus(scene[:, :1] - 1), scene[:, 1:]
-        if target_pose is not None:  # turn density, not its logit: beyond the grid there is nothing
-            turn = rotation_matrix(target_pose)
-            turned = volume.rotate(torch.cat((density, shares), 1), turn.to(scene.dtype))
-            density, shares = turned[:, :1], turned[:, 1:]
-            keypoints = keypoints @ turn.transpose(1, 2)
-
-        weights = volume.ray_weights(density, 2 / self.voxel_resolution)
-        splats = volume.composite(shares, weights)  # (B, K, R, R)
-        left = 1 - weights.sum(2)  # (B, 1, R, R) of the background
-        palette = torch.cat((keypoint_features, self.background.expand(len(features), 1, -1)), 1)  # (B, K + 1, C)
-        image = torch.einsum("bkyx,bkc->bcyx", torch.cat((splats, left), 1), palette)
+        turn = None if target_pose is None else rotation_matrix(target_pose)
+        if return_volume:
+            splats, occupancy, shares, density, weights = self._render(keypoints, gains, turn, keep=True)
+        else:
+            splats = self._render_in_turns(keypoints, gains, turn)
+        palette = torch.cat((keypoint_features, self.background.expand(features.shape[0], 1, -1)), 1)  # (B, K + 1, C)
+        image = torch.einsum("bkyx,bkc->bcyx", splats, palette)
         output = self._to_features(image, features.shape[2:] or (1, 1)).reshape(features.shape)
         if not return_volume:
             return output
+        if turn is not None:
+            keypoints = keypoints @ turn.transpose(1, 2)
         voxels = volume.lift(keypoint_features, shares)
         return output, FaceVolume(keypoints, occupancy, shares, voxels, density, weights, image)
+
+    def _render(self, keypoints: Tensor, gains: Tensor, turn: Tensor | None, keep: bool = False):
+        """All that happens in three dimensions.
+
+        Args:
+            keypoints: (B, K, 3) in the face's own frame, grid coordinates. gains: (B, K).
+            turn: (B, 3, 3) rotation to the target pose, or None.
+            keep: also return the volumes on the way.
+
+        Returns:
+            (B, K + 1, R, R), how much of each keypoint's features, and of the background, a ray sees.
+        """
+        occupancy = volume.gaussian_occupancy(keypoints, self.voxel_resolution, KEYPOINT_WIDTH)
+        scene = self.refine(gains[..., None, None, None] * occupancy)
+        density, shares = F.softplus(scene[:, :1] - 1), scene[:, 1:]
+        if turn is not None:  # turn density, not its logit: beyond the grid there is nothing
+            turned = volume.rotate(torch.cat((density, shares), 1), turn.to(scene.dtype))
+            density, shares = turned[:, :1], turned[:, 1:]
+        weights = volume.ray_weights(density, 2 / self.voxel_resolution)
+        splats = torch.cat((volume.composite(shares, weights), 1 - weights.sum(2)), 1)
+        return (splats, occupancy, shares, density, weights) if keep else splats
+
+    def _render_in_turns(self, keypoints: Tensor, gains: Tensor, turn: Tensor | None) -> Tensor:
+        """`_render` with at most `VOXEL_BUDGET` voxels in memory at once.
+
+        Beyond the budget the backward pass renders each part again instead of keeping its volumes.
+        """
+        count = max(1, VOXEL_BUDGET // self.voxel_resolution**3)
+        if torch.compiler.is_compiling() or keypoints.shape[0] <= count:
+            return self._render(keypoints, gains, turn)
+        turns = [None] * -(-len(keypoints) // count) if turn is None else turn.split(count)
+        parts = zip(keypoints.split(count), gains.split(count), turns, strict=True)
+        if not torch.is_grad_enabled():
+            return torch.cat([self._render(*part) for part in parts])
+        return torch.cat([checkpoint(self._render, *part, use_reentrant=False, preserve_rng_state=False)
+                          for part in parts])  # fmt: skip
 
     def _keypoint_features(self, features: Tensor, seen: Tensor) -> Tensor:
         """Compressed features and gain of each keypoint, (B, K, channels + 1), from where it lies in the map."""
@@ -154,7 +186,7 @@ class LightweightFaceProjectionLayer(nn.Module):
         return self.expand(stacked.movedim(1, -1)).movedim(-1, 1)
 
     def _check(self, features: Tensor, keypoints: Tensor, *poses: Tensor | None) -> None:
-        batch = len(features)
+        batch = features.shape[0]
         if features.dim() not in (2, 4) or features.shape[1] != self.feature_dim:
             raise ValueError(f"features must be (B, {self.feature_dim}) or (B, {self.feature_dim}, H, W), "
                              f"got {tuple(features.shape)}")  # fmt: skip

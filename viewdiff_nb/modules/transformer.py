@@ -60,6 +60,8 @@ class EnhancedTransformerDecoderOnly3D(nn.Module):
         use_cross_view: let the n_views views of a person attend to each other; they lie next to each
             other in the batch.
         n_views: views per person.
+        cross_view_after: the numbers of blocks after which the views attend to each other, one layer for
+            each. 0, before the first block, generalised best to new people (see the module study).
         rank, lora_alpha, rslora, lora_dropout: see `LoRALinearLayer`.
         lora_targets: which layers LoRA adapts, of "attention" and "feed_forward".
         voxel_resolution: of the projection layer.
@@ -89,6 +91,7 @@ class EnhancedTransformerDecoderOnly3D(nn.Module):
         lora_targets: tuple[str, ...] = ("attention",),
         rslora: bool = False,
         lora_dropout: float = 0.0,
+        cross_view_after: tuple[int, ...] = (0,),
     ) -> None:
         super().__init__()
         if unknown := set(lora_targets) - set(LORA_TARGETS):
@@ -115,7 +118,12 @@ class EnhancedTransformerDecoderOnly3D(nn.Module):
         self.projection = None
         if use_projection_layer:
             self.projection = LightweightFaceProjectionLayer(d_model, len(KEYPOINT_NAMES), voxel_resolution)
-        self.cross_view = CrossViewAttention(d_model, nhead, n_views, zero_init=True) if use_cross_view else None
+        self.cross_view = None
+        if use_cross_view:
+            if not cross_view_after or not set(cross_view_after) <= set(range(num_layers + 1)):
+                raise ValueError(f"cross_view_after must be among 0..{num_layers}, got {cross_view_after}")
+            layers = {str(i): CrossViewAttention(d_model, nhead, n_views, zero_init=True) for i in cross_view_after}
+            self.cross_view = nn.ModuleDict(layers)
 
     def forward(
         self,
@@ -125,6 +133,7 @@ class EnhancedTransformerDecoderOnly3D(nn.Module):
         pose: Tensor | None = None,
         return_residual: bool = True,
         return_attention: bool = False,
+        view_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """
         Args:
@@ -135,6 +144,7 @@ class EnhancedTransformerDecoderOnly3D(nn.Module):
             return_residual: return r, else src + r.
             return_attention: also return the weights, (B, num_layers, heads, 1, 7) over the feature
                 token itself and `MEMORY_TOKENS`.
+            view_mask: (B,) bool with use_cross_view, False for views that only fill up a group of n_views.
 
         Returns:
             (B, feature_dim).
@@ -147,17 +157,20 @@ class EnhancedTransformerDecoderOnly3D(nn.Module):
         memory = self.encode_memory(angles, keypoints_3d)
         if self.projection is not None:
             h = h + self.projection(h, keypoints_3d, source_pose=angles)
-        x = h[:, None] + memory[:, :1]
+        x = self._meet_views(h[:, None] + memory[:, :1], 0, view_mask)
         weights = []
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks, 1):
             x, attention = block(x, memory, pose, return_attention)
+            x = self._meet_views(x, i, view_mask)
             weights.append(attention)
-        x = x[:, 0]
-        if self.cross_view is not None:
-            x = self.cross_view(x)
-        residual = self.output(self.norm(x)).to(src.dtype) * length
+        residual = self.output(self.norm(x[:, 0])).to(src.dtype) * length
         result = residual if return_residual else src + residual
         return (result, torch.stack(weights, 1)) if return_attention else result
+
+    def _meet_views(self, x: Tensor, blocks_done: int, view_mask: Tensor | None) -> Tensor:
+        if self.cross_view is None or str(blocks_done) not in self.cross_view:
+            return x
+        return self.cross_view[str(blocks_done)](x, view_mask)
 
     def encode_memory(self, angles: Tensor, keypoints_3d: Tensor) -> Tensor:
         """The tokens that features attend to, in `MEMORY_TOKENS` order: (B, 6, d_model)."""
@@ -167,18 +180,21 @@ class EnhancedTransformerDecoderOnly3D(nn.Module):
         return torch.cat((self.pose_encoder(encode_pose(angles))[:, None], points), 1)
 
     def load_base(self, state: dict[str, Tensor]) -> None:
-        """Load a base model's state dict; what an enhanced model adds keeps its initialisation.
+        """Load the state dict of a base model, or of one that was adapted already (LoRA, projection).
+
+        What this model adds to it keeps its initialisation.
 
         Raises:
-            ValueError: if the state lacks a base parameter, or holds one that is none of this base's.
+            ValueError: if the state lacks a base parameter, holds one that this model does not have, or
+                was built with other sizes.
         """
-        own = {name for name, role in self.parameter_roles().items() if role == "base"}
-        missing, foreign = sorted(own - set(state)), sorted(set(state) - own)
+        mine = self.state_dict()
+        base = {name for name, role in self.parameter_roles().items() if role == "base"}
+        missing, foreign = sorted(base - set(state)), sorted(set(state) - set(mine))
         if missing or foreign:
             raise ValueError(f"not this model's base: {len(missing)} parameters missing {missing[:3]}, "
                              f"{len(foreign)} unknown {foreign[:3]}")  # fmt: skip
-        mine = self.state_dict()
-        if wrong := [n for n in sorted(own) if mine[n].shape != state[n].shape]:
+        if wrong := [name for name in sorted(state) if mine[name].shape != state[name].shape]:
             shapes = f"{tuple(state[wrong[0]].shape)} instead of {tuple(mine[wrong[0]].shape)}"
             raise ValueError(f"the base was built with other sizes: {wrong[0]} is {shapes}")
         self.load_state_dict(state, strict=False)
@@ -212,7 +228,7 @@ class EnhancedTransformerDecoderOnly3D(nn.Module):
         return groups
 
     def _check(self, src: Tensor, angles: Tensor, keypoints: Tensor) -> None:
-        batch = len(src)
+        batch = src.shape[0]
         wanted = (batch, self.feature_dim), (batch, 3), (batch, len(KEYPOINT_NAMES), 3)
         for name, value, shape in zip(("src", "angles", "keypoints_3d"), (src, angles, keypoints), wanted, strict=True):
             if value.shape != shape:
@@ -221,3 +237,8 @@ class EnhancedTransformerDecoderOnly3D(nn.Module):
 
 def _encoder(inputs: int, outputs: int, hidden: int = 128) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
+
+
+def fuse_views(predicted: Tensor, n_views: int) -> Tensor:
+    """Mean of the unit predictions of each group of n_views: (G n_views, D) to (G, D)."""
+    return F.normalize(F.normalize(predicted, dim=1).unflatten(0, (-1, n_views)).mean(1), dim=1)

@@ -8,7 +8,7 @@ second run only does what is missing.
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -87,6 +87,9 @@ class Store:
         os.replace(part, path)
         return result
 
+    def forget(self, key: dict) -> None:
+        self.path(key).unlink(missing_ok=True)
+
 
 def fingerprint(split: Split) -> str:
     """A hash of all tensors of a split."""
@@ -107,21 +110,29 @@ def base_model(store: Store, split: Split, profile: Profile, seed: int, **change
         return score_model(run.model, split, run.train_seconds)
 
     key = {"name": "base", "config": config.to_dict()}
+    checkpoint = store.path(key).with_suffix(".pth")
+    if not checkpoint.is_file():
+        store.forget(key)  # a result without its weights cannot be adapted
     result = store.get(key, make)
-    return store.path(key).with_suffix(".pth"), result
+    return checkpoint, result
 
 
-def adaptation(store: Store, split: Split, profile: Profile, name: str, seed: int, **changes) -> dict:
-    """Result of one of `ADAPTATIONS` for one seed; changes go to the base as well as to its adaptation."""
-    base, _ = base_model(store, split, profile, seed, **changes)
-    options = ADAPTATIONS[name] | changes
-    config = replace(COMMON, epochs=profile.adapt_epochs, seed=seed, base_model_path=base.name, **options)
+def adaptation(store: Store, split: Split, profile: Profile, options: dict, seed: int, **both) -> dict:
+    """Result of adapting the base of a seed.
+
+    Args:
+        options: of the adaptation, as in `ADAPTATIONS`.
+        both: options of the base as well as of its adaptation.
+    """
+    base, _ = base_model(store, split, profile, seed, **both)
+    options = {"epochs": profile.adapt_epochs} | options | both
+    config = replace(COMMON, seed=seed, base_model_path=base.name, **options)
 
     def make(path: Path) -> dict:
         run = train(replace(config, base_model_path=str(base)), split.train, split.val, progress=False)
         return score_model(run.model, split, run.train_seconds)
 
-    return store.get({"name": name, "config": config.to_dict()}, make)
+    return store.get({"name": "adaptation", "config": config.to_dict()}, make)
 
 
 BASELINES: dict[str, Callable[[FaceViews], nn.Module]] = {
@@ -168,16 +179,19 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     }
 
 
-def run_study(profile: Profile, split: Split | None = None, progress: Callable = iter) -> dict[tuple[str, int], dict]:
+def run_study(
+    profile: Profile, split: Split, progress: Callable = iter, seeds: Iterable[int] | None = None
+) -> dict[tuple[str, int], dict]:
     """All results of the study by (name, seed); what was done before is reused.
 
     Args:
         progress: wraps the list of (name, seed), e.g. tqdm.
+        seeds: by default those of the profile.
     """
-    split = split or load_split(profile)
     store = Store(split)
     fixed = ("raw side view", "mean face", "pose ridge")  # nothing random in them
-    jobs = [(name, seed) for seed in range(profile.seeds) for name in (*BASELINES, "base", *ADAPTATIONS)
+    seeds = range(profile.seeds) if seeds is None else seeds
+    jobs = [(name, seed) for seed in seeds for name in (*BASELINES, "base", *ADAPTATIONS)
             if seed == 0 or name not in fixed]  # fmt: skip
     results = {}
     for name, seed in progress(jobs):
@@ -186,11 +200,12 @@ def run_study(profile: Profile, split: Split | None = None, progress: Callable =
         elif name == "base":
             results[name, seed] = base_model(store, split, profile, seed)[1]
         else:
-            results[name, seed] = adaptation(store, split, profile, name, seed)
+            results[name, seed] = adaptation(store, split, profile, ADAPTATIONS[name], seed)
     return results
 
 
 def loss_study(profile: Profile, split: Split, progress: Callable = iter) -> dict[str, dict]:
     """Results of LoRA r=8, base and adaptation alike trained with each loss, for seed 0."""
     store = Store(split)
-    return {loss: adaptation(store, split, profile, "LoRA r=8", 0, loss=loss) for loss in progress(list(LOSSES))}
+    lora = ADAPTATIONS["LoRA r=8"]
+    return {loss: adaptation(store, split, profile, lora, 0, loss=loss) for loss in progress(list(LOSSES))}

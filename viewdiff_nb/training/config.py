@@ -38,6 +38,7 @@ class TrainConfig:
     rank: int = 4
     lora_alpha: float = 1.0
     """Scale of the LoRA update, alpha / rank."""
+    lora_targets: tuple[Literal["attention", "feed_forward"], ...] = ("attention",)
     voxel_resolution: int = 16
 
     use_prior_preservation: bool = False
@@ -49,7 +50,7 @@ class TrainConfig:
     base_model_path: str | None = None
     """Checkpoint of the base model to adapt."""
     freeze_base: bool | None = None
-    """Train only what the enhancement adds; by default, if a base is given and LoRA is used."""
+    """Train only what is added to the base model; by default, if a base is given and LoRA is used."""
 
     loss: Literal[*LOSSES] = "identity"
     """Task loss; mse is the guide's."""
@@ -58,9 +59,9 @@ class TrainConfig:
     num_workers: int = 0
     """Kept for the guide's commands; data that fits the device needs no worker."""
     lr: float = 1e-4
-    """Learning rate of base parameters."""
+    """Learning rate of base parameters and of cross-view attention."""
     lora_lr: float = 1e-3
-    """Learning rate of LoRA, projection and cross-view parameters."""
+    """Learning rate of LoRA and projection parameters."""
     weight_decay: float = 1e-2
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises; then it falls along a cosine to 1 % of itself."""
@@ -121,7 +122,7 @@ class TrainConfig:
             **{name: getattr(self, name) and not base for name in modules},
             **{name: getattr(self, name) for name in ("d_model", "nhead", "num_layers", "dim_feedforward", "dropout",
                                                       "pose_dim", "n_views", "rank", "lora_alpha",
-                                                      "voxel_resolution")},
+                                                      "lora_targets", "voxel_resolution")},
             feature_dim=feature_dim,
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from ..faces.views import FaceViews
 from ..metrics import recognition_by_yaw
 from ..modules.prior import EnhancedTransformerWithPrior, PriorPreservationDataset, PriorPreservationLoss
-from ..modules.transformer import EnhancedTransformerDecoderOnly3D
+from ..modules.transformer import EnhancedTransformerDecoderOnly3D, fuse_views
 from .checkpoint import load_base_weights, load_checkpoint, save_checkpoint
 from .config import TrainConfig, choose_device, writable_folder
 from .losses import LOSSES
@@ -44,9 +44,12 @@ def prepare_model(config: TrainConfig, feature_dim: int) -> tuple[EnhancedTransf
     if config.base_model_path:
         state = load_base_weights(config.base_model_path)
         model.load_base(state)
-        base.load_base(state)
+        if config.use_prior_preservation:
+            base.load_base(state)
     if config.freezes_base:
         model.freeze_base()
+        for name in state:  # an adapted base: its adapters are part of what is frozen
+            model.get_parameter(name).requires_grad_(False)
     return model, base if config.use_prior_preservation else None
 
 
@@ -126,6 +129,8 @@ def train(
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                 if task is None:
                     predicted = model(inputs, **conditions, return_residual=False)
+                    if config.use_cross_view:  # several views, one frontal embedding
+                        predicted, person = fuse_views(predicted, config.n_views), person[:: config.n_views]
                     loss = task_loss(predicted.float(), train_faces.front, person)
                 else:
                     count = max(1, round(config.prior_fraction * len(index)))
@@ -179,13 +184,26 @@ def train(
 
 @torch.no_grad()
 def predict(model: nn.Module, faces: FaceViews, batch_size: int = 1024) -> Tensor:
-    """Predicted frontal embeddings (M, D) of all side views, in evaluation mode."""
+    """Predicted frontal embeddings (M, D) of all side views, in evaluation mode.
+
+    With cross-view attention, the views of a person are seen in random groups of n_views; the last group
+    of a person may be smaller.
+    """
     was_training = model.training
     model.eval()
-    parts = [slice(i, i + batch_size) for i in range(0, len(faces), batch_size)]
-    out = [model(faces.src[p], **faces.conditions(p), return_residual=False).float() for p in parts]
+    out = torch.empty_like(faces.src, dtype=torch.float32)
+    if getattr(model, "cross_view", None) is None:
+        for index in torch.arange(len(faces), device=faces.device).split(batch_size):
+            out[index] = model(faces.src[index], **faces.conditions(index), return_residual=False).float()
+    else:
+        groups, mask = padded_groups(faces.person, model.n_views, torch.Generator().manual_seed(0))
+        for index, there in zip(groups.split(batch_size // model.n_views), mask.split(batch_size // model.n_views),
+                                strict=True):  # fmt: skip
+            index, there = index.flatten(), there.flatten()
+            predicted = model(faces.src[index], **faces.conditions(index), return_residual=False, view_mask=there)
+            out[index[there]] = predicted[there].float()
     model.train(was_training)
-    return torch.cat(out)
+    return out
 
 
 def evaluate(model: nn.Module, faces: FaceViews, loss: Callable) -> dict[str, float]:
@@ -197,14 +215,14 @@ def evaluate(model: nn.Module, faces: FaceViews, loss: Callable) -> dict[str, fl
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with one group per role: base parameters at lr, everything added to the base at lora_lr."""
+    """AdamW with one group per role: LoRA and projection at lora_lr, base and cross-view attention at lr."""
     if hasattr(model, "parameter_groups"):
         roles = model.parameter_groups()
     else:
         roles = {"base": [p for p in model.parameters() if p.requires_grad]}
     if not roles:
         raise ValueError("the model has no trainable parameter: its base is frozen and nothing was added")
-    groups = [{"params": params, "lr": config.lr if role == "base" else config.lora_lr, "role": role}
+    groups = [{"params": params, "lr": config.lora_lr if role in ("lora", "projection") else config.lr, "role": role}
               for role, params in roles.items()]  # fmt: skip
     return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
 
@@ -231,31 +249,53 @@ def amp_dtype_for(device: torch.device) -> torch.dtype:
 
 def _epoch_batches(faces: FaceViews, config: TrainConfig) -> int:
     if config.use_cross_view:
-        people = int((torch.bincount(faces.person, minlength=len(faces.names)) >= config.n_views).sum())
-        return max(1, people * config.n_views // config.batch_size)
+        groups = int((torch.bincount(faces.person) // config.n_views).sum())
+        if groups * config.n_views < config.batch_size:
+            raise ValueError(f"{groups} groups of n_views={config.n_views} views do not fill a batch of "
+                             f"{config.batch_size}; lower batch_size or n_views")  # fmt: skip
+        return groups * config.n_views // config.batch_size
     return math.ceil(len(faces) / config.batch_size)
 
 
-def _batches(faces: FaceViews, config: TrainConfig, generator: torch.Generator):
-    """Index tensors of one epoch's batches; with cross-view attention n_views of a person lie together."""
+def _batches(faces: FaceViews, config: TrainConfig, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Index tensors of one epoch's batches; with cross-view attention the views of a person lie together."""
     if not config.use_cross_view:
-        order = torch.randperm(len(faces), generator=generator).to(faces.device)
-        yield from order.split(config.batch_size)
-        return
-    yield from _view_groups(faces.person, config.n_views, generator).split(config.batch_size)[
-        : _epoch_batches(faces, config)
-    ]
+        return torch.randperm(len(faces), generator=generator).to(faces.device).split(config.batch_size)
+    batches = view_groups(faces.person, config.n_views, generator).flatten().split(config.batch_size)
+    return batches[: _epoch_batches(faces, config)]
 
 
-def _view_groups(person: Tensor, n_views: int, generator: torch.Generator) -> Tensor:
-    """n_views random views of every person that has as many, people shuffled: (people * n_views,)."""
+def view_groups(person: Tensor, n_views: int, generator: torch.Generator) -> Tensor:
+    """Random groups of n_views different views of one person, no view twice, groups shuffled.
+
+    Args:
+        person: (M,) whose view each is.
+        generator: a CPU generator.
+
+    Returns:
+        (G, n_views) rows of person; views that fill no group are left out.
+    """
+    groups, mask = padded_groups(person, n_views, generator)
+    groups = groups[mask.all(1)]
+    return groups[torch.randperm(len(groups), generator=generator).to(person.device)]
+
+
+def padded_groups(person: Tensor, n_views: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Every view once, in random groups of up to n_views views of one person.
+
+    Returns:
+        (G, n_views) rows of person and a mask of the same shape: False where a row only fills up.
+    """
     order = torch.randperm(len(person), generator=generator).to(person.device)
-    order = order[person[order].argsort(stable=True)]  # by person, views of a person in random order
-    counts = torch.bincount(person)
-    first = counts.cumsum(0) - counts
-    able = (counts >= n_views).nonzero()[:, 0]
-    able = able[torch.randperm(len(able), generator=generator).to(able.device)]
-    return order[first[able][:, None] + torch.arange(n_views, device=person.device)].flatten()
+    order = order[person[order].argsort(stable=True)]  # by person, each one's views in random order
+    owner, counts = person[order], torch.bincount(person)
+    place = torch.arange(len(order), device=person.device) - (counts.cumsum(0) - counts)[owner]
+    sizes = (counts + n_views - 1) // n_views  # groups of each person
+    group = (sizes.cumsum(0) - sizes)[owner] + place // n_views
+    groups = torch.zeros(int(sizes.sum()), n_views, dtype=torch.long, device=person.device)
+    mask = torch.zeros_like(groups, dtype=torch.bool)
+    groups[group, place % n_views], mask[group, place % n_views] = order, True
+    return torch.where(mask, groups, groups[:, :1]), mask
 
 
 def _summary_writer(log_dir: Path | None, first_epoch: int):

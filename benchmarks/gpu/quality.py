@@ -1,0 +1,72 @@
+"""The quality studies at full length, several seeds at a time on one GPU.
+
+    python benchmarks/gpu/quality.py OUT [--seeds 20] [--module-seeds 5] [--workers 8] [--fast]
+
+A step of this model is bound by kernel launches, so processes that share the GPU hardly disturb each other.
+OUT gets the tables as CSV and PNG. Training times of such a run are not comparable and not reported.
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch.multiprocessing as mp
+
+from viewdiff_nb.plots import save_table
+from viewdiff_nb.studies import tables
+from viewdiff_nb.studies.adaptation import FAST, FULL, load_split, run_study
+from viewdiff_nb.studies.benchmark import machine
+from viewdiff_nb.studies.module_study import module_study, multi_view_study, write_tables
+
+
+def work(task: tuple[str, int, bool]) -> tuple[str, int, float]:
+    """One study for one seed; the results go to the store."""
+    study, seed, fast = task
+    started = time.perf_counter()
+    profile = FAST if fast else FULL
+    split = load_split(profile)
+    if study == "main":
+        run_study(profile, split, seeds=[seed])
+    else:
+        {"modules": module_study, "views": multi_view_study}[study](profile, split, [seed])
+    return study, seed, time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--module-seeds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--fast", action="store_true")
+    arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    tasks = [("main", seed, arguments.fast) for seed in range(arguments.seeds)]
+    # modules and views start from the bases that the main study of the same seed trains
+    more = [(study, seed, arguments.fast) for seed in range(arguments.module_seeds) for study in ("modules", "views")]
+    with mp.get_context("spawn").Pool(arguments.workers) as pool:
+        for group in (tasks, more):
+            for study, seed, seconds in pool.imap_unordered(work, group):
+                print(f"{study} seed {seed}: {seconds:.0f} s", flush=True)
+
+    profile = FAST if arguments.fast else FULL
+    split = load_split(profile)
+    if arguments.seeds:
+        results = run_study(profile, split, seeds=range(arguments.seeds))
+        note = f"{arguments.seeds} seeds, mean ± 95 % interval over seeds; {machine()}"
+        for rate in ("rank1", "tar", "auc", "cosine"):
+            plt.close(save_table(tables.recognition_table(results, rate), f"table4_{rate}", arguments.out,
+                                 f"Table 4 · {rate} on test people, by |yaw|", note))  # fmt: skip
+            print(tables.recognition_table(results, rate).to_string(), flush=True)
+        (arguments.out / "claims.md").write_text(f"{tables.claims(results)}\n\n{note}\n")
+        print(tables.claims(results))
+    if arguments.module_seeds:
+        seeds = range(arguments.module_seeds)
+        note = f"{arguments.module_seeds} seeds, mean ± 95 % interval over seeds; {machine()}"
+        write_tables(module_study(profile, split, seeds), multi_view_study(profile, split, seeds), arguments.out, note)
+
+
+if __name__ == "__main__":
+    main()

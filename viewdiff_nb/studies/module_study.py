@@ -1,0 +1,223 @@
+"""Which module earns what: each alone, together, and left out; and several views against their average.
+
+    python -m viewdiff_nb.studies.module_study [--fast] [--seeds 5] [--out figures]
+"""
+
+import argparse
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..faces.views import FaceViews, Split
+from ..metrics import rank1, similarity_scores, threshold_at_far
+from ..modules.transformer import fuse_views
+from ..paths import FIGURES
+from ..plots import save_table
+from ..training.checkpoint import save_checkpoint
+from ..training.config import TrainConfig
+from ..training.trainer import train, view_groups
+from .adaptation import (
+    ADAPTATIONS,
+    BOUNDARY,
+    COMMON,
+    FAST,
+    FINE_TUNING,
+    FULL,
+    Profile,
+    Store,
+    adaptation,
+    base_model,
+    load_split,
+)
+from .benchmark import machine
+from .tables import mean_interval, with_interval
+
+LORA = ADAPTATIONS["LoRA r=8"]
+PROJECTION = FINE_TUNING | {"use_projection_layer": True, "freeze_base": True}
+BOTH = LORA | PROJECTION
+PRIOR = {"use_prior_preservation": True}
+MODULES: dict[str, dict] = {
+    "LoRA": LORA,
+    "LoRA without pose": LORA | {"pose_dim": 0},
+    "LoRA on feed-forward": LORA | {"lora_targets": ("feed_forward",)},
+    "LoRA on both": LORA | {"lora_targets": ("attention", "feed_forward")},
+    "projection": PROJECTION,
+    "LoRA + projection": BOTH,
+    "LoRA + prior": LORA | PRIOR,
+    "projection + prior": PROJECTION | PRIOR,
+    "LoRA + projection + prior": BOTH | PRIOR,
+}
+WITHOUT = {"LoRA": "projection + prior", "projection": "LoRA + prior", "prior": "LoRA + projection"}  # all but one
+VIEW_COUNTS = (2, 3, 5)
+VIEW_BATCH = 120  # a multiple of all view counts
+CROSS_VIEW = {"use_cross_view": True, "min_yaw": 0.0, "batch_size": VIEW_BATCH, "lr": 1e-3, "weight_decay": 0.3}
+
+
+def module_study(
+    profile: Profile, split: Split, seeds: Iterable[int], progress: Callable = iter
+) -> dict[tuple[str, int], dict]:
+    """Results by (name of `MODULES` or "base", seed)."""
+    store = Store(split)
+    results = {}
+    for name, seed in progress([(name, seed) for seed in seeds for name in ("base", *MODULES)]):
+        if name == "base":
+            results[name, seed] = base_model(store, split, profile, seed)[1]
+        else:
+            results[name, seed] = adaptation(store, split, profile, MODULES[name], seed)
+    return results
+
+
+def module_table(results: dict[tuple[str, int], dict], part: str) -> pd.DataFrame:
+    """Rank-1 and TAR of every combination, over all views, base domain and adapted domain."""
+    heads = {"all": "", "0-45": " < 45°", "45-90": " ≥ 45°"}
+    columns = {f"{words}{head}": (rate, where) for where, head in heads.items()
+               for rate, words in (("rank1", "rank-1"), ("tar", "TAR"))}  # fmt: skip
+    seeds = sorted({seed for _, seed in results})
+    rows = {}
+    for name in ("base", *MODULES):
+        found = [results[name, seed] for seed in seeds]
+        rates = {head: with_interval(r[part][where][rate] for r in found) for head, (rate, where) in columns.items()}
+        rows[name] = {"trainable": f"{found[0]['trainable'] / 1e6:.3f}M"} | rates
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("adapted by")
+
+
+def earnings_table(results: dict[tuple[str, int], dict], part: str) -> pd.DataFrame:
+    """What each module adds to the base alone, and to the other two: paired differences over seeds."""
+    seeds = sorted({seed for _, seed in results})
+    comparisons = {("LoRA", "alone"): ("LoRA", "base"), ("projection", "alone"): ("projection", "base"),
+                   ("pose in LoRA", "in LoRA"): ("LoRA", "LoRA without pose")}  # fmt: skip
+    for module, rest in WITHOUT.items():
+        comparisons[module, "added to the other two"] = ("LoRA + projection + prior", rest)
+    rows = []
+    for (module, where), (with_it, without) in comparisons.items():
+        row = {"module": module, "added": where}
+        for rate, yaw in (("rank1", "45-90"), ("tar", "45-90"), ("rank1", "0-45"), ("tar", "0-45")):
+            mean, half = mean_interval(results[with_it, s][part][yaw][rate] - results[without, s][part][yaw][rate]
+                                       for s in seeds)  # fmt: skip
+            told_apart = "" if abs(mean) > half else " (not told apart from 0)"
+            row[f"{rate} {yaw}°"] = f"{mean:+.3f} ± {half:.3f}{told_apart}"
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("module")
+
+
+@torch.no_grad()
+def multi_view_rates(model: nn.Module, faces: FaceViews, n_views: int) -> dict[str, float]:
+    """Rank-1 and TAR@FAR=1e-3 of fused groups of n_views random views, seen together if the model can."""
+    groups = view_groups(faces.person, n_views, torch.Generator().manual_seed(0))
+    model.eval()
+    parts = [model(faces.src[i], **faces.conditions(i), return_residual=False) for i in
+             (g.flatten() for g in groups.split(200))]  # fmt: skip
+    scores = similarity_scores(fuse_views(torch.cat(parts), n_views), faces.front, faces.person[groups[:, 0]])
+    accepted = scores.genuine > threshold_at_far(scores.impostor)
+    return {"rank1": rank1(scores).float().mean().item(), "tar": accepted.float().mean().item()}
+
+
+def score_views(model: nn.Module, split: Split, seconds: float) -> dict:
+    """{val, test: {all, side: {n_views: rates}}}: fused views of all yaws, and of 45 degrees and more."""
+    device = next(model.parameters()).device
+    counts = (model.n_views,) if model.cross_view is not None else (1, *VIEW_COUNTS)
+    result: dict = {"train_seconds": seconds}
+    for part in ("val", "test"):
+        faces = getattr(split, part).to(device)
+        kinds = {"all": faces, "side": faces.where(faces.abs_yaw >= BOUNDARY)}
+        result[part] = {kind: {str(v): multi_view_rates(model, views, v) for v in counts}
+                        for kind, views in kinds.items()}  # fmt: skip
+    return result
+
+
+def multi_view_study(
+    profile: Profile, split: Split, seeds: Iterable[int], progress: Callable = iter
+) -> dict[tuple[str, int], dict]:
+    """Results by ("average" | "cross-view V", seed).
+
+    "average" is a base with LoRA and projection, adapted to all yaws one view at a time. Cross-view
+    attention is then trained alone, on top of it, to make the fused prediction of V views right.
+    """
+    store, results = Store(split), {}
+    for name, seed in progress([(n, s) for s in seeds for n in ("average", *(f"cross-view {v}" for v in VIEW_COUNTS))]):
+        if name == "average":
+            checkpoint, results[name, seed] = _single_view(store, split, profile, seed)
+            continue
+        views = int(name.split()[1])
+        config = replace(COMMON, **BOTH | CROSS_VIEW, n_views=views, seed=seed, base_model_path=checkpoint.name,
+                         epochs=max(1, profile.adapt_epochs // 2))  # fmt: skip
+        key = {"name": "cross-view", "config": config.to_dict()}
+        results[name, seed] = store.get(key, partial(_cross_view, config, checkpoint, split))
+    return results
+
+
+def _single_view(store: Store, split: Split, profile: Profile, seed: int) -> tuple[Path, dict]:
+    base, _ = base_model(store, split, profile, seed)
+    config = replace(COMMON, **BOTH | {"min_yaw": 0.0, "batch_size": VIEW_BATCH}, seed=seed,
+                     base_model_path=base.name, epochs=profile.adapt_epochs)  # fmt: skip
+    key = {"name": "average", "config": config.to_dict()}
+    checkpoint = store.path(key).with_suffix(".pth")
+    if not checkpoint.is_file():
+        store.forget(key)
+
+    def make(path: Path) -> dict:
+        run = train(replace(config, base_model_path=str(base)), split.train, split.val, progress=False)
+        save_checkpoint(checkpoint, {"model": run.model.state_dict()})
+        return score_views(run.model, split, run.train_seconds)
+
+    return checkpoint, store.get(key, make)
+
+
+def _cross_view(config: TrainConfig, checkpoint: Path, split: Split, path: Path) -> dict:
+    run = train(replace(config, base_model_path=str(checkpoint)), split.train, split.val, progress=False)
+    return score_views(run.model, split, run.train_seconds)
+
+
+def multi_view_table(results: dict[tuple[str, int], dict], part: str) -> pd.DataFrame:
+    """Average of single-view predictions against cross-view attention, for each number of views."""
+    seeds = sorted({seed for _, seed in results})
+    rows = []
+    for kind in ("all", "side"):
+        for views in map(str, VIEW_COUNTS):
+            for rate in ("rank1", "tar"):
+                average = [results["average", s][part][kind][views][rate] for s in seeds]
+                crossed = [results[f"cross-view {views}", s][part][kind][views][rate] for s in seeds]
+                gain, half = mean_interval(c - a for c, a in zip(crossed, average, strict=True))
+                rows.append({"views": views, "of": "any yaw" if kind == "all" else "|yaw| ≥ 45°", "rate": rate,
+                             "one view": with_interval(results["average", s][part][kind]["1"][rate] for s in seeds),
+                             "average": with_interval(average), "cross-view": with_interval(crossed),
+                             "gain": f"{gain:+.3f} ± {half:.3f}"})  # fmt: skip
+    return pd.DataFrame(rows).set_index("views")
+
+
+def write_tables(modules: dict, views: dict, folder: Path, note: str) -> None:
+    """All tables of both studies as CSV and PNG, and printed."""
+    for part, words in (("val", "validation people"), ("test", "test people")):
+        found = {
+            f"modules_{part}": (module_table(modules, part), f"Adapted to |yaw| ≥ 45° by which modules; {words}"),
+            f"modules_earn_{part}": (earnings_table(modules, part), f"What each module adds; {words}"),
+            f"multi_view_{part}": (multi_view_table(views, part), f"Several views of a person to one frontal; {words}"),
+        }
+        for name, (table, title) in found.items():
+            plt.close(save_table(table, name, folder, title, note))
+            print(f"\n{title}\n{note}\n{table.to_string()}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="a smoke run")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=FIGURES)
+    arguments = parser.parse_args()
+    profile, seeds = (FAST if arguments.fast else FULL), range(arguments.seeds)
+    split = load_split(profile)
+    note = f"{arguments.seeds} seeds, mean ± 95 % interval over seeds; {machine()}"
+    modules = module_study(profile, split, seeds, lambda jobs: tqdm(jobs, desc="modules"))
+    views = multi_view_study(profile, split, seeds, lambda jobs: tqdm(jobs, desc="views"))
+    write_tables(modules, views, arguments.out, note)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from viewdiff_nb.faces import FaceViews
+from viewdiff_nb.faces import FaceViews, split_by_person
+from viewdiff_nb.studies import adaptation, module_study
 
 
 def people(count: int, views: int = 6, width: int = 32, noise: float = 0.3, first: int = 0) -> FaceViews:
@@ -48,3 +50,20 @@ def face_set(tmp_path):
     """A folder with a small valid set."""
     write_set(tmp_path / "faces", people(8))
     return tmp_path / "faces"
+
+
+@pytest.fixture
+def tiny():
+    """One seed, one epoch of everything."""
+    return adaptation.Profile("tiny", seeds=1, train_people=None, base_epochs=1, adapt_epochs=1, all_epochs=1)
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """A split of random people, models of toy size, and results in a folder of their own."""
+    sizes = {"d_model": 32, "nhead": 4, "num_layers": 2, "dim_feedforward": 48, "voxel_resolution": 4}
+    common = replace(adaptation.COMMON, **sizes)
+    for module in (adaptation, module_study):
+        monkeypatch.setattr(module, "COMMON", common)
+    monkeypatch.setattr(adaptation.Store.__init__, "__defaults__", (tmp_path,))
+    return split_by_person(people(110), val=40, test=40)

@@ -1,28 +1,14 @@
-from dataclasses import replace
-
 import pytest
 import torch
 from conftest import people
 
 from viewdiff_nb.faces import split_by_person
 from viewdiff_nb.studies import adaptation
-from viewdiff_nb.studies.adaptation import Profile, Store, run_study
-
-TINY = Profile("tiny", seeds=1, train_people=None, base_epochs=1, adapt_epochs=1, all_epochs=1)
+from viewdiff_nb.studies.adaptation import Store, run_study
 
 
-@pytest.fixture
-def small(monkeypatch, tmp_path):
-    """A split of random people, models of toy size, and results in a folder of their own."""
-    sizes = {"d_model": 32, "nhead": 4, "num_layers": 2, "dim_feedforward": 48, "voxel_resolution": 4}
-    monkeypatch.setattr(adaptation, "COMMON", replace(adaptation.COMMON, **sizes))
-    monkeypatch.setattr(adaptation, "RUNS", tmp_path)
-    monkeypatch.setattr(Store.__init__, "__defaults__", (tmp_path,))
-    return split_by_person(people(100), val=30, test=40)
-
-
-def test_study_trains_everything_once_and_reuses_it(small, monkeypatch):
-    results = run_study(TINY, small)
+def test_study_trains_everything_once_and_reuses_it(small, tiny, monkeypatch):
+    results = run_study(tiny, small)
     assert {name for name, _ in results} == {*adaptation.BASELINES, "base", *adaptation.ADAPTATIONS}
     for result in results.values():
         assert 0 <= result["test"]["all"]["rank1"] <= 1 and result["test"]["all"]["views"] == 40 * 6
@@ -33,7 +19,7 @@ def test_study_trains_everything_once_and_reuses_it(small, monkeypatch):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(adaptation, "train", fail)
-    assert run_study(TINY, small) == results
+    assert run_study(tiny, small) == results
 
 
 def test_a_result_is_stored_under_all_that_made_it(small):
@@ -43,7 +29,7 @@ def test_a_result_is_stored_under_all_that_made_it(small):
     for k in (key, key, {"name": "x", "config": {"lr": 2.0}}):
         store.get(k, lambda path: made.append(path) or {"value": len(made)})
     assert len(made) == 2 and made[0] != made[1]
-    other = Store(split_by_person(people(100, noise=0.4), val=30, test=40))
+    other = Store(split_by_person(people(110, noise=0.4), val=40, test=40))
     assert other.path(key) != store.path(key)
 
 

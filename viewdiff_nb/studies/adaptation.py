@@ -81,11 +81,10 @@ class Store:
         if path.is_file():
             return json.loads(path.read_text())
         path.parent.mkdir(parents=True, exist_ok=True)
-        result = {"key": key} | make(path)
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(result, indent=1))
+        part.write_text(json.dumps({"key": key} | make(path), indent=1))
         os.replace(part, path)
-        return result
+        return json.loads(path.read_text())
 
     def forget(self, key: dict) -> None:
         self.path(key).unlink(missing_ok=True)

@@ -23,6 +23,7 @@ class TrainingStep:
     def __init__(self, config: TrainConfig, faces: FaceViews, batch_size: int, amp: bool) -> None:
         torch.manual_seed(config.seed)
         self.device, self.amp = faces.device, amp
+        self.allocated_before = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
         self.model = config.build_model(faces.feature_dim).to(self.device).train()
         if config.use_lora_attention:
             self.model.freeze_base()
@@ -58,13 +59,15 @@ class TrainingStep:
     def memory(self) -> int:
         """Bytes of a training step.
 
-        On a GPU the peak that was allocated while it ran. On a CPU the tensors that must exist at once:
-        weights, gradients, optimiser state, and activations kept for the backward pass.
+        On a GPU the peak that was allocated while it ran, beyond what was there before it was built. On a
+        CPU the tensors that must exist at once: weights, gradients, optimiser state, and activations kept
+        for the backward pass.
         """
         if self.device.type == "cuda":
+            self()
             torch.cuda.reset_peak_memory_stats(self.device)
             self()
-            return torch.cuda.max_memory_allocated(self.device)
+            return torch.cuda.max_memory_allocated(self.device) - self.allocated_before
         self()  # so that the optimiser has its state
         weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.model.parameters()}
         kept: dict[int, int] = {}
@@ -106,13 +109,13 @@ def speed_and_memory(
     rows = []
     for batch_size in batch_sizes:
         for use_amp in amp:
-            runs = {}
+            runs, memory = {}, {}
             for name in names:
                 changes = {k: v for k, v in ADAPTATIONS[name].items() if k not in ("freeze_base", "min_yaw")}
                 if changes.get("use_prior_preservation"):
                     changes["base_model_path"] = "built here"
                 runs[name] = TrainingStep(replace(COMMON, **changes), faces, batch_size, use_amp)
-            memory = {name: run.memory() for name, run in runs.items()}
+                memory[name] = runs[name].memory()
             times: dict[str, list[float]] = {name: [] for name in names}
             for _ in range(rounds):
                 for name, run in runs.items():

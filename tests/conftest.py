@@ -66,4 +66,4 @@ def small(monkeypatch, tmp_path):
     for module in (adaptation, module_study):
         monkeypatch.setattr(module, "COMMON", common)
     monkeypatch.setattr(adaptation.Store.__init__, "__defaults__", (tmp_path,))
-    return split_by_person(people(110), val=40, test=40)
+    return split_by_person(people(110, views=12), val=40, test=40)

@@ -11,7 +11,7 @@ def test_study_trains_everything_once_and_reuses_it(small, tiny, monkeypatch):
     results = run_study(tiny, small)
     assert {name for name, _ in results} == {*adaptation.BASELINES, "base", *adaptation.ADAPTATIONS}
     for result in results.values():
-        assert 0 <= result["test"]["all"]["rank1"] <= 1 and result["test"]["all"]["views"] == 40 * 6
+        assert 0 <= result["test"]["all"]["rank1"] <= 1 and result["test"]["all"]["views"] == 40 * 12
     assert results["LoRA r=8", 0]["trainable"] == results["LoRA r=8", 0]["lora"] > 0
     assert results["LoRA r=8 + 3-D projection", 0]["trainable"] > results["LoRA r=8", 0]["trainable"]
 
@@ -29,7 +29,7 @@ def test_a_result_is_stored_under_all_that_made_it(small):
     for k in (key, key, {"name": "x", "config": {"lr": 2.0}}):
         store.get(k, lambda path: made.append(path) or {"value": len(made)})
     assert len(made) == 2 and made[0] != made[1]
-    other = Store(split_by_person(people(110, noise=0.4), val=40, test=40))
+    other = Store(split_by_person(people(110, views=12, noise=0.4), val=40, test=40))
     assert other.path(key) != store.path(key)
 
 

@@ -1,3 +1,4 @@
+import pytest
 from conftest import people
 
 from viewdiff_nb.modules.baselines import RawEmbedding
@@ -37,6 +38,11 @@ def test_earnings_are_paired_differences():
     assert table.loc[0, "rank1 45-90°"] == "+0.200 ± 0.000"
     assert "not told apart" in table.loc[1, "rank1 45-90°"]
     assert table.loc[0, "added"] == "alone"
+
+
+def test_too_few_views_to_fuse():
+    with pytest.raises(ValueError, match="no person has 7 views to fuse"):
+        study.multi_view_rates(RawEmbedding(), people(5, views=6), 7)
 
 
 def test_view_batches_fit_all_view_counts():

@@ -111,6 +111,8 @@ def earnings_table(results: dict[tuple[str, int], dict], part: str) -> pd.DataFr
 def multi_view_rates(model: nn.Module, faces: FaceViews, n_views: int) -> dict[str, float]:
     """Rank-1 and TAR@FAR=1e-3 of fused groups of n_views random views, seen together if the model can."""
     groups = view_groups(faces.person, n_views, torch.Generator().manual_seed(0))
+    if not len(groups):
+        raise ValueError(f"no person has {n_views} views to fuse")
     model.eval()
     parts = [model(faces.src[i], **faces.conditions(i), return_residual=False) for i in
              (g.flatten() for g in groups.split(200))]  # fmt: skip

@@ -35,8 +35,8 @@ def test_earnings_are_paired_differences():
     for s in (0, 1, 2):
         results["LoRA", s] = rates(0.7 + 0.1 * s)
     table = study.earnings_table(results, "val").reset_index()
-    assert table.loc[0, "rank1 45-90°"] == "+0.200 ± 0.000"
-    assert "not told apart" in table.loc[1, "rank1 45-90°"]
+    assert table.loc[0, "rank-1 ≥ 45°"] == "+0.200 ± 0.000"
+    assert "0 not excluded" in table.loc[1, "rank-1 ≥ 45°"]
     assert table.loc[0, "added"] == "alone"
 
 

@@ -35,7 +35,8 @@ def table_figure(table: pd.DataFrame, title: str, note: str = "") -> Figure:
     ax.set_title(title, loc="left", fontsize=11, weight="bold")
     if note:
         fig.text(0.01, 0.01, note, fontsize=7.5, color="0.35", ha="left", va="bottom")
-    fig.subplots_adjust(left=0.01, right=0.99, bottom=0.16 if note else 0.02, top=1 - 0.35 / fig.get_figheight())
+    margins = (0.3 if note else 0.05) / fig.get_figheight(), 1 - 0.35 / fig.get_figheight()
+    fig.subplots_adjust(left=0.01, right=0.99, bottom=margins[0], top=margins[1])
     return fig
 
 

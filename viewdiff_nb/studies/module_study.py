@@ -98,11 +98,11 @@ def earnings_table(results: dict[tuple[str, int], dict], part: str) -> pd.DataFr
     rows = []
     for (module, where), (with_it, without) in comparisons.items():
         row = {"module": module, "added": where}
-        for rate, yaw in (("rank1", "45-90"), ("tar", "45-90"), ("rank1", "0-45"), ("tar", "0-45")):
+        for head, rate, yaw in (("rank-1 ≥ 45°", "rank1", "45-90"), ("TAR ≥ 45°", "tar", "45-90"),
+                                ("rank-1 < 45°", "rank1", "0-45"), ("TAR < 45°", "tar", "0-45")):  # fmt: skip
             mean, half = mean_interval(results[with_it, s][part][yaw][rate] - results[without, s][part][yaw][rate]
                                        for s in seeds)  # fmt: skip
-            told_apart = "" if abs(mean) > half else " (not told apart from 0)"
-            row[f"{rate} {yaw}°"] = f"{mean:+.3f} ± {half:.3f}{told_apart}"
+            row[head] = f"{mean:+.3f} ± {half:.3f}" + ("" if abs(mean) > half else " (0 not excluded)")
         rows.append(row)
     return pd.DataFrame(rows).set_index("module")
 

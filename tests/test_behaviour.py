@@ -18,6 +18,7 @@ from viewdiff_nb.modules.baselines import DREAM, MLP, MeanFace, RawEmbedding
 WIDTH, BATCH = 32, 6
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1}
+TF32 = 1e-3  # cuDNN's convolutions round float32 inputs to TF32 by default
 
 
 def features(*shape):
@@ -108,7 +109,8 @@ def test_shape_dtype_device_gradients_and_agreement_with_double_precision(case, 
     output = module.eval()(**inputs)
     assert torch.equal(output, module(**inputs))  # no randomness in evaluation
     scale = max(wanted.norm(), first(exact).norm())  # a residual may be the small difference of large numbers
-    assert (output.double().cpu() - wanted).norm() / scale < TOLERANCE[dtype]
+    tolerance = TF32 if (device, dtype) == ("cuda", torch.float32) else TOLERANCE[dtype]
+    assert (output.double().cpu() - wanted).norm() / scale < tolerance
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.startswith("cross-view") and c != "enhanced, all"])

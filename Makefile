@@ -22,8 +22,9 @@ test: $(VENV)/.test
 lab: $(VENV)/.kit
 	$(VENV)/bin/jupyter lab notebooks
 
-data: $(VENV)/.test
-	$(VENV)/bin/python -m viewdiff_nb.faces.build data/heads --sheet figures/heads_contact_sheet.png
+data: $(VENV)/.heads
+	$(VENV)/bin/python -m viewdiff_nb.faces.build data/heads
+	$(VENV)/bin/python -m viewdiff_nb.faces.build --sheet figures/heads_contact_sheet.png
 
 clean:
 	rm -rf runs build
@@ -36,6 +37,10 @@ $(VENV)/.torch:
 
 $(VENV)/.kit: $(VENV)/.torch pyproject.toml
 	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.heads: $(VENV)/.kit
+	$(PIP) --editable ".[heads]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.kit

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE, KEYPOINT_NAMES
-from viewdiff_nb.faces.recogniser import Recogniser
-from viewdiff_nb.faces.render import PHOTO_FIELD, PHOTO_SIZE, HeadRenderer
-from viewdiff_nb.faces.scenes import sample_background, sample_light
+from .geometry import ARCFACE_TEMPLATE, KEYPOINT_NAMES
+from .recogniser import Recogniser
+from .render import PHOTO_FIELD, PHOTO_SIZE, HeadRenderer
+from .scenes import sample_background, sample_light
 
 BUILDER_VERSION = "1"
 CHUNK = 50  # people in one part
@@ -81,8 +81,8 @@ class Studio:
     def __init__(self):
         import torch
 
-        from viewdiff_nb.faces.heads import HeadModel
-        from viewdiff_nb.faces.skins import SkinPainter
+        from .heads import HeadModel
+        from .skins import SkinPainter
 
         torch.set_num_threads(1)  # one order of summation, so equal bits
         self._model = HeadModel()
@@ -285,7 +285,7 @@ def main(arguments=None):
     parser.add_argument("--sheet", type=Path, help="only draw people 0..11 of this seed into this PNG")
     options = parser.parse_args(arguments)
     if options.sheet:
-        from viewdiff_nb.faces.sheet import draw_sheet
+        from .sheet import draw_sheet
 
         draw_sheet(options.sheet, Studio(), options.seed)
         return

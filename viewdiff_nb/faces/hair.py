@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from viewdiff_nb.faces.raster import njit
+from .raster import njit
 
 LATTICE_SIZE = 16
 # Centimetres on the average head, from the middle between the eyes.

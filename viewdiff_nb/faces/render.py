@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE, rotation_matrix
-from viewdiff_nb.faces.raster import draw_mesh
-from viewdiff_nb.faces.scenes import GAMMA, Background, Light, check_numbers
+from .geometry import ARCFACE_TEMPLATE, rotation_matrix
+from .raster import draw_mesh
+from .scenes import GAMMA, Background, Light, check_numbers
 
 CROP_SIZE = 112
 PHOTO_SIZE = 256  # of the notional photo from which crops are cut, in pixels

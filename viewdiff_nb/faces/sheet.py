@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
-from viewdiff_nb.faces.render import CROP_SIZE
+from .render import CROP_SIZE
 
 SHEET_PEOPLE = 12
 SHEET_VIEWS = 8

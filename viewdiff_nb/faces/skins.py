@@ -7,7 +7,7 @@ between the eyes: across (to the image's right), up, forward. Colours are stored
 
 import numpy as np
 
-from viewdiff_nb.faces.hair import (
+from .hair import (
     MOUTH_UP,
     hair_margin,
     lattice_noise,
@@ -15,9 +15,9 @@ from viewdiff_nb.faces.hair import (
     soft_step,
     strand_shade,
 )
-from viewdiff_nb.faces.heads import EYE_BOXES, INNER_BOX
-from viewdiff_nb.faces.meshes import nearest_painted, read_mask, surface_hollows
-from viewdiff_nb.faces.raster import bake_attributes
+from .heads import EYE_BOXES, INNER_BOX
+from .meshes import nearest_painted, read_mask, surface_hollows
+from .raster import bake_attributes
 
 TEXTURE_SIZE = 512
 SEAM_MARGIN = 6  # texels painted beyond the edge of each part, so that no seam shows the empty texture

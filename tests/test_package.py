@@ -1,0 +1,59 @@
+"""What holds for the project as a whole."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data/heads/README.md"]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
+
+
+def test_import_is_light_and_leaves_the_random_state_alone():
+    program = """
+import sys, torch
+torch.manual_seed(3)
+before = torch.get_rng_state()
+import viewdiff_nb
+assert torch.equal(before, torch.get_rng_state())
+heavy = {"pandas", "matplotlib", "seaborn", "scipy", "ipywidgets", "anny", "numba", "onnx", "onnxruntime", "peft"}
+print(sorted(heavy & set(sys.modules)))
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def requirement(text: str) -> tuple[str, str]:
+    """Name and lower bound of 'name>=1.2' or 'name >=1.2'."""
+    return re.fullmatch(r"([\w.-]+) *>=([\d.]+)", text).groups()
+
+
+def test_environment_yml_lists_what_pyproject_needs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = dict(requirement(line) for line in re.findall(r"- ([\w.-]+ *>=[\d.]+)$",
+                                                           (ROOT / "environment.yml").read_text(), re.MULTILINE))  # fmt: skip
+    for name, bound in map(requirement, project["dependencies"]):
+        assert listed[CONDA_NAMES.get(name, name)] == bound, name
+    assert ">=" + listed["python"] == project["requires-python"]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_and_pictures_exist(path):
+    targets = re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8"))
+    assert [t for t in targets if not t.startswith("http") and not (path.parent / t).exists()] == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
+def test_notebooks_are_executed_small_and_whole(path):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert path.stat().st_size < 1.5e6 and len(notebook["cells"]) <= 30 and "widgets" not in notebook["metadata"]
+    assert all(cell["execution_count"] for cell in code)
+    assert not [o for cell in code for o in cell["outputs"] if o["output_type"] == "error"]
+    assert not [cell for cell in code if re.search(r"pip install|conda install", "".join(cell["source"]))]

@@ -1,4 +1,5 @@
 # make reproduce   set up, run the notebooks, write tables and figures (FAST=1: a smoke run)
+# make modules     which module earns what: 65 trainings, hours on a CPU, minutes on a GPU
 # make test        set up, run the tests
 # make lab         open JupyterLab
 # make data        rebuild the shipped data set (needs npm and network)
@@ -11,10 +12,16 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: reproduce test lab data clean
+# A torch that is there already stays, unless TORCH is given.
+KEEP_TORCH := $(if $(filter file,$(origin TORCH)),$(VENV)/bin/python -c "import torch" 2>/dev/null ||)
+
+.PHONY: reproduce modules test lab data clean
 
 reproduce: $(VENV)/.kit
 	$(VENV)/bin/python -m viewdiff_nb.studies.reproduce $(if $(FAST),--fast)
+
+modules: $(VENV)/.kit
+	$(VENV)/bin/python -m viewdiff_nb.studies.module_study $(if $(FAST),--fast)
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -q
@@ -27,12 +34,12 @@ data: $(VENV)/.heads
 	$(VENV)/bin/python -m viewdiff_nb.faces.build --sheet figures/heads_contact_sheet.png
 
 clean:
-	rm -rf runs build
+	rm -rf runs/study runs/fast build
 
 # torch comes first, so that the build asked for is the one that everything else finds.
 $(VENV)/.torch:
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) $(TORCH)
+	$(KEEP_TORCH) $(PIP) $(TORCH)
 	touch $@
 
 $(VENV)/.kit: $(VENV)/.torch pyproject.toml

@@ -58,8 +58,10 @@ def test_other_layers_are_refused(tmp_path):
         load_adapter(adapted(base, rank=4), tmp_path)
     with pytest.raises(AdapterError, match="12 adapted layers differ"):
         load_adapter(adapted(base, rank=4, lora_targets=("attention", "feed_forward")), tmp_path)
-    with pytest.raises(AdapterError, match=r"lacks \['projection"):
+    with pytest.raises(AdapterError, match="the model is built differently: projection"):
         load_adapter(adapted(base, rank=2, projection=True), tmp_path)
+    with pytest.raises(AdapterError, match=r"built differently: blocks.0.attention.num_heads is 2, and 4 in"):
+        load_adapter(adapted(base, rank=2, nhead=2), tmp_path)
 
 
 def test_fingerprint_is_that_of_the_base_alone():

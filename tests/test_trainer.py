@@ -156,7 +156,9 @@ def test_cross_view_groups_are_views_of_one_person_and_no_view_comes_twice():
 
 
 def test_cross_view_trains():
-    result = run(replace(CONFIG, use_cross_view=True, n_views=3, batch_size=15))
+    result = run(replace(CONFIG, use_cross_view=True, n_views=3, batch_size=15, lr=3e-3, epochs=6))
+    losses = result.history["train_loss"]  # of fused predictions
+    assert losses.iloc[-1] < losses.iloc[0]
     assert result.model.cross_view["0"].out.weight.abs().sum() > 0
 
 
@@ -190,6 +192,38 @@ def test_only_what_is_added_to_an_adapted_base_trains(tmp_path):
     assert all(torch.equal(model.get_parameter(name), value) for name, value in state.items())
 
 
+def test_lora_without_a_base_trains_everything():
+    """There is no pretrained W to keep, and a random one must not stay frozen."""
+    model = run(replace(CONFIG, use_lora_attention=True, epochs=1)).model
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_base_that_is_adapted_already_has_no_plain_teacher(tmp_path):
+    lora = replace(CONFIG, use_lora_attention=True, epochs=1)
+    path = tmp_path / "adapted.pth"
+    save_checkpoint(path, {"model": run(lora).model.state_dict()})
+    with pytest.raises(ValueError, match="needs a plain base; .*adapted.pth is adapted already"):
+        run(replace(lora, use_prior_preservation=True, base_model_path=str(path)))
+
+
+def test_too_few_validation_people_are_found_before_training():
+    with pytest.raises(ValueError, match="5 validation people with 30 views make 120 impostor pairs.*raise val_people"):
+        train(CONFIG, people(40), people(5, first=1000), progress=False)
+
+
+def test_resuming_what_cannot_be_resumed(tmp_path, base_path):
+    with pytest.raises(CheckpointError, match="holds weights, but no training run to go on with"):
+        run(replace(CONFIG, resume=base_path))
+    run(replace(CONFIG, save_dir=str(tmp_path)))
+    with pytest.raises(ValueError, match="has 2 epochs behind it; ask for more"):
+        run(replace(CONFIG, resume=str(tmp_path / "checkpoint_epoch_2_enhanced.pth")))
+
+
+def test_a_given_model_is_not_combined_with_a_base(base_path):
+    with pytest.raises(ValueError, match="trained as it is"):
+        run(replace(CONFIG, base_model_path=base_path), model=MLP(32))
+
+
 def test_divergence_is_diagnosed():
     with pytest.raises(TrainingDiverged, match=r"batch \d+ of epoch \d.*lower lr"):
         run(replace(CONFIG, lr=1e30, warmup=0.0, clip_norm=1e30, loss="mse"))
@@ -221,6 +255,8 @@ def test_no_view_in_range():
     ({"min_yaw": 50.0, "max_yaw": 40.0}, "min_yaw must be below"), ({"dropout": 1.0}, "dropout"),
     ({"use_prior_preservation": True}, "needs the base model"), ({"freeze_base": True}, "random weights"),
     ({"use_cross_view": True, "n_views": 5, "batch_size": 32}, "multiple of n_views=5"),
+    ({"pose_dim": 6}, "pose_dim must be 3"),
+    ({"use_prior_preservation": True, "base_model_path": "b", "use_cross_view": True, "n_views": 4}, "single views"),
     ({"use_lora_attention": True, "rank": 999}, "rank must not exceed d_model=32"), ({"lambda_prior": -1.0}, "lambda"),
 ])  # fmt: skip
 def test_contradictory_configs_are_refused(bad, message):

@@ -8,6 +8,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from .faces.views import YAW_BINS
+from .studies.tables import mean_interval
 
 BIN_NAMES = [f"{low}-{high}" for low, high in YAW_BINS]
 
@@ -47,7 +48,7 @@ def recognition_curves(tidy: pd.DataFrame, rate: str, title: str) -> Figure:
         tidy: columns model, seed, yaw (a name of `BIN_NAMES`) and the rate.
     """
     fig, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    sns.pointplot(tidy, x="yaw", y=rate, hue="model", order=BIN_NAMES, errorbar=("ci", 95), palette="colorblind",
+    sns.pointplot(tidy, x="yaw", y=rate, hue="model", order=BIN_NAMES, errorbar=student_interval, palette="colorblind",
                   markers=["o", "s", "D", "^", "v", "P", "X", "*"][: tidy["model"].nunique()], dodge=0.25,
                   linestyle="-", ax=ax, err_kws={"linewidth": 1.2}, markersize=5, linewidth=1.4)  # fmt: skip
     ax.set(xlabel="|yaw| of the side view, degrees", ylabel=rate, ylim=(0, 1.02))
@@ -55,6 +56,12 @@ def recognition_curves(tidy: pd.DataFrame, rate: str, title: str) -> Figure:
     ax.legend(title=None, frameon=False, fontsize=8.5, loc="lower left")
     sns.despine(fig)
     return fig
+
+
+def student_interval(values: pd.Series) -> tuple[float, float]:
+    """Ends of the 95 % interval of the mean that the tables state."""
+    mean, half = mean_interval(values)
+    return mean - half, mean + half
 
 
 def save_table(table: pd.DataFrame, name: str, folder: Path, title: str, note: str = "") -> Figure:

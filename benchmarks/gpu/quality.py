@@ -3,13 +3,17 @@
     python benchmarks/gpu/quality.py OUT [--seeds 20] [--module-seeds 5] [--workers 8] [--fast]
 
 A step of this model is bound by kernel launches, so processes that share the GPU hardly disturb each other.
-OUT gets the tables as CSV and PNG. Training times of such a run are not comparable and not reported.
+OUT gets the tables as CSV and PNG, and its own store of runs: training times of such a run are not
+comparable with those of one run at a time.
 """
 
 import argparse
 import os
+import sys
 import time
 from pathlib import Path
+
+os.environ.setdefault("VIEWDIFF_NB_RUNS", str(Path(sys.argv[1] if len(sys.argv) > 1 else ".").resolve() / "runs"))
 
 import matplotlib.pyplot as plt
 import torch.multiprocessing as mp
@@ -38,10 +42,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--module-seeds", type=int, default=5)
+    parser.add_argument("--module-seeds", type=int, default=5, help="at most --seeds: they start from its bases")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--fast", action="store_true")
     arguments = parser.parse_args()
+    if arguments.module_seeds > arguments.seeds:
+        parser.error(f"--module-seeds must be at most --seeds, got {arguments.module_seeds} and {arguments.seeds}")
     os.environ["OMP_NUM_THREADS"] = "1"
     tasks = [("main", seed, arguments.fast) for seed in range(arguments.seeds)]
     # modules and views start from the bases that the main study of the same seed trains

@@ -56,7 +56,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     if not added:
         raise AdapterError("the model has no adapter to save")
     config = {"format": FORMAT, "layers": {name: _layer_config(layer) for name, layer in lora_layers(model).items()},
-              "base_fingerprint": base_fingerprint(model)}  # fmt: skip
+              "settings": _settings(model), "base_fingerprint": base_fingerprint(model)}  # fmt: skip
     _write(Path(folder), added, config)
 
 
@@ -77,6 +77,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         first = differing[0]
         raise AdapterError(f"{len(differing)} adapted layers differ, e.g. {first}: the adapter has "
                            f"{config['layers'].get(first)}, the model {mine.get(first)}")  # fmt: skip
+    if (mine := _settings(model)) != config["settings"]:
+        differing = sorted(name for name in mine if mine[name] != config["settings"].get(name)) or ["other modules"]
+        raise AdapterError(f"the model is built differently: {differing[0]} is {mine.get(differing[0])}, and "
+                           f"{config['settings'].get(differing[0])} in {folder}")  # fmt: skip
     if config["base_fingerprint"] != base_fingerprint(model):
         raise AdapterError(f"the adapter in {folder} belongs to another base model: its weights would be added to "
                            "the wrong ones; load its base first")  # fmt: skip
@@ -135,6 +139,8 @@ def load_peft_adapter(model: nn.Module, folder: str | Path) -> None:
     renamed = {}
     for key, value in weights.items():
         name, part, _ = key.removeprefix(PEFT_PREFIX).rsplit(".", 2)
+        if part not in names:
+            raise AdapterError(f"{folder} holds {key}: only plain LoRA (lora_A, lora_B) can be loaded")
         renamed[f"{name}.{names[part]}"] = value
     parameters = {f"{name}.{p}": getattr(layer, p) for name, layer in layers.items() for p in names.values()}
     _copy(parameters, renamed, folder)
@@ -151,6 +157,12 @@ def refuse_merged(model: nn.Module) -> None:
 
 def _layer_config(layer: LoRALinearLayer) -> dict:
     return {"rank": layer.rank, "alpha": layer.alpha, "rslora": layer.rslora, "pose_dim": layer.pose_dim}
+
+
+def _settings(model: nn.Module) -> dict[str, int]:
+    """What decides the numbers and shows in no weight's shape: attention heads and voxel resolutions."""
+    return {f"{name}.{setting}": getattr(module, setting) for name, module in model.named_modules()
+            for setting in ("num_heads", "voxel_resolution") if hasattr(module, setting)}  # fmt: skip
 
 
 def _copy(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor], folder: str | Path) -> None:

@@ -12,7 +12,8 @@ from . import volume
 
 KEYPOINT_REACH = 0.5  # mean distance of the keypoints from the grid's centre; the grid ends at 1
 KEYPOINT_WIDTH = 0.25  # standard deviation of a keypoint's Gaussian, in the same units
-VOXEL_BUDGET = 128 * 16**3  # voxels that are in memory at once; larger batches and grids go in turns
+FINE = 16  # grids up to this resolution render a batch at once; finer ones in turns of as many voxels
+VOXEL_BUDGET = 128 * FINE**3  # voxels that are in memory at once, however large the batch is
 
 
 @dataclass(frozen=True)
@@ -155,11 +156,12 @@ class LightweightFaceProjectionLayer(nn.Module):
         return (splats, occupancy, shares, density, weights) if keep else splats
 
     def _render_in_turns(self, keypoints: Tensor, gains: Tensor, turn: Tensor | None) -> Tensor:
-        """`_render` with at most `VOXEL_BUDGET` voxels in memory at once.
+        """`_render` with at most `VOXEL_BUDGET` voxels in memory, nor more than the batch has at resolution `FINE`.
 
-        Beyond the budget the backward pass renders each part again instead of keeping its volumes.
+        What goes in turns is rendered again in the backward pass instead of keeping its volumes.
         """
-        count = max(1, VOXEL_BUDGET // self.voxel_resolution**3)
+        voxels = min(VOXEL_BUDGET, keypoints.shape[0] * FINE**3)
+        count = max(1, voxels // self.voxel_resolution**3)
         if torch.compiler.is_compiling() or keypoints.shape[0] <= count:
             return self._render(keypoints, gains, turn)
         turns = [None] * -(-len(keypoints) // count) if turn is None else turn.split(count)

@@ -65,7 +65,10 @@ def load_split(profile: Profile = FULL, folder: Path = HEADS) -> Split:
 
 
 class Store:
-    """Finished results, one JSON file per key; a key is all that determines the result."""
+    """Finished results, one JSON file per key: config, data and version.
+
+    Training times are those of the machine, and of its load, on which a result was made.
+    """
 
     def __init__(self, split: Split, folder: Path = RUNS) -> None:
         self.folder = folder / "study"
@@ -81,7 +84,7 @@ class Store:
         if path.is_file():
             return json.loads(path.read_text())
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
+        part = path.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps({"key": key} | make(path), indent=1))
         os.replace(part, path)
         return json.loads(path.read_text())

@@ -69,7 +69,8 @@ class TrainingStep:
             self()
             return torch.cuda.max_memory_allocated(self.device) - self.allocated_before
         self()  # so that the optimiser has its state
-        weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.model.parameters()}
+        parameters = (self.task or self.model).parameters()  # with prior preservation the teacher's, too
+        weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters}
         kept: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:

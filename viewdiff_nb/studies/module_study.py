@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..faces.views import FaceViews, Split
 from ..metrics import rank1, similarity_scores, threshold_at_far
 from ..modules.transformer import fuse_views
-from ..paths import FIGURES
+from ..paths import FIGURES, RUNS
 from ..plots import save_table
 from ..training.checkpoint import save_checkpoint
 from ..training.config import TrainConfig
@@ -211,14 +211,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help="a smoke run")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=FIGURES)
+    parser.add_argument("--out", type=Path, help="by default figures/, with --fast runs/fast/figures")
     arguments = parser.parse_args()
     profile, seeds = (FAST if arguments.fast else FULL), range(arguments.seeds)
+    out = arguments.out or (RUNS / "fast" / "figures" if arguments.fast else FIGURES)
     split = load_split(profile)
-    note = f"{arguments.seeds} seeds, mean ± 95 % interval over seeds; {machine()}"
+    note = f"{profile.name} run, {arguments.seeds} seeds, mean ± 95 % interval over seeds; {machine()}"
     modules = module_study(profile, split, seeds, lambda jobs: tqdm(jobs, desc="modules"))
     views = multi_view_study(profile, split, seeds, lambda jobs: tqdm(jobs, desc="views"))
-    write_tables(modules, views, arguments.out, note)
+    write_tables(modules, views, out, note)
 
 
 if __name__ == "__main__":

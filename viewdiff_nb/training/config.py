@@ -79,7 +79,7 @@ class TrainConfig:
     val_every: int = 1
     """Epochs between validations; the last epoch always has one."""
     resume: str | None = None
-    """Checkpoint to go on from."""
+    """Checkpoint to go on from; with more epochs than before, the learning rate follows the longer cosine."""
 
     def __post_init__(self) -> None:
         positive = ("epochs", "batch_size", "gradient_accumulation_steps", "lr", "lora_lr", "clip_norm", "n_views",
@@ -103,6 +103,11 @@ class TrainConfig:
             raise ValueError(f"rank must not exceed d_model={self.d_model}, got {self.rank}")
         if self.use_prior_preservation and not self.base_model_path:
             raise ValueError("prior preservation needs the base model that is to be preserved: give base_model_path")
+        if self.use_prior_preservation and self.use_cross_view:
+            raise ValueError("prior samples are single views and cannot stand in a batch of n_views views of a person; "
+                             "use either use_prior_preservation or use_cross_view")  # fmt: skip
+        if self.pose_dim not in (0, 3):
+            raise ValueError(f"pose_dim must be 3 (the data has pitch, yaw, roll) or 0, got {self.pose_dim}")
         if self.freeze_base and not self.base_model_path:
             raise ValueError("freeze_base without base_model_path would freeze random weights; give a base model")
         if self.use_cross_view and self.batch_size % self.n_views:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..faces.views import FaceViews
-from ..metrics import recognition_by_yaw
+from ..metrics import FAR, recognition_by_yaw
 from ..modules.prior import EnhancedTransformerWithPrior, PriorPreservationDataset, PriorPreservationLoss
 from ..modules.transformer import EnhancedTransformerDecoderOnly3D, fuse_views
-from .checkpoint import load_base_weights, load_checkpoint, save_checkpoint
+from .checkpoint import CheckpointError, load_base_weights, load_checkpoint, save_checkpoint
 from .config import TrainConfig, choose_device, writable_folder
 from .losses import LOSSES
 
@@ -37,14 +37,22 @@ class TrainResult:
 
 
 def prepare_model(config: TrainConfig, feature_dim: int) -> tuple[EnhancedTransformerDecoderOnly3D, nn.Module | None]:
-    """The model of a run, and the frozen base if prior preservation needs one; seeded by config.seed."""
+    """The model of a run, and the frozen base if prior preservation needs one; seeded by config.seed.
+
+    Without a base there is nothing worth freezing: LoRA layers then train their random W as well.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model, base = config.build_model(feature_dim), config.build_model(feature_dim, base=True)
-    if config.base_model_path:
+    if not config.base_model_path:
+        model.requires_grad_(True)
+    else:
         state = load_base_weights(config.base_model_path)
         model.load_base(state)
         if config.use_prior_preservation:
+            if extra := sorted(set(state) - set(base.state_dict())):
+                raise ValueError(f"prior preservation needs a plain base; {config.base_model_path} is adapted already "
+                                 f"({len(extra)} parameters more, e.g. {extra[0]})")  # fmt: skip
             base.load_base(state)
     if config.freezes_base:
         model.freeze_base()
@@ -75,6 +83,13 @@ def train(
     """
     if overlap := set(train_faces.names) & set(val_faces.names):
         raise ValueError(f"{len(overlap)} people are in both training and validation, e.g. {min(overlap)!r}")
+    impostors = len(val_faces) * (len(val_faces.names) - 1)
+    if impostors * FAR < 1:
+        raise ValueError(f"{len(val_faces.names)} validation people with {len(val_faces)} views make {impostors} "
+                         f"impostor pairs, too few for a false accept rate of {FAR:g}; raise val_people")  # fmt: skip
+    if model is not None and (config.base_model_path or config.use_prior_preservation):
+        raise ValueError("a model given to train() is trained as it is: base_model_path and prior preservation are "
+                         "for models that the config builds")  # fmt: skip
     device = choose_device(config.device)
     save_dir = writable_folder(config.save_dir) if config.save_dir else None
     log_dir = writable_folder(config.log_dir) if config.log_dir else None
@@ -105,12 +120,20 @@ def train(
     seconds, steps, first_epoch = 0.0, 0, 0
     if config.resume:
         state = load_checkpoint(config.resume, device)
+        if missing := {"model", "optimizer", "scheduler", "scaler", "generator", "torch_rng", "epoch"} - set(state):
+            raise CheckpointError(f"{config.resume} holds weights, but no training run to go on with "
+                                  f"(no {', '.join(sorted(missing))}); give it as base_model_path")  # fmt: skip
+        if state["epoch"] >= config.epochs:
+            raise ValueError(f"{config.resume} has {state['epoch']} epochs behind it; ask for more than that "
+                             f"(epochs is {config.epochs})")  # fmt: skip
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         scaler.load_state_dict(state["scaler"])
         generator.set_state(state["generator"].cpu())
         torch.set_rng_state(state["torch_rng"].cpu())
+        if device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), device)
         history, seconds, steps, first_epoch = state["history"], state["seconds"], state["steps"], state["epoch"]
     writer = _summary_writer(log_dir, first_epoch)
     if not config.resume:
@@ -170,6 +193,8 @@ def train(
                      "scheduler": scheduler.state_dict(), "scaler": scaler.state_dict(), "history": history,
                      "generator": generator.get_state(), "torch_rng": torch.get_rng_state(), "seconds": seconds,
                      "steps": steps, "config": config.to_dict()}  # fmt: skip
+            if device.type == "cuda":
+                state["cuda_rng"] = torch.cuda.get_rng_state(device)
             if row.get("val_loss", math.inf) < best:
                 save_checkpoint(save_dir / "best_model_enhanced.pth", state)
             if (epoch + 1) % config.save_every == 0 or epoch + 1 == config.epochs:
@@ -184,34 +209,42 @@ def train(
 
 @torch.no_grad()
 def predict(model: nn.Module, faces: FaceViews, batch_size: int = 1024) -> Tensor:
-    """Predicted frontal embeddings (M, D) of all side views, in evaluation mode.
+    """Predicted frontal embeddings (M, D) of all side views, in evaluation mode, on the device of faces.
 
     With cross-view attention, the views of a person are seen in random groups of n_views; the last group
     of a person may be smaller.
     """
-    was_training = model.training
+    was_training, home = model.training, faces.device
     model.eval()
+    faces = faces.to(next(iter((*model.parameters(), *model.buffers())), faces.src).device)
     out = torch.empty_like(faces.src, dtype=torch.float32)
     if getattr(model, "cross_view", None) is None:
         for index in torch.arange(len(faces), device=faces.device).split(batch_size):
             out[index] = model(faces.src[index], **faces.conditions(index), return_residual=False).float()
     else:
         groups, mask = padded_groups(faces.person, model.n_views, torch.Generator().manual_seed(0))
-        for index, there in zip(groups.split(batch_size // model.n_views), mask.split(batch_size // model.n_views),
-                                strict=True):  # fmt: skip
+        count = max(1, batch_size // model.n_views)
+        for index, there in zip(groups.split(count), mask.split(count), strict=True):
             index, there = index.flatten(), there.flatten()
             predicted = model(faces.src[index], **faces.conditions(index), return_residual=False, view_mask=there)
             out[index[there]] = predicted[there].float()
     model.train(was_training)
-    return out
+    return out.to(home)
 
 
 def evaluate(model: nn.Module, faces: FaceViews, loss: Callable) -> dict[str, float]:
-    """val_loss, val_mse, val_cosine, val_rank1, val_tar and val_auc over all side views of faces."""
-    predicted = predict(model, faces)
-    rates = recognition_by_yaw(predicted, faces.front, faces.person, faces.abs_yaw)["all"]
+    """val_loss, val_mse, val_cosine, val_rank1, val_tar and val_auc over all side views of faces.
+
+    With cross-view attention over the fused predictions of whole groups, which is what it is trained for.
+    """
+    predicted, person, yaw = predict(model, faces), faces.person, faces.abs_yaw
+    if getattr(model, "cross_view", None) is not None:
+        groups = view_groups(person, model.n_views, torch.Generator().manual_seed(0))  # the groups of predict
+        predicted = fuse_views(predicted[groups.flatten()], model.n_views)
+        person, yaw = person[groups[:, 0]], yaw[groups].mean(1)
+    rates = recognition_by_yaw(predicted, faces.front, person, yaw)["all"]
     names = ("mse", "cosine", "rank1", "tar", "auc")
-    return {"val_loss": loss(predicted, faces.front, faces.person).item()} | {f"val_{n}": rates[n] for n in names}
+    return {"val_loss": loss(predicted, faces.front, person).item()} | {f"val_{n}": rates[n] for n in names}
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

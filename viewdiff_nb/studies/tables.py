@@ -37,8 +37,9 @@ def mean_interval(values: Iterable[float]) -> tuple[float, float]:
     """
     series = pd.Series(list(values), dtype=float)
     if len(series) < 2:
-        return series.mean(), math.nan
-    return series.mean(), stats.t.ppf(0.975, len(series) - 1) * series.std(ddof=1) / math.sqrt(len(series))
+        return float(series.mean()), math.nan
+    half = stats.t.ppf(0.975, len(series) - 1) * series.std(ddof=1) / math.sqrt(len(series))
+    return float(series.mean()), float(half)
 
 
 def with_interval(values: Iterable[float], digits: int = 3) -> str:

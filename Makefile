@@ -1,5 +1,6 @@
 # make reproduce   set up, run the notebooks, write tables and figures (FAST=1: a smoke run)
 # make modules     which module earns what: 65 trainings, hours on a CPU, minutes on a GPU
+# make recipes     which loss, mix-up, margin … trains best: 63 trainings, hours on a CPU, minutes on a GPU
 # make test        set up, run the tests
 # make lab         open JupyterLab
 # make data        rebuild the shipped data set (needs npm and network)
@@ -15,13 +16,16 @@ PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # A torch that is there already stays, unless TORCH is given.
 KEEP_TORCH := $(if $(filter file,$(origin TORCH)),$(VENV)/bin/python -c "import torch" 2>/dev/null ||)
 
-.PHONY: reproduce modules test lab data clean
+.PHONY: reproduce modules recipes test lab data clean
 
 reproduce: $(VENV)/.kit
 	$(VENV)/bin/python -m viewdiff_nb.studies.reproduce $(if $(FAST),--fast)
 
 modules: $(VENV)/.kit
 	$(VENV)/bin/python -m viewdiff_nb.studies.module_study $(if $(FAST),--fast)
+
+recipes: $(VENV)/.kit
+	$(VENV)/bin/python -m viewdiff_nb.studies.recipe_study $(if $(FAST),--fast)
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -q
@@ -31,6 +35,8 @@ lab: $(VENV)/.kit
 
 data: $(VENV)/.heads
 	$(VENV)/bin/python -m viewdiff_nb.faces.build data/heads
+	$(VENV)/bin/python -m viewdiff_nb.faces.build data/heads_192 --people 400 --views 16 --seed 1 \
+		--recogniser mobilefacenet192
 	$(VENV)/bin/python -m viewdiff_nb.faces.build --sheet figures/heads_contact_sheet.png
 
 clean:
@@ -50,6 +56,8 @@ $(VENV)/.heads: $(VENV)/.kit
 	$(PIP) --editable ".[heads]"
 	touch $@
 
+# InsightFace asks for the OpenCV that needs the system's libGL; where there is none, the headless build does.
 $(VENV)/.test: $(VENV)/.kit
 	$(PIP) --editable ".[test]"
+	$(VENV)/bin/python -c "import cv2" 2>/dev/null || $(PIP) --force-reinstall --no-deps opencv-python-headless
 	touch $@

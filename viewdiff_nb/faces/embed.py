@@ -1,0 +1,237 @@
+"""Embeds your own photos and videos:  python -m viewdiff_nb.faces.embed PHOTOS OUT --i_have_consent
+
+PHOTOS has one folder per person with photos and videos of that person. Every photo and every frame_stride-th
+frame of a video goes through InsightFace: detection, five 3-D keypoints, head pose, embedding. The most frontal
+sharp frame of a person becomes their front, all others become side views, and OUT gets the guide's six files, for
+`viewdiff_nb.faces.load_face_views`. What could not be used is in OUT/failed_images.json with its reason.
+
+Face embeddings are biometric data: the command wants to hear that the people shown have agreed. InsightFace's models
+are for non-commercial research; it downloads them when first used, unless --models names a folder.
+
+A person's frames are kept in OUT/.parts, so an interrupted run goes on with the next person, and a later one embeds
+only the people whose files (or the options) have changed. Who is no longer in PHOTOS leaves OUT with the next run.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+from tqdm.auto import tqdm
+
+from .frames import ARRAYS, Person, choose_front, fingerprint_of, frontal_angles, load_part, save_part
+from .insight import FaceReader, RefusedError
+from .photos import UnreadableError, is_picture, list_people, read_pictures
+from .sixfiles import CONVENTIONS, KINDS, write_samples, write_text
+
+
+class ConsentError(ValueError):
+    """Nobody has confirmed that the people shown agreed."""
+
+
+class EmbedError(ValueError):
+    """Nothing that a face set could be made of."""
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """How to embed. Field names are the flags of the command line."""
+
+    i_have_consent: bool = False
+    """Confirms that every person shown has agreed to this use of their biometric data."""
+    models: Path | None = None
+    """InsightFace's root folder with models/PACK/*.onnx; nothing is downloaded then."""
+    pack: str = "buffalo_l"
+    """InsightFace model pack with a 3-D landmark model."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    frame_stride: int = 10
+    """Every how many-th frame of a video is used."""
+    det_size: int = 640
+    """Side of the square that pictures are scaled into for detection, pixels; a multiple of 32."""
+    det_threshold: float = 0.5
+    """Smallest detection score."""
+    min_face: int = 60
+    """Shorter side of a face's box from which on it counts, pixels."""
+    max_faces: int = 1
+    """Pictures with more faces that count are refused, as nobody can say whose folder it is. The largest is used."""
+    min_sharpness: float = 10.0
+    """Smallest variance of the Laplacian of the aligned crop; crops blurred by about 1.5 pixels have 10."""
+    front_angle: float = 15.0
+    """A front looks at most this far past the camera, degrees."""
+
+    def __post_init__(self) -> None:
+        for name in ("frame_stride", "det_size", "min_face", "max_faces"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.det_size % 32:
+            raise ValueError(f"det_size must be a multiple of 32, got {self.det_size}")
+        if not 0 < self.det_threshold < 1:
+            raise ValueError(f"det_threshold must be between 0 and 1, got {self.det_threshold}")
+        if self.min_sharpness < 0:
+            raise ValueError(f"min_sharpness must not be negative, got {self.min_sharpness}")
+        if not 0 < self.front_angle <= 90:
+            raise ValueError(f"front_angle must be above 0 and at most 90 degrees, got {self.front_angle}")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """people: names in the set. side_views: their number. skipped: {name: reason}. failed: pictures not used."""
+
+    people: tuple[str, ...]
+    side_views: int
+    skipped: dict[str, str] = field(default_factory=dict)
+    failed: int = 0
+
+
+def embed_person(name: str, files: list[Path], photos: Path, reader: FaceReader, frame_stride: int) -> Person:
+    """Read all pictures of a person."""
+    faces, entries, failed = [], [], []
+    for path in files:
+        where = {"person_name": name, "image_path": path.relative_to(photos).as_posix()}
+        if not is_picture(path):
+            failed.append({"reason": "not_a_picture", **where, "error": f"neither a photo nor a video: {path.name}"})
+            continue
+        try:
+            for frame, picture in read_pictures(path, frame_stride):
+                entry = where if frame is None else where | {"frame_index": frame}
+                try:
+                    faces.append(reader.read(picture))
+                    entries.append(entry)
+                except RefusedError as error:
+                    failed.append({"reason": error.reason, **entry, "error": str(error)})
+        except UnreadableError as error:
+            failed.append({"reason": "read_error", **where, "error": str(error)})
+    columns = ([face.embedding for face in faces], [face.keypoints for face in faces], [face.pose for face in faces],
+               [face.sharpness for face in faces])  # fmt: skip
+    return Person({key: np.array(column) for key, column in zip(ARRAYS, columns, strict=True)}, entries, failed)
+
+
+def check_out(photos: Path, out: Path) -> Path:
+    """Make OUT and its folder of parts; returns the latter. Raises before any work is done."""
+    if out.resolve().is_relative_to(photos.resolve()):
+        raise ValueError(f"{out} lies in {photos}, where it would be a person; choose a folder elsewhere")
+    parts = out / ".parts"
+    if not parts.is_dir() and any((out / f"{kind}_feature.npy").exists() for kind in KINDS):
+        raise ValueError(f"{out} holds a face set that this command did not make; choose another folder")
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+        probe = parts / "write_test"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write to {out}: {error}; choose another folder") from error
+    return parts
+
+
+def embed_folder(photos: str | Path, out: str | Path, options: EmbedOptions = EmbedOptions()) -> Summary:
+    """Embed the people of a folder into a face set; see the top of this file.
+
+    Args:
+        photos: folder with one folder per person.
+        out: folder for the six files, failed_images.json and the parts.
+        options: among them the consent.
+
+    Raises:
+        ConsentError: without options.i_have_consent.
+        ImportError: without InsightFace.
+        OSError, ValueError: if photos, out or the models cannot be used; before any work.
+        EmbedError: if nobody has a front and a side view; the work is kept.
+    """
+    if not options.i_have_consent:
+        raise ConsentError("face embeddings are biometric data that identify people: confirm with --i_have_consent (in "
+                           "Python EmbedOptions(i_have_consent=True)) that everybody shown has agreed")  # fmt: skip
+    photos, out = Path(photos).expanduser(), Path(out).expanduser()
+    people = list_people(photos)
+    parts = check_out(photos, out)
+    reader = FaceReader(options.models, options.pack, options.det_size, options.det_threshold, options.min_face,
+                        options.max_faces, options.min_sharpness, options.device)  # fmt: skip
+    settings = {key: value for key, value in asdict(options).items() if key not in ("i_have_consent", "models")}
+    settings["checksums"] = reader.checksums
+    done, kept = {}, set()
+    with tqdm(total=sum(map(len, people.values())), unit="file", desc="photos and videos") as bar:
+        for name, files in people.items():
+            bar.set_postfix_str(name)
+            path = parts / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.npz"  # fits any file system
+            fingerprint = fingerprint_of(files, photos, settings)
+            person = load_part(path, fingerprint)
+            if person is None:
+                person = embed_person(name, files, photos, reader, options.frame_stride)
+                save_part(path, fingerprint, person)
+            done[name] = person
+            kept.add(path)
+            bar.update(len(files))
+    for path in set(parts.iterdir()) - kept:
+        path.unlink()  # of people who are no longer there
+    return write_set(out, done, settings, reader.name)
+
+
+def write_set(out: Path, people: dict[str, Person], settings: dict, recogniser: str) -> Summary:
+    """Choose the fronts; write the six files and failed_images.json."""
+    halves = {kind: {"features": [], "keypoints": [], "poses": [], "entries": []} for kind in KINDS}
+    skipped, failed = {}, [failure for person in people.values() for failure in person.failed]
+    for name, person in people.items():
+        count, poses = len(person.entries), person.arrays["poses"]
+        front = choose_front(poses, person.arrays["sharpness"], settings["front_angle"]) if count else None
+        if count < 2:
+            skipped[name] = f"usable frames: {count}; a front and at least one side view are needed"
+            continue
+        if front is None:
+            skipped[name] = (f"no frame within {settings['front_angle']:g}° of frontal, the nearest is "
+                             f"{frontal_angles(poses).min():.1f}° away")  # fmt: skip
+            continue
+        others = [row for row in range(count) if row != front]
+        for kind, rows in zip(KINDS, ([front], others), strict=True):
+            for key in ("features", "keypoints", "poses"):
+                halves[kind][key].append(person.arrays[key][rows])
+            halves[kind]["entries"] += [person.entries[row] for row in rows]
+    used = sum(len(person.entries) for person in people.values())
+    write_failures(out / "failed_images.json", used, failed, skipped)
+    if len(skipped) == len(people):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
+        raise EmbedError(f"nobody has a front and a side view ({reasons}); see {out / 'failed_images.json'}")
+    info = {"content": "faces of people who agreed, as confirmed by who ran the command", "recogniser": recogniser,
+            "feature": "float32, not normalised", **CONVENTIONS, "keypoint_unit": "pixels of the photo or frame",
+            "settings": settings}  # fmt: skip
+    for kind, half in halves.items():
+        arrays = (np.concatenate(half[key]) for key in ("features", "keypoints", "poses"))
+        write_samples(out, kind, *arrays, half["entries"], info)
+    names = tuple(name for name in people if name not in skipped)
+    return Summary(names, len(halves["video"]["entries"]), skipped, len(failed))
+
+
+def write_failures(path: Path, used: int, failed: list[dict], skipped: dict[str, str]) -> None:
+    """What was not used and why, by reason (the guide's code writes such a file, too)."""
+    details = {}
+    for failure in failed:
+        details.setdefault(failure["reason"], []).append({k: v for k, v in failure.items() if k != "reason"})
+    report = {"total_images": used + len(failed), "successful": used, "failed": len(failed), "failed_details": details,
+              "skipped_persons": skipped}  # fmt: skip
+    write_text(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+
+    def command(
+        photos: tyro.conf.Positional[Path],
+        out: tyro.conf.Positional[Path],
+        options: Annotated[EmbedOptions, tyro.conf.arg(name="")] = EmbedOptions(),
+    ) -> Summary:
+        return embed_folder(photos, out, options)
+
+    try:
+        summary = tyro.cli(command, args=arguments, description=__doc__, prog="python -m viewdiff_nb.faces.embed")
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{len(summary.people)} people, {summary.side_views} side views; {summary.failed} pictures not used")
+    for name, reason in summary.skipped.items():
+        print(f"{name} was left out: {reason}")
+
+
+if __name__ == "__main__":
+    main()

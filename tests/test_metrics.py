@@ -1,70 +1,158 @@
+import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from viewdiff_nb.metrics import rank1, recognition_by_yaw, roc_auc, similarity_scores, threshold_at_far
+from viewdiff_nb import metrics
+from viewdiff_nb.metrics import (
+    equal_error_rate,
+    rank_rate,
+    recognition_by_yaw,
+    roc_auc,
+    similarity_scores,
+    tar_at_far,
+    tar_name,
+    verification_hits,
+)
 
 
-def random_scores(people=30, views=4):
-    gallery = torch.randn(people, 16)
+def random_people(people=30, views=4, noise=1.5, width=16):
+    gallery = torch.randn(people, width)
     person = torch.arange(people).repeat_interleave(views)
-    return similarity_scores(gallery[person] + 1.5 * torch.randn(len(person), 16), gallery, person), person
+    return gallery[person] + noise * torch.randn(len(person), width), gallery, person
+
+
+def one(rate, scores, *more):
+    return rate(scores.genuine_counts[0], scores.impostor_counts[0], *more).item()
+
+
+def pairs_of(predicted, gallery, person):
+    """All scores and whether they are genuine, by a plain matrix product."""
+    unit = [torch.nn.functional.normalize(x, dim=1) for x in (predicted, gallery)]
+    similarity = unit[0] @ unit[1].T
+    truth = torch.nn.functional.one_hot(person, len(gallery))
+    return truth.flatten().numpy(), similarity.flatten().numpy(), similarity
 
 
 def test_hand_made_case():
     gallery = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]])
     probes = torch.tensor([[2.0, 0.2], [5.0, 1.0], [-1.0, 0.1]])  # persons 0, 1 (mistaken for 0), 2
     scores = similarity_scores(probes, gallery, torch.tensor([0, 1, 2]))
-    assert rank1(scores).tolist() == [True, False, True]
+    assert scores.place.tolist() == [0, 1, 0]
+    assert [rank_rate(scores, k) for k in (1, 2)] == [pytest.approx(2 / 3), 1.0]
     torch.testing.assert_close(scores.genuine[1], torch.tensor(1 / 26**0.5))
-    assert scores.impostor.shape == (3, 2)
     # genuine .995, .196, .995 against impostor .0995, -.995, .981, -.981, -.995, .0995: 6 + 5 + 6 of 18 pairs
-    assert roc_auc(scores) == pytest.approx(17 / 18)
+    assert one(roc_auc, scores) == pytest.approx(17 / 18)
+    # one of six impostors lies above .196 and none above .995
+    assert one(tar_at_far, scores, 0.17) == 1.0 and one(tar_at_far, scores, 0.1667) == 1.0
+    assert one(equal_error_rate, scores) == pytest.approx(1 / 6)  # accept from .196 on: 1 of 6 impostors, no genuine lost
 
 
-def test_agrees_with_scikit_learn():
-    scores, _ = random_scores()
-    truth = torch.cat((torch.ones(len(scores.genuine)), torch.zeros(scores.impostor.numel())))
-    values = torch.cat((scores.genuine, scores.impostor.flatten()))
-    assert roc_auc(scores) == pytest.approx(roc_auc_score(truth, values), abs=1e-9)
+@pytest.mark.parametrize("noise", [0.5, 1.5, 4.0])
+def test_agrees_with_scikit_learn(noise):
+    people = random_people(noise=noise)
+    scores = similarity_scores(*people)
+    truth, values, similarity = pairs_of(*people)
+    assert one(roc_auc, scores) == pytest.approx(roc_auc_score(truth, values), abs=1e-6)
     far, tar, _ = roc_curve(truth, values, drop_intermediate=False)
-    for wanted in (0.01, 0.1):
-        threshold = threshold_at_far(scores.impostor, wanted)
-        got = (scores.genuine > threshold).float().mean().item()
-        assert got == pytest.approx(tar[far <= wanted].max(), abs=1e-6)
-        assert (scores.impostor > threshold).float().mean() <= wanted
+    for wanted in (0.001, 0.01, 0.1):
+        assert one(tar_at_far, scores, wanted) == pytest.approx(tar[far <= wanted].max(), abs=1e-6)
+    assert one(equal_error_rate, scores) == pytest.approx(np.maximum(far, 1 - tar).min(), abs=1e-6)
+    order = similarity.argsort(1, descending=True)
+    for k in (1, 3):
+        found = (order[:, :k] == people[2][:, None]).any(1).float().mean().item()
+        assert rank_rate(scores, k) == pytest.approx(found)
+
+
+def test_a_large_gallery_is_counted_in_pieces(monkeypatch):
+    people = random_people()
+    whole = similarity_scores(*people)
+    monkeypatch.setattr(metrics, "PIECE", 70)  # two probes at a time
+    pieces = similarity_scores(*people)
+    assert torch.equal(whole.place, pieces.place)
+    assert torch.equal(whole.genuine_counts, pieces.genuine_counts)
+    # another shape of the product may change a similarity's last bit, and with it one cell
+    assert (whole.impostor_counts - pieces.impostor_counts).abs().sum() <= 4
+
+
+def test_groups_add_up():
+    people = random_people()
+    group = torch.arange(len(people[0])) % 3
+    parts, whole = similarity_scores(*people, group, 3), similarity_scores(*people)
+    assert torch.equal(parts.impostor_counts.sum(0), whole.impostor_counts[0])
+    assert parts.genuine_counts.sum(1).tolist() == [40, 40, 40]
+    alone = similarity_scores(people[0][group == 1], people[1], people[2][group == 1])
+    assert roc_auc(parts.genuine_counts, parts.impostor_counts)[1] == pytest.approx(one(roc_auc, alone), abs=1e-6)
 
 
 def test_ties_are_not_recognised():
     scores = similarity_scores(torch.ones(4, 3), torch.ones(2, 3), torch.tensor([0, 1, 0, 1]))
-    assert not rank1(scores).any()
-    assert roc_auc(scores) == 0.5
-    assert threshold_at_far(scores.impostor, 0.5) >= scores.genuine.max()  # nobody is accepted
+    assert rank_rate(scores) == 0
+    assert one(roc_auc, scores) == 0.5
+    assert one(tar_at_far, scores, 0.5) == 0  # nobody is accepted
+    assert one(equal_error_rate, scores) == 1.0  # accept all or nobody
+
+
+def ten_fold_accuracy(genuine, impostor, fold):
+    """The procedure in words, with loops: every score as a threshold."""
+    rates = []
+    for i in range(10):
+        mine, others = fold == i, fold != i
+        levels = np.sort(genuine[others])
+        right = [(genuine[others] >= t).sum() + (impostor[others] < t).sum() for t in levels]
+        t = levels[int(np.argmax(right))]
+        rates += list(((genuine[mine] >= t) + 1.0 * (impostor[mine] < t)) / 2)
+    return float(np.mean(rates))
+
+
+def test_verification_accuracy_is_that_of_ten_folds_by_person():
+    predicted, gallery, person = random_people(people=40, views=6, noise=3.0)
+    hits = verification_hits(predicted, gallery, person, seed=5)
+    generator = torch.Generator().manual_seed(5)
+    other = (person + torch.randint(1, 40, (240,), generator=generator)) % 40
+    assert not (other == person).any()
+    fold = (torch.randperm(40, generator=generator) % 10)[person]
+    cosine = torch.nn.functional.cosine_similarity
+    genuine, impostor = (cosine(predicted, gallery[who]).numpy() for who in (person, other))
+    assert hits.mean().item() == pytest.approx(ten_fold_accuracy(genuine, impostor, fold.numpy()), abs=5e-3)
+    assert 0.6 < hits.mean() < 0.99
+    unrelated = verification_hits(torch.randn(240, 16), gallery, person).mean()
+    assert 0.4 < unrelated < 0.6 and verification_hits(gallery[person], gallery, person).mean() > 0.97
 
 
 def test_the_mean_face_has_a_cosine_but_recognises_nobody():
     gallery = torch.randn(200, 64) + 2.0
     person = torch.arange(200).repeat_interleave(5)
     mean = torch.nn.functional.normalize(gallery, dim=1).mean(0).expand(1000, -1)
-    rates = recognition_by_yaw(mean, gallery, person, torch.rand(1000) * 90, far=0.01)["all"]
+    rates = recognition_by_yaw(mean, gallery, person, torch.rand(1000) * 90, fars=(0.01,))["all"]
     assert rates["cosine"] > 0.8 and rates["rank1"] < 0.02 and abs(rates["centred_cosine"]) < 0.05
+    assert 0.4 < rates["accuracy"] < 0.6 and rates["eer"] > 0.4
 
 
 def test_bins_partition_the_views_and_share_one_threshold():
     gallery = torch.randn(20, 8)
     person = torch.arange(20).repeat_interleave(10)
     yaw = torch.linspace(0, 90, 200)
-    table = recognition_by_yaw(gallery[person] + torch.randn(200, 8), gallery, person, yaw, far=0.01)
+    predicted = gallery[person] + torch.randn(200, 8)
+    table = recognition_by_yaw(predicted, gallery, person, yaw, fars=(1e-3, 0.01))
     fine = [table[f"{a}-{b}"] for a, b in ((0, 30), (30, 45), (45, 60), (60, 75), (75, 90))]
     assert sum(row["views"] for row in fine) == 200 == table["0-45"]["views"] + table["45-90"]["views"]
-    for rate in ("rank1", "tar", "cosine", "mse", "centred_cosine"):
+    for rate in ("rank1", "rank5", "tar", "tar@1e-2", "cosine", "mse", "centred_cosine", "accuracy"):
         assert sum(row[rate] * row["views"] for row in fine) / 200 == pytest.approx(table["all"][rate], abs=1e-5)
+    side = yaw >= 45
+    scores = similarity_scores(predicted[side], gallery, person[side])
+    assert table["45-90"]["auc"] == pytest.approx(one(roc_auc, scores), abs=1e-6)
+    assert table["all"]["tar@1e-2"] == pytest.approx(one(tar_at_far, similarity_scores(predicted, gallery, person), 0.01))
 
 
 def test_mse_is_that_of_unit_embeddings():
-    gallery = torch.randn(3, 8)
-    rates = recognition_by_yaw(5 * gallery, gallery, torch.arange(3), torch.zeros(3), far=0.2)["all"]
+    gallery = torch.randn(11, 8)
+    rates = recognition_by_yaw(5 * gallery, gallery, torch.arange(11), torch.zeros(11), fars=(0.2,))["all"]
     assert rates["mse"] == pytest.approx(0, abs=1e-12) and rates["cosine"] == pytest.approx(1)
+
+
+def test_names_of_true_accept_rates():
+    assert [tar_name(far) for far in (1e-2, 1e-3, 1e-4)] == ["tar@1e-2", "tar", "tar@1e-4"]
 
 
 @pytest.mark.parametrize("predicted,gallery,message", [
@@ -73,10 +161,20 @@ def test_mse_is_that_of_unit_embeddings():
     (torch.full((2, 4), torch.nan), torch.ones(3, 4), "finite"),
 ])  # fmt: skip
 def test_refuses_nonsense(predicted, gallery, message):
-    with pytest.raises(ValueError, match=message):
-        similarity_scores(predicted, gallery, torch.zeros(len(predicted), dtype=torch.long))
+    person = torch.zeros(len(predicted), dtype=torch.long)
+    for rate in (similarity_scores, verification_hits):
+        with pytest.raises(ValueError, match=message):
+            rate(predicted, gallery, person)
 
 
 def test_refuses_a_far_below_the_resolution():
-    with pytest.raises(ValueError, match="cannot be told from 500 impostor scores"):
-        threshold_at_far(torch.rand(500), 1e-3)
+    people = random_people(people=11, views=5)  # 550 impostor pairs
+    with pytest.raises(ValueError, match="FAR 0.001 cannot be told from 550 impostor scores"):
+        one(tar_at_far, similarity_scores(*people), 1e-3)
+    with pytest.raises(ValueError, match="cannot be told"):
+        recognition_by_yaw(*people, torch.zeros(55))
+
+
+def test_refuses_folds_without_others_to_set_the_threshold():
+    with pytest.raises(ValueError, match="2 people are too few"):
+        verification_hits(torch.ones(3, 4), torch.eye(2, 4), torch.zeros(3, dtype=torch.long))

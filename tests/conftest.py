@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from viewdiff_nb.faces import FaceViews, split_by_person
-from viewdiff_nb.studies import adaptation, module_study
+from viewdiff_nb.studies import adaptation, module_study, recipe_study
 
 
 def people(count: int, views: int = 6, width: int = 32, noise: float = 0.3, first: int = 0) -> FaceViews:
@@ -55,7 +55,8 @@ def face_set(tmp_path):
 @pytest.fixture
 def tiny():
     """One seed, one epoch of everything."""
-    return adaptation.Profile("tiny", seeds=1, train_people=None, base_epochs=1, adapt_epochs=1, all_epochs=1)
+    return adaptation.Profile("tiny", seeds=1, train_people=None, base_epochs=1, adapt_epochs=1, wide_base_epochs=1,
+                              wide_epochs=1, baseline_epochs=1, recipe_epochs=1)  # fmt: skip
 
 
 @pytest.fixture
@@ -63,7 +64,11 @@ def small(monkeypatch, tmp_path):
     """A split of random people, models of toy size, and results in a folder of their own."""
     sizes = {"d_model": 32, "nhead": 4, "num_layers": 2, "dim_feedforward": 48, "voxel_resolution": 4}
     common = replace(adaptation.COMMON, **sizes)
-    for module in (adaptation, module_study):
+    for module in (adaptation, module_study, recipe_study):
         monkeypatch.setattr(module, "COMMON", common)
+    for name, options in adaptation.ADAPTATIONS.items():
+        small_options = options | ({"voxel_resolution": 4} if "voxel_resolution" in options else {})
+        monkeypatch.setitem(adaptation.ADAPTATIONS, name, small_options)
+    monkeypatch.setattr(adaptation, "WIDE_OPTIONS", adaptation.WIDE_OPTIONS | {"voxel_resolution": 4})
     monkeypatch.setattr(adaptation.Store.__init__, "__defaults__", (tmp_path,))
     return split_by_person(people(110, views=12), val=40, test=40)

@@ -3,10 +3,10 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
-from conftest import people
+from conftest import people, write_set
 from torch import nn
 
-from viewdiff_nb.faces import FaceViews
+from viewdiff_nb.faces import FaceViews, load_face_views
 from viewdiff_nb.modules.baselines import MLP
 from viewdiff_nb.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from viewdiff_nb.training.config import TrainConfig, choose_device
@@ -40,12 +40,31 @@ def base_path(tmp_path):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_learns_with_every_loss(loss):
-    result = run(replace(CONFIG, loss=loss, epochs=6, lr=3e-3))
+    result = run(replace(CONFIG, loss=loss, epochs=6, lr=3e-3, paired_views="pairs" in loss))
     losses = result.history["train_loss"]
     assert losses.iloc[-1] < losses.iloc[0]
     assert len(result.history) == 6 and result.steps == 6 * 15
     assert {"epoch", "train_loss", "lr", "val_loss", "val_mse", "val_cosine", "val_rank1", "val_tar", "val_auc",
             "seconds"} == set(result.history)  # fmt: skip
+
+
+def test_learns_from_mixtures_of_people():
+    plain, mixed = (run(replace(CONFIG, mixup=mixup, epochs=6, lr=3e-3)).history for mixup in (False, True))
+    assert mixed["train_loss"].iloc[-1] < mixed["train_loss"].iloc[0]
+    assert mixed["train_loss"].iloc[-1] > plain["train_loss"].iloc[-1]  # mixtures cannot be told for sure
+
+
+def test_a_set_on_disk_trains_to_the_same_weights(tmp_path):
+    for name, faces in zip(("train", "val"), sets(), strict=True):
+        write_set(tmp_path / name, faces)
+    config = replace(CONFIG, mixup=True, epochs=1)
+    weights = []
+    for mmap in (False, True):
+        faces = [load_face_views(tmp_path / name, mmap=mmap) for name in ("train", "val")]
+        result = train(config, *faces, progress=False)
+        weights.append(result.model.output.weight)
+        assert faces[0].on_disk == mmap
+    assert torch.equal(*weights)
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not():
@@ -131,8 +150,9 @@ def test_mixed_precision_trains_to_about_the_same():
     assert mixed.history["train_loss"].iloc[-1] == pytest.approx(single.history["train_loss"].iloc[-1], rel=0.05)
 
 
-def test_resumed_training_equals_uninterrupted(tmp_path):
-    config = replace(CONFIG, use_lora_attention=True, use_projection_layer=True, epochs=4, save_every=1)
+@pytest.mark.parametrize("mixup", [False, True])
+def test_resumed_training_equals_uninterrupted(tmp_path, mixup):
+    config = replace(CONFIG, use_lora_attention=True, use_projection_layer=True, epochs=4, save_every=1, mixup=mixup)
     whole = run(replace(config, save_dir=str(tmp_path / "whole")))
     resumed = run(replace(config, resume=str(tmp_path / "whole/checkpoint_epoch_2_enhanced.pth")))
     for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):

@@ -8,8 +8,8 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from .faces.views import YAW_BINS
-from .studies.tables import mean_interval
 
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 BIN_NAMES = [f"{low}-{high}" for low, high in YAW_BINS]
 
 
@@ -41,27 +41,25 @@ def table_figure(table: pd.DataFrame, title: str, note: str = "") -> Figure:
     return fig
 
 
-def recognition_curves(tidy: pd.DataFrame, rate: str, title: str) -> Figure:
-    """A rate over |yaw| bins for several models, mean and 95 % interval over seeds.
+def recognition_curves(found: pd.DataFrame, rate: str, title: str) -> Figure:
+    """A rate over |yaw| bins for several models, with 95 % intervals over seeds and people.
 
     Args:
-        tidy: columns model, seed, yaw (a name of `BIN_NAMES`) and the rate.
+        found: columns model, yaw (a name of `BIN_NAMES`), mean and half, as `tables.estimates` gives them.
     """
     fig, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    sns.pointplot(tidy, x="yaw", y=rate, hue="model", order=BIN_NAMES, errorbar=student_interval, palette="colorblind",
-                  markers=["o", "s", "D", "^", "v", "P", "X", "*"][: tidy["model"].nunique()], dodge=0.25,
-                  linestyle="-", ax=ax, err_kws={"linewidth": 1.2}, markersize=5, linewidth=1.4)  # fmt: skip
+    models, bins = list(found["model"].unique()), list(found["yaw"].unique())
+    for i, (model, marker) in enumerate(zip(models, MARKERS[: len(models)], strict=True)):
+        rows = found[found["model"] == model].set_index("yaw")
+        shift = 0.25 * (i / max(1, len(models) - 1) - 0.5)
+        ax.errorbar([x + shift for x in range(len(bins))], rows["mean"], rows["half"], label=model, marker=marker,
+                    markersize=5, linewidth=1.4, elinewidth=1.2, color=sns.color_palette("colorblind")[i])  # fmt: skip
+    ax.set_xticks(range(len(bins)), bins)
     ax.set(xlabel="|yaw| of the side view, degrees", ylabel=rate, ylim=(0, 1.02))
     ax.set_title(title, loc="left", fontsize=11)
     ax.legend(title=None, frameon=False, fontsize=8.5, loc="lower left")
     sns.despine(fig)
     return fig
-
-
-def student_interval(values: pd.Series) -> tuple[float, float]:
-    """Ends of the 95 % interval of the mean that the tables state."""
-    mean, half = mean_interval(values)
-    return mean - half, mean + half
 
 
 def save_table(table: pd.DataFrame, name: str, folder: Path, title: str, note: str = "") -> Figure:

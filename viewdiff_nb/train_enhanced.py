@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import tyro
 
-from .faces.views import load_face_views, split_by_person
+from .faces.splits import load_split_file, split_by_person
+from .faces.views import load_face_views
 from .training.checkpoint import CheckpointError, load_checkpoint
 from .training.config import TrainConfig
 from .training.trainer import train
@@ -30,7 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         config = parse(arguments)
         faces = load_face_views(config.data_dir)
-        split = split_by_person(faces, config.val_people, config.test_people, config.split_seed)
+        if config.split_file:
+            split = load_split_file(config.split_file, faces)
+        else:
+            split = split_by_person(faces, config.val_people, config.test_people, config.split_seed)
         result = train(config, split.train, split.val)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         sys.exit(f"error: {error}")

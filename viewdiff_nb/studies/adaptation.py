@@ -1,29 +1,31 @@
 """The main study: a base model of near-frontal views is adapted to side views, in several ways.
 
-For every seed a base is trained on |yaw| < 45 degrees, then adapted to |yaw| >= 45 degrees. Every trained
-model is scored once on the test people, and every result is kept under a key of all that made it, so a
-second run only does what is missing.
+For every seed a base is trained on |yaw| < 45 degrees, then adapted to |yaw| >= 45 degrees. Beside it stand models
+that see all yaws: simple baselines, the plain transformer, and that transformer adapted by LoRA and the 3-D
+projection. Every trained model is scored once on the test people, and every result is kept under a key of all that
+made it, so a second run only does what is missing.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import __version__
-from ..faces.views import FaceViews, Split, load_face_views, split_by_person
+from ..faces.splits import Split, split_by_person
+from ..faces.views import FaceViews, load_face_views
 from ..metrics import recognition_by_yaw
 from ..modules.baselines import DREAM, MLP, MeanFace, PoseRidge, RawEmbedding
 from ..paths import HEADS, RUNS
 from ..training.checkpoint import save_checkpoint
 from ..training.config import TrainConfig
-from ..training.losses import LOSSES
 from ..training.trainer import predict, train
+from .significance import FARS, resampled_people, resampled_rates
 
 BOUNDARY = 45.0  # degrees of |yaw|: the base's domain below, the adapted one from there on
 
@@ -37,23 +39,37 @@ class Profile:
     train_people: int | None  # None: all
     base_epochs: int
     adapt_epochs: int
-    all_epochs: int  # for baselines trained on all views
+    wide_base_epochs: int  # for the base that sees all yaws
+    wide_epochs: int  # for its adaptation to all yaws
+    baseline_epochs: int  # all yaws, too
+    recipe_epochs: int  # of each of recipe_study.py
 
 
-FULL = Profile("full", seeds=5, train_people=None, base_epochs=8, adapt_epochs=6, all_epochs=8)
-FAST = Profile("fast", seeds=1, train_people=300, base_epochs=2, adapt_epochs=2, all_epochs=2)
+FULL = Profile("full", 5, None, base_epochs=5, adapt_epochs=7, wide_base_epochs=4, wide_epochs=7, baseline_epochs=12,
+               recipe_epochs=8)  # fmt: skip
+FAST = Profile("fast", 1, 300, base_epochs=2, adapt_epochs=2, wide_base_epochs=1, wide_epochs=2, baseline_epochs=2,
+               recipe_epochs=2)  # fmt: skip
 
-COMMON = TrainConfig(batch_size=128, dropout=0.2, lr=5e-4, val_every=1000)  # scored at the end
+# scored at the end; the recipe (loss, mix-up) was chosen on validation people, see recipe_study.py
+COMMON = TrainConfig(batch_size=128, dropout=0.2, lr=5e-4, mixup=True, val_every=1000)
 FINE_TUNING = {"min_yaw": BOUNDARY, "lr": 2e-4, "lora_lr": 1e-2}  # chosen among three each on validation people
 LORA = FINE_TUNING | {"use_lora_attention": True, "freeze_base": True}
+LORA_8 = LORA | {"rank": 8, "lora_alpha": 8.0}
+PROJECTION = {"use_projection_layer": True, "voxel_resolution": 8}  # as good as 16 on validation people, and faster
 ADAPTATIONS: dict[str, dict] = {
     "full fine-tuning": FINE_TUNING,
     "LoRA r=4": LORA | {"rank": 4, "lora_alpha": 4.0},
-    "LoRA r=8": LORA | {"rank": 8, "lora_alpha": 8.0},
+    "LoRA r=8": LORA_8,
     "LoRA r=16": LORA | {"rank": 16, "lora_alpha": 16.0},
-    "LoRA r=8 + 3-D projection": LORA | {"rank": 8, "lora_alpha": 8.0, "use_projection_layer": True},
-    "LoRA r=8 + prior": LORA | {"rank": 8, "lora_alpha": 8.0, "use_prior_preservation": True},
+    "LoRA r=8 + 3-D projection": LORA_8 | PROJECTION,
+    "LoRA r=8 + 3-D projection 16³": LORA_8 | PROJECTION | {"voxel_resolution": 16},
+    "LoRA r=8 + prior": LORA_8 | {"use_prior_preservation": True},
 }
+# those that are trained here; ranks and resolutions are compared in studies of their own
+STUDIED = ("full fine-tuning", "LoRA r=8", "LoRA r=8 + 3-D projection", "LoRA r=8 + prior")
+MODEL_OPTIONS = ("use_lora_attention", "rank", "lora_alpha", "use_projection_layer", "voxel_resolution")
+WIDE_BASE, WIDE = "transformer, all yaws", "LoRA r=8 + 3-D, all yaws"
+WIDE_OPTIONS = ADAPTATIONS["LoRA r=8 + 3-D projection"] | {"min_yaw": 0.0}
 
 
 def load_split(profile: Profile = FULL, folder: Path = HEADS) -> Split:
@@ -85,7 +101,7 @@ class Store:
             return json.loads(path.read_text())
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps({"key": key} | make(path), indent=1))
+        part.write_text(json.dumps({"key": key} | make(path)))
         os.replace(part, path)
         return json.loads(path.read_text())
 
@@ -106,9 +122,17 @@ def fingerprint(split: Split) -> str:
     return digest.hexdigest()[:16]
 
 
-def base_model(store: Store, split: Split, profile: Profile, seed: int, **changes) -> tuple[Path, dict]:
-    """Checkpoint and result of the base of a seed, trained if there is none yet."""
-    config = replace(COMMON, max_yaw=BOUNDARY, epochs=profile.base_epochs, seed=seed, **changes)
+def base_model(
+    store: Store, split: Split, profile: Profile, seed: int, wide: bool = False, recipe: dict | None = None
+) -> tuple[Path, dict]:
+    """Checkpoint and result of the base of a seed, trained if there is none yet.
+
+    Args:
+        wide: let it see all yaws.
+        recipe: changes to `COMMON`.
+    """
+    domain = {"epochs": profile.wide_base_epochs} if wide else {"epochs": profile.base_epochs, "max_yaw": BOUNDARY}
+    config = replace(COMMON, seed=seed, **domain | (recipe or {}))
 
     def make(path: Path) -> dict:
         run = train(config, split.train, split.val, progress=False)
@@ -118,15 +142,24 @@ def base_model(store: Store, split: Split, profile: Profile, seed: int, **change
     return store.get_with_weights({"name": "base", "config": config.to_dict()}, make)
 
 
-def adaptation(store: Store, split: Split, profile: Profile, options: dict, seed: int, **both) -> dict:
+def adaptation(
+    store: Store,
+    split: Split,
+    profile: Profile,
+    options: dict,
+    seed: int,
+    wide: bool = False,
+    recipe: dict | None = None,
+) -> dict:
     """Result of adapting the base of a seed.
 
     Args:
         options: of the adaptation, as in `ADAPTATIONS`.
-        both: options of the base as well as of its adaptation.
+        wide: adapt the base that sees all yaws.
+        recipe: changes to `COMMON`, for the base and its adaptation alike.
     """
-    base, _ = base_model(store, split, profile, seed, **both)
-    options = {"epochs": profile.adapt_epochs} | options | both
+    base, _ = base_model(store, split, profile, seed, wide, recipe)
+    options = {"epochs": profile.wide_epochs if wide else profile.adapt_epochs} | options | (recipe or {})
     config = replace(COMMON, seed=seed, base_model_path=base.name, **options)
 
     def make(path: Path) -> dict:
@@ -146,8 +179,8 @@ BASELINES: dict[str, Callable[[FaceViews], nn.Module]] = {
 
 
 def baseline(store: Store, split: Split, profile: Profile, name: str, seed: int) -> dict:
-    """Result of one of `BASELINES`, trained (where it is trained at all) on all side views, base domain too."""
-    config = replace(COMMON, epochs=profile.all_epochs, seed=seed)
+    """Result of one of `BASELINES`, trained (where it is trained at all) on all yaws with the models' own recipe."""
+    config = replace(COMMON, epochs=profile.baseline_epochs, seed=seed)
 
     def make(path: Path) -> dict:
         with torch.random.fork_rng(devices=[]):
@@ -162,12 +195,29 @@ def baseline(store: Store, split: Split, profile: Profile, name: str, seed: int)
 
 
 def score_model(model: nn.Module, split: Split, seconds: float) -> dict:
-    """{val, test: rates by yaw bin, parameters, trainable, lora, train_seconds}."""
-    rates = {}
-    for part in ("val", "test"):
-        faces = getattr(split, part).to(next(iter(model.parameters()), split.train.src).device)
-        rates[part] = recognition_by_yaw(predict(model, faces), faces.front, faces.person, faces.abs_yaw)
-    return rates | parameter_counts(model) | {"train_seconds": seconds}
+    """Those of `score` for val and test people, `parameter_counts` and train_seconds."""
+    scores = score(predict(model, split.val), split.val, "val") | score(predict(model, split.test), split.test, "test")
+    return scores | parameter_counts(model) | {"train_seconds": seconds}
+
+
+def score(predicted: Tensor, faces: FaceViews, part: str, fars: Sequence[float] = FARS) -> dict:
+    """{part: rates by yaw bin, part_people: the same in resamples of the people}, as the tables want it."""
+    scored = predicted, faces.front, faces.person, faces.abs_yaw
+    resampled = resampled_rates(*scored, resampled_people(len(faces.names)), fars)
+    lists = {where: {rate: [round(value, 5) for value in values.tolist()] for rate, values in of_bin.items()}
+             for where, of_bin in resampled.items()}  # fmt: skip
+    return {part: recognition_by_yaw(*scored, tuple(fars)), f"{part}_people": lists}
+
+
+def configuration_counts() -> dict[str, dict[str, int]]:
+    """`parameter_counts` of every configuration of `ADAPTATIONS`, untrained."""
+    counts = {}
+    for name, options in ADAPTATIONS.items():
+        model = replace(COMMON, **{k: v for k, v in options.items() if k in MODEL_OPTIONS}).build_model(COMMON.d_model)
+        if options.get("freeze_base"):
+            model.freeze_base()
+        counts[name] = parameter_counts(model)
+    return counts
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
@@ -192,21 +242,16 @@ def run_study(
     store = Store(split)
     fixed = ("raw side view", "mean face", "pose ridge")  # nothing random in them
     seeds = range(profile.seeds) if seeds is None else seeds
-    jobs = [(name, seed) for seed in seeds for name in (*BASELINES, "base", *ADAPTATIONS)
-            if seed == 0 or name not in fixed]  # fmt: skip
+    names = (*BASELINES, "base", *STUDIED, WIDE_BASE, WIDE)
+    jobs = [(name, seed) for seed in seeds for name in names if seed == 0 or name not in fixed]
     results = {}
     for name, seed in progress(jobs):
         if name in BASELINES:
             results[name, seed] = baseline(store, split, profile, name, seed)
-        elif name == "base":
-            results[name, seed] = base_model(store, split, profile, seed)[1]
+        elif name in ("base", WIDE_BASE):
+            results[name, seed] = base_model(store, split, profile, seed, wide=name == WIDE_BASE)[1]
+        elif name == WIDE:
+            results[name, seed] = adaptation(store, split, profile, WIDE_OPTIONS, seed, wide=True)
         else:
             results[name, seed] = adaptation(store, split, profile, ADAPTATIONS[name], seed)
     return results
-
-
-def loss_study(profile: Profile, split: Split, progress: Callable = iter) -> dict[str, dict]:
-    """Results of LoRA r=8, base and adaptation alike trained with each loss, for seed 0."""
-    store = Store(split)
-    lora = ADAPTATIONS["LoRA r=8"]
-    return {loss: adaptation(store, split, profile, lora, 0, loss=loss) for loss in progress(list(LOSSES))}

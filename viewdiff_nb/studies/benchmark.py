@@ -4,6 +4,7 @@ import os
 import platform
 import time
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ..faces.views import FaceViews
 from ..modules.prior import EnhancedTransformerWithPrior, PriorPreservationDataset, PriorPreservationLoss
 from ..training.config import TrainConfig, choose_device
-from ..training.losses import LOSSES
+from ..training.losses import LOSSES, mean_loss
 from ..training.trainer import amp_dtype_for, build_optimizer
 from .adaptation import ADAPTATIONS, COMMON
 
@@ -31,12 +32,12 @@ class TrainingStep:
         self.trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
         index = torch.arange(batch_size, device=self.device) % len(faces)
         self.inputs, self.conditions, self.person = faces.src[index], faces.conditions(index), faces.person[index]
-        self.gallery, self.loss = faces.front, LOSSES[config.loss]
+        self.loss = partial(mean_loss, LOSSES[config.loss], faces.front)
         self.task = self.prior = None
         if config.use_prior_preservation:
             base = config.build_model(faces.feature_dim, base=True).to(self.device)
             self.task = EnhancedTransformerWithPrior(self.model, base, config.lambda_prior,
-                                                     PriorPreservationLoss(self.gallery))  # fmt: skip
+                                                     PriorPreservationLoss(faces.front))  # fmt: skip
             kept = faces.where(torch.arange(max(1, int(config.prior_fraction * batch_size)), device=self.device))
             self.prior = PriorPreservationDataset(base, kept.src, kept.conditions())[:]
 
@@ -44,10 +45,8 @@ class TrainingStep:
         with torch.autocast(self.device.type, amp_dtype_for(self.device), enabled=self.amp):
             if self.task is None:
                 predicted = self.model(self.inputs, **self.conditions, return_residual=False)
-                return self.loss(predicted.float(), self.gallery, self.person)
-            loss, _ = self.task.compute_loss(
-                self.inputs, self.conditions, self.gallery[self.person],
-                lambda predicted, _: self.loss(predicted.float(), self.gallery, self.person), self.prior)  # fmt: skip
+                return self.loss(predicted, self.person)
+            loss, _ = self.task.compute_loss(self.inputs, self.conditions, self.person, self.loss, self.prior)
             return loss
 
     def __call__(self) -> None:

@@ -20,6 +20,8 @@ class TrainConfig:
     test_people: int = 300
     """People kept out of training; drawn by split_seed, so they stay the same for every --seed."""
     split_seed: int = 0
+    split_file: str | None = None
+    """A split written by `save_split`, instead of drawing one."""
     min_yaw: float = 0.0
     """Train on side views with min_yaw <= |yaw| < max_yaw, degrees."""
     max_yaw: float = 180.0
@@ -35,6 +37,8 @@ class TrainConfig:
     use_cross_view: bool = False
     n_views: int = 5
     """Views per person in a batch, with use_cross_view."""
+    paired_views: bool = False
+    """Two views of each person in a batch, which the loss two-way+pairs asks for."""
     rank: int = 4
     lora_alpha: float = 1.0
     """Scale of the LoRA update, alpha / rank."""
@@ -52,12 +56,14 @@ class TrainConfig:
     freeze_base: bool | None = None
     """Train only what is added to the base model; by default, if a base is given and LoRA is used."""
 
-    loss: Literal[*LOSSES] = "identity"
+    loss: Literal[*LOSSES] = "two-way"
     """Task loss; mse is the guide's."""
+    mixup: bool = False
+    """Train on mixtures of different people with about the same yaw."""
     epochs: int = 100
     batch_size: int = 32
     num_workers: int = 0
-    """Kept for the guide's commands; data that fits the device needs no worker."""
+    """Processes that read ahead; data that fits the device needs none."""
     lr: float = 1e-4
     """Learning rate of base parameters and of cross-view attention."""
     lora_lr: float = 1e-3
@@ -106,13 +112,24 @@ class TrainConfig:
         if self.use_prior_preservation and self.use_cross_view:
             raise ValueError("prior samples are single views and cannot stand in a batch of n_views views of a person; "
                              "use either use_prior_preservation or use_cross_view")  # fmt: skip
+        if self.mixup and self.use_cross_view:
+            raise ValueError("mixup mixes single views, not groups of views of a person; "
+                             "use either mixup or use_cross_view")  # fmt: skip
         if self.pose_dim not in (0, 3):
             raise ValueError(f"pose_dim must be 3 (the data has pitch, yaw, roll) or 0, got {self.pose_dim}")
         if self.freeze_base and not self.base_model_path:
             raise ValueError("freeze_base without base_model_path would freeze random weights; give a base model")
+        if self.paired_views and (self.use_cross_view or self.batch_size % 2):
+            raise ValueError(f"paired_views needs an even batch_size, got {self.batch_size}, and no use_cross_view, "
+                             "which has n_views of each person")  # fmt: skip
         if self.use_cross_view and self.batch_size % self.n_views:
             raise ValueError(f"batch_size must be a multiple of n_views={self.n_views} "
                              f"(批次大小必须是n_views的倍数), got {self.batch_size}")  # fmt: skip
+
+    @property
+    def views_together(self) -> int:
+        """How many views of a person lie next to each other in a batch."""
+        return self.n_views if self.use_cross_view else 1 + self.paired_views
 
     @property
     def freezes_base(self) -> bool:

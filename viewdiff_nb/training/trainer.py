@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -15,10 +16,11 @@ from ..faces.views import FaceViews
 from ..metrics import FAR, recognition_by_yaw
 from ..modules.prior import EnhancedTransformerWithPrior, PriorPreservationDataset, PriorPreservationLoss
 from ..modules.transformer import EnhancedTransformerDecoderOnly3D, fuse_views
-from .batches import count_batches, draw_batches, padded_groups, view_groups
+from .batches import count_batches, draw_batches, feed, padded_groups, place, view_groups
 from .checkpoint import CheckpointError, load_base_weights, load_checkpoint, save_checkpoint
 from .config import TrainConfig, choose_device, writable_folder
-from .losses import LOSSES
+from .losses import LOSSES, Loss, mean_loss
+from .mixup import Mixup, mix
 
 FINAL_LR = 0.01  # of the learning rate, at the end of the cosine
 
@@ -73,7 +75,7 @@ def train(
 
     Args:
         train_faces, val_faces: different people; of train_faces the views within the config's yaw
-            range are used. Moved to the device as a whole.
+            range are used. They lie on the device as a whole if they fit (see `place`).
         model: to train instead of the one that config describes (a baseline, say).
         on_epoch: called with the history so far after every epoch.
 
@@ -93,19 +95,24 @@ def train(
     device = choose_device(config.device)
     save_dir = writable_folder(config.save_dir) if config.save_dir else None
     log_dir = writable_folder(config.log_dir) if config.log_dir else None
-    train_faces, val_faces = train_faces.to(device), val_faces.to(device)
+    train_faces, val_faces = place(train_faces, device), place(val_faces, device)
     prior_faces = train_faces.where(train_faces.abs_yaw < config.prior_max_yaw)
     train_faces = train_faces.where((train_faces.abs_yaw >= config.min_yaw) & (train_faces.abs_yaw < config.max_yaw))
     if not len(train_faces):
         raise ValueError(f"no training view has {config.min_yaw} <= |yaw| < {config.max_yaw} degrees")
 
+    front = train_faces.front.to(device)
+
     base = None
     if model is None:
         model, base = prepare_model(config, train_faces.feature_dim)
     model.to(device)
-    task = EnhancedTransformerWithPrior(model, base.to(device), config.lambda_prior,
-                                        PriorPreservationLoss(train_faces.front)) if base else None  # fmt: skip
-    prior = PriorPreservationDataset(base, prior_faces.src, prior_faces.conditions()) if base else None
+    task = prior = None
+    if base:
+        task = EnhancedTransformerWithPrior(model, base.to(device), config.lambda_prior, PriorPreservationLoss(front))
+        prior_faces = prior_faces.in_memory().to(device)
+        prior = PriorPreservationDataset(base, prior_faces.src, prior_faces.conditions())
+    mixup = Mixup(train_faces) if config.mixup else None
     batches = count_batches(train_faces, config)
     windows = math.ceil(batches / config.gradient_accumulation_steps)
     optimizer = build_optimizer(model, config)
@@ -114,7 +121,6 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
     generator = torch.Generator().manual_seed(config.seed)
     trainable = [p for group in optimizer.param_groups for p in group["params"]]
-    task_loss = LOSSES[config.loss]
 
     history: list[dict[str, float]] = []
     seconds, steps, first_epoch = 0.0, 0, 0
@@ -145,22 +151,24 @@ def train(
         (task or model).train()
         started = time.perf_counter()
         losses = torch.zeros(batches, device=device)
-        for i, index in enumerate(draw_batches(train_faces, config, generator)):
-            inputs, conditions = train_faces.src[index], train_faces.conditions(index)
-            person = train_faces.person[index]
+        rows = draw_batches(train_faces, config, generator)
+        rows, weights = mixup.pair(rows, generator) if mixup else (rows, None)
+        for i, batch in enumerate(feed(train_faces, rows, device, config.num_workers)):
+            partner = weight = None
+            if mixup:
+                weight = weights[i].to(device)
+                batch, partner = mix(batch, weight)
+            person = batch.person
+            loss_of = partial(mean_loss, LOSSES[config.loss], front, partner=partner, weight=weight)
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                 if task is None:
-                    predicted = model(inputs, **conditions, return_residual=False)
+                    predicted = model(batch.src, **batch.conditions(), return_residual=False)
                     if config.use_cross_view:  # several views, one frontal embedding
                         predicted, person = fuse_views(predicted, config.n_views), person[:: config.n_views]
-                    loss = task_loss(predicted.float(), train_faces.front, person)
+                    loss = loss_of(predicted, person)
                 else:
-                    count = max(1, round(config.prior_fraction * len(index)))
-                    kept = prior.sample(count, generator)
-                    loss, _ = task.compute_loss(
-                        inputs, conditions, train_faces.front[person],
-                        lambda predicted, _, person=person: task_loss(predicted.float(), train_faces.front, person),
-                        prior=kept)  # fmt: skip
+                    kept = prior.sample(max(1, round(config.prior_fraction * len(person))), generator)
+                    loss, _ = task.compute_loss(batch.src, batch.conditions(), person, loss_of, prior=kept)
             losses[i] = loss.detach()
             window = min(config.gradient_accumulation_steps, batches - i // config.gradient_accumulation_steps
                          * config.gradient_accumulation_steps)  # fmt: skip  # the last window may be shorter
@@ -183,7 +191,7 @@ def train(
 
         row = {"epoch": epoch + 1, "train_loss": train_loss, "lr": scheduler.get_last_lr()[0], "seconds": seconds}
         if (epoch + 1) % config.val_every == 0 or epoch + 1 == config.epochs:
-            row |= evaluate(model, val_faces, task_loss)
+            row |= evaluate(model, val_faces, LOSSES[config.loss])
         history.append(row)
         bar.set_postfix({name: f"{row[name]:.3f}" for name in ("train_loss", "val_rank1") if name in row})
         _log(writer, row, losses, epoch * batches)
@@ -215,23 +223,26 @@ def predict(model: nn.Module, faces: FaceViews, batch_size: int = 1024) -> Tenso
     """
     was_training, home = model.training, faces.device
     model.eval()
-    faces = faces.to(next(iter((*model.parameters(), *model.buffers())), faces.src).device)
-    out = torch.empty_like(faces.src, dtype=torch.float32)
+    device = next(iter((*model.parameters(), *model.buffers())), faces.src).device
+    faces = place(faces, device)
+    out = torch.empty(faces.src.shape, device=device)
     if getattr(model, "cross_view", None) is None:
-        for index in torch.arange(len(faces), device=faces.device).split(batch_size):
-            out[index] = model(faces.src[index], **faces.conditions(index), return_residual=False).float()
+        rows = torch.arange(len(faces), device=faces.device).split(batch_size)
+        for index, batch in zip(rows, feed(faces, rows, device), strict=True):
+            out[index] = model(batch.src, **batch.conditions(), return_residual=False).float()
     else:
         groups, mask = padded_groups(faces.person, model.n_views, torch.Generator().manual_seed(0))
-        count = max(1, batch_size // model.n_views)
-        for index, there in zip(groups.split(count), mask.split(count), strict=True):
-            index, there = index.flatten(), there.flatten()
-            predicted = model(faces.src[index], **faces.conditions(index), return_residual=False, view_mask=there)
-            out[index[there]] = predicted[there].float()
+        size = max(1, batch_size // model.n_views) * model.n_views
+        rows, masks = groups.flatten().split(size), mask.flatten().to(device).split(size)
+        for index, there, batch in zip(rows, masks, feed(faces, rows, device), strict=True):
+            predicted = model(batch.src, **batch.conditions(), return_residual=False, view_mask=there)
+            out[index.to(device)[there]] = predicted[there].float()
     model.train(was_training)
     return out.to(home)
 
 
-def evaluate(model: nn.Module, faces: FaceViews, loss: Callable) -> dict[str, float]:
+@torch.no_grad()
+def evaluate(model: nn.Module, faces: FaceViews, loss: Loss, batch_size: int = 1024) -> dict[str, float]:
     """val_loss, val_mse, val_cosine, val_rank1, val_tar and val_auc over all side views of faces.
 
     With cross-view attention over the fused predictions of whole groups, which is what it is trained for.
@@ -241,9 +252,11 @@ def evaluate(model: nn.Module, faces: FaceViews, loss: Callable) -> dict[str, fl
         groups = view_groups(person, model.n_views, torch.Generator().manual_seed(0))  # the groups of predict
         predicted = fuse_views(predicted[groups.flatten()], model.n_views)
         person, yaw = person[groups[:, 0]], yaw[groups].mean(1)
+    parts = zip(predicted.split(batch_size), person.split(batch_size), strict=True)
+    values = torch.cat([loss(part, faces.front, owners) for part, owners in parts])
     rates = recognition_by_yaw(predicted, faces.front, person, yaw)["all"]
     names = ("mse", "cosine", "rank1", "tar", "auc")
-    return {"val_loss": loss(predicted, faces.front, person).item()} | {f"val_{n}": rates[n] for n in names}
+    return {"val_loss": values.mean().item()} | {f"val_{n}": rates[n] for n in names}
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

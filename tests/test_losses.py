@@ -1,0 +1,74 @@
+import math
+
+import pytest
+import torch
+
+from viewdiff_nb.training import losses
+from viewdiff_nb.training.losses import LOSSES, MARGIN, TEMPERATURE, mean_loss
+
+PERSON = torch.tensor([0, 2, 2, 4])
+
+
+@pytest.fixture
+def batch():
+    return torch.randn(4, 6, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
+
+
+def cosines(a, b):
+    return [[float(torch.cosine_similarity(x, y, dim=0)) / TEMPERATURE for y in b] for x in a]
+
+
+def log_share(row, chosen, allowed):
+    return row[chosen] - math.log(sum(math.exp(row[j]) for j in allowed))
+
+
+def test_two_way_by_hand(batch):
+    predicted, gallery = batch
+    scaled = cosines(predicted, gallery)
+    for i, value in enumerate(losses.two_way(predicted, gallery, PERSON).tolist()):
+        there = -log_share(scaled[i], int(PERSON[i]), range(5))
+        column = [scaled[j][int(PERSON[i])] for j in range(4)]
+        others = [j for j in range(4) if j == i or PERSON[j] != PERSON[i]]
+        assert value == pytest.approx(there - log_share(column, i, others))
+
+
+def test_pairs_by_hand(batch):
+    predicted, gallery = batch
+    scaled = cosines(predicted, predicted)
+    extra = (losses.two_way_pairs(predicted, gallery, PERSON) - losses.two_way(predicted, gallery, PERSON)).tolist()
+    assert extra[0] == extra[3] == 0  # nobody else of that person
+    assert extra[1] == pytest.approx(-0.5 * log_share(scaled[1], 2, (0, 2, 3)))
+    assert extra[2] == pytest.approx(-0.5 * log_share(scaled[2], 1, (0, 1, 3)))
+
+
+def test_the_margin_lowers_the_right_cosine_only(batch):
+    predicted, gallery = batch
+    row = cosines(predicted, gallery)[1]
+    row[2] -= MARGIN / TEMPERATURE
+    assert losses.identity_margin(predicted, gallery, PERSON)[1].item() == pytest.approx(-log_share(row, 2, range(5)))
+
+
+def test_simple_losses_by_hand(batch):
+    predicted, gallery = batch
+    right = gallery[PERSON]
+    assert losses.mse(predicted, gallery, PERSON)[3].item() == pytest.approx(
+        sum((a - b) ** 2 for a, b in zip(predicted[3].tolist(), right[3].tolist(), strict=True)) / 6)  # fmt: skip
+    cosine = float(torch.cosine_similarity(predicted[0], right[0], dim=0))
+    assert losses.cosine(predicted, gallery, PERSON)[0].item() == pytest.approx(1 - cosine)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_has_a_value_and_a_right_gradient_per_sample(batch, name):
+    predicted, gallery = batch
+    assert LOSSES[name](predicted, gallery, PERSON).shape == (4,)
+    predicted.requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda x: LOSSES[name](x, gallery, PERSON), (predicted,))
+
+
+def test_mixed_loss_is_weighted_by_sample(batch):
+    predicted, gallery = batch
+    partner, weight = torch.tensor([1, 1, 3, 0]), torch.tensor([1.0, 0.0, 0.25, 0.5])
+    own, other = (losses.identity(predicted.float(), gallery.float(), who) for who in (PERSON, partner))
+    mixed = mean_loss(losses.identity, gallery.float(), predicted, PERSON, partner, weight)
+    torch.testing.assert_close(mixed, (weight * own + (1 - weight) * other).mean())
+    torch.testing.assert_close(mean_loss(losses.identity, gallery.float(), predicted, PERSON), own.mean())

@@ -1,0 +1,160 @@
+"""What the field knows about training, tried on validation people: which of it recognises people better.
+
+    python -m viewdiff_nb.studies.recipe_study [--fast] [--seeds 3] [--out figures]
+
+Losses, margins, mix-up, view pairs as positives, mirrored people, a gate by yaw, test-time flip: each trained on
+views of all yaws, never scored on test people. What survived is in `adaptation.COMMON`.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..faces.splits import Split
+from ..faces.views import FaceViews, swap_halves
+from ..modules.attention import encode_pose
+from ..modules.baselines import DREAM, MLP
+from ..paths import FIGURES, RUNS
+from ..plots import save_table
+from ..training.config import TrainConfig
+from ..training.trainer import predict, prepare_model, train
+from .adaptation import COMMON, FAST, FULL, WIDE_OPTIONS, Profile, Store, base_model, load_split, score
+from .benchmark import machine
+from .tables import Results, difference, rate_estimate
+
+RECIPE = "two-way, mix-up"  # the kit's
+PLAIN = {"mixup": False}
+LOSSES_TRIED = ("mse", "cosine", "identity", "identity+cosine", "identity+margin", "two-way")
+RECIPES: dict[str, dict] = {
+    **{loss: PLAIN | {"loss": loss} for loss in LOSSES_TRIED},
+    "identity, mix-up": {"loss": "identity"},
+    RECIPE: {},
+    f"{RECIPE}, view pairs": {"loss": "two-way+pairs", "paired_views": True},
+    f"{RECIPE}, mirrored people": {},
+    f"{RECIPE}, gate by yaw": {},
+    f"{RECIPE}, weight decay 1": {"weight_decay": 1.0},
+    f"{RECIPE}, dropout 0.35": {"dropout": 0.35},
+}
+MODELS: dict[str, dict] = {
+    "MLP": {},
+    "MLP, hidden 2048": {},
+    "DREAM": {},
+    "LoRA": WIDE_OPTIONS | {"use_projection_layer": False},
+    "LoRA + projection 8³": WIDE_OPTIONS,
+    "LoRA + projection 16³": WIDE_OPTIONS | {"voxel_resolution": 16},
+    "LoRA + projection 8³, view pairs": WIDE_OPTIONS | {"loss": "two-way+pairs", "paired_views": True},
+}
+FLIP = ", test-time flip"
+SHOWN = ("all", "0-30", "45-60", "60-75", "75-90")
+
+
+class YawGated(nn.Module):
+    """A model whose residual is scaled by a learned function of the head pose, in (0, 1): src + g(pose) r."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.gate = nn.Sequential(nn.Linear(6, 32), nn.GELU(), nn.Linear(32, 1))
+
+    def forward(self, src: Tensor, angles: Tensor, return_residual: bool = True, **conditions: Tensor) -> Tensor:
+        residual = self.model(src, angles=angles, **conditions) * self.gate(encode_pose(angles)).sigmoid()
+        return residual if return_residual else src + residual
+
+
+def with_mirrored(faces: FaceViews) -> FaceViews:
+    """The people, and beside them their mirror images as people of their own."""
+    other = faces.mirrored()
+    joined = {name: torch.cat((getattr(faces, name), getattr(other, name)))
+              for name in ("front", "src", "keypoints_3d", "angles")}  # fmt: skip
+    names = (*faces.names, *(f"{name}, mirrored" for name in faces.names))
+    return replace(faces, names=names, person=torch.cat((faces.person, faces.person + len(faces.names))), **joined)
+
+
+def recipe_study(
+    profile: Profile, split: Split, seeds: Iterable[int], progress: Callable = iter, names: Iterable[str] | None = None
+) -> Results:
+    """Results on validation people by (name of `RECIPES` or `MODELS`, seed); for some also with `FLIP` behind it."""
+    store, results = Store(split), {}
+    names = [*RECIPES, *MODELS] if names is None else names
+    for name, seed in progress([(name, seed) for seed in seeds for name in names]):
+        options = RECIPES.get(name, MODELS.get(name))
+        epochs = profile.recipe_epochs if name in RECIPES else profile.baseline_epochs
+        base = None
+        if options.get("use_lora_attention"):
+            base, _ = base_model(store, split, profile, seed, wide=True)
+            options, epochs = options | {"base_model_path": base.name}, profile.recipe_epochs
+        config = replace(COMMON, seed=seed, epochs=epochs, **options)
+        key = {"name": f"recipe {name}", "config": config.to_dict()}
+        found = store.get(key, partial(_try, name, config, base, split))
+        results[name, seed] = found
+        if "flip" in found:
+            results[name + FLIP, seed] = found["flip"]
+    return results
+
+
+def _try(name: str, config: TrainConfig, base: Path | None, split: Split, path: Path) -> dict:
+    """Train one recipe; score it on validation people only."""
+    faces, model = split.train, None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if name.startswith("MLP"):
+            model = MLP(faces.feature_dim, hidden=2048 if "2048" in name else 1024)
+        elif name == "DREAM":
+            model = DREAM(faces.feature_dim)
+        elif name.endswith("gate by yaw"):
+            model = YawGated(prepare_model(config, faces.feature_dim)[0])
+    if name.endswith("mirrored people"):
+        # as many steps as the others
+        faces, config = with_mirrored(faces), replace(config, epochs=max(1, config.epochs // 2))
+    if base:
+        config = replace(config, base_model_path=str(base))
+    run = train(config, faces, split.val, model, progress=False)
+    predicted = predict(run.model, split.val)
+    result = score(predicted, split.val, "val") | {"train_seconds": run.train_seconds}
+    if (name == RECIPE or base) and split.val.flip_halves:
+        result["flip"] = score(predicted + swap_halves(predict(run.model, split.val.mirrored())), split.val, "val")
+    return result
+
+
+def recipe_table(results: Results) -> pd.DataFrame:
+    """Rank-1 and TAR on validation people by yaw, and the paired difference to the kit's recipe over all views."""
+    rows = {}
+    for name in dict.fromkeys(name for name, _ in results):
+        rows[name] = {f"{words} {where}": str(rate_estimate(results, name, rate, where, "val"))
+                      for rate, words in (("rank1", "rank-1"), ("tar", "TAR")) for where in SHOWN}  # fmt: skip
+        for rate, words in (("rank1", "rank-1"), ("tar", "TAR")):
+            apart = difference(results, name, RECIPE, rate, part="val")
+            rows[name][f"{words} against the recipe"] = f"{apart.mean:+.3f} ± {apart.half:.3f}"
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("trained with")
+
+
+def write_table(results: Results, folder: Path, note: str) -> None:
+    """The table as CSV and PNG, and printed."""
+    table, title = recipe_table(results), "What the field knows, tried on validation people"
+    plt.close(save_table(table, "recipe_val", folder, title, note))
+    print(f"{title}\n{note}\n{table.to_string()}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fast", action="store_true", help="a smoke run")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="by default figures/, with --fast runs/fast/figures")
+    arguments = parser.parse_args()
+    profile = FAST if arguments.fast else FULL
+    out = arguments.out or (RUNS / "fast" / "figures" if arguments.fast else FIGURES)
+    note = f"{profile.name} run, {arguments.seeds} seeds, mean ± 95 % interval over seeds and people; {machine()}"
+    seeds = range(arguments.seeds)
+    write_table(recipe_study(profile, load_split(profile), seeds, lambda jobs: tqdm(jobs, desc="recipes")), out, note)
+
+
+if __name__ == "__main__":
+    main()

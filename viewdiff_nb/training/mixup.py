@@ -1,0 +1,58 @@
+"""Mix-up of different people seen from about the same side: more identities than the training set has.
+
+    x = w x_i + (1 - w) x_j,    loss = w loss(person i) + (1 - w) loss(person j),    w uniform in [0, 1]
+
+Zhang et al. 2018, arXiv:1710.09412, eq. 1. Partners have almost the same yaw, because the mean of a left and a
+right view is the view of nobody.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..faces.geometry import normalise_keypoints
+from ..faces.views import FaceViews
+from .batches import FaceBatch
+
+REACH = 0.01  # partners are at most this share of the set away when its views are ordered by yaw
+
+
+class Mixup:
+    """Draws partners for the views of a set and mixes their batches.
+
+    Args:
+        faces: the training set.
+    """
+
+    def __init__(self, faces: FaceViews) -> None:
+        self.by_yaw = faces.angles[:, 1].argsort()
+        self.place = torch.empty_like(self.by_yaw)
+        self.place[self.by_yaw] = torch.arange(len(faces), device=faces.device)
+        self.reach = max(1, round(REACH * len(faces)))
+
+    def pair(self, batches: Sequence[Tensor], generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
+        """Index tensors (B,) to index tensors (2 B,), the partners behind, and weights (B,) of the first half."""
+        index = torch.cat(tuple(batches))
+        count, total = len(index), len(self.by_yaw)
+        step = torch.randint(1, self.reach + 1, (count,), generator=generator).to(index.device)
+        weight = torch.rand(count, generator=generator).to(index.device)
+        place = self.place[index] + step
+        partner = self.by_yaw[torch.where(place < total, place, place - 2 * step)]
+        sizes = [len(batch) for batch in batches]
+        pairs = [torch.cat(pair) for pair in zip(index.split(sizes), partner.split(sizes), strict=True)]
+        return pairs, list(weight.split(sizes))
+
+
+def mix(batch: FaceBatch, weight: Tensor) -> tuple[FaceBatch, Tensor]:
+    """Mix the first half of a batch (2 B) with the second: the mixture (B), and the partners' persons (B,)."""
+    first, second = (FaceBatch(*parts) for parts in zip(*(values.chunk(2) for values in batch), strict=True))
+    src, angles, keypoints = (
+        torch.lerp(other, own, weight.view(-1, *(1,) * (own.dim() - 1)))
+        for own, other in (
+            (first.src, second.src),
+            (first.angles, second.angles),
+            (normalise_keypoints(first.keypoints_3d), normalise_keypoints(second.keypoints_3d)),
+        )
+    )
+    return FaceBatch(src, angles, keypoints, first.person), second.person

@@ -9,7 +9,7 @@ from viewdiff_nb.studies.significance import RESAMPLES
 
 
 def test_study_trains_everything_once_and_reuses_it(small, tiny, monkeypatch):
-    results = run_study(tiny, small)
+    results = run_study(tiny, small, workers=1)
     assert {name for name, _ in results} == {
         *adaptation.BASELINES, "base", *adaptation.STUDIED, adaptation.WIDE_BASE, adaptation.WIDE}  # fmt: skip
     for result in results.values():
@@ -23,7 +23,22 @@ def test_study_trains_everything_once_and_reuses_it(small, tiny, monkeypatch):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(adaptation, "train", fail)
-    assert run_study(tiny, small) == results
+    assert run_study(tiny, small, workers=1) == results
+    assert run_study(tiny, small, workers=2) == results  # nothing is missing, so no process starts
+
+
+def test_processes_side_by_side_give_the_results_of_one(tiny, monkeypatch, tmp_path):
+    split = split_by_person(people(110, views=12), val=40, test=40)
+    names = ("mean face", "MLP", "base")
+    found = []
+    for workers in (1, 2):
+        monkeypatch.setattr(Store.__init__, "__defaults__", (tmp_path / str(workers),))
+        monkeypatch.setenv("VIEWDIFF_NB_RUNS", str(tmp_path / str(workers)))  # the processes' own default
+        found.append(run_study(tiny, split, names=names, workers=workers))
+    for job, result in found[0].items():
+        for part in ("val", "test"):  # another process lays out memory otherwise, which changes last bits
+            assert found[1][job][part]["all"] == pytest.approx(result[part]["all"], abs=1e-3), job
+    assert not list((tmp_path / "2/study").glob("*.part")) and len(found[1]) == 3
 
 
 def test_a_result_is_stored_under_all_that_made_it(small):

@@ -6,26 +6,26 @@ projection. Every trained model is scored once on the test people, and every res
 made it, so a second run only does what is missing.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, multiprocessing, nn
 
-from .. import __version__
 from ..faces.splits import Split, split_by_person
 from ..faces.views import FaceViews, load_face_views
 from ..metrics import recognition_by_yaw
 from ..modules.baselines import DREAM, MLP, MeanFace, PoseRidge, RawEmbedding
-from ..paths import HEADS, RUNS
+from ..paths import HEADS
 from ..training.checkpoint import save_checkpoint
 from ..training.config import TrainConfig
 from ..training.trainer import predict, train
 from .significance import FARS, resampled_people, resampled_rates
+from .store import FinishedStore, NotFinishedError, Store
 
 BOUNDARY = 45.0  # degrees of |yaw|: the base's domain below, the adapted one from there on
 
@@ -65,8 +65,7 @@ ADAPTATIONS: dict[str, dict] = {
     "LoRA r=8 + 3-D projection 16³": LORA_8 | PROJECTION | {"voxel_resolution": 16},
     "LoRA r=8 + prior": LORA_8 | {"use_prior_preservation": True},
 }
-# those that are trained here; ranks and resolutions are compared in studies of their own
-STUDIED = ("full fine-tuning", "LoRA r=8", "LoRA r=8 + 3-D projection", "LoRA r=8 + prior")
+STUDIED = tuple(name for name in ADAPTATIONS if "16³" not in name)  # which is there for its speed
 MODEL_OPTIONS = ("use_lora_attention", "rank", "lora_alpha", "use_projection_layer", "voxel_resolution")
 WIDE_BASE, WIDE = "transformer, all yaws", "LoRA r=8 + 3-D, all yaws"
 WIDE_OPTIONS = ADAPTATIONS["LoRA r=8 + 3-D projection"] | {"min_yaw": 0.0}
@@ -78,48 +77,6 @@ def load_split(profile: Profile = FULL, folder: Path = HEADS) -> Split:
     if profile.train_people is None:
         return split
     return replace(split, train=split.train.select(torch.arange(profile.train_people)))
-
-
-class Store:
-    """Finished results, one JSON file per key: config, data and version.
-
-    Training times are those of the machine, and of its load, on which a result was made.
-    """
-
-    def __init__(self, split: Split, folder: Path = RUNS) -> None:
-        self.folder = folder / "study"
-        self.data = fingerprint(split)
-
-    def path(self, key: dict) -> Path:
-        text = json.dumps(key | {"data": self.data, "version": __version__}, sort_keys=True)
-        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
-
-    def get(self, key: dict, make: Callable[[Path], dict]) -> dict:
-        """The stored result of key, or make(path), stored; make may put further files beside path."""
-        path = self.path(key)
-        if path.is_file():
-            return json.loads(path.read_text())
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps({"key": key} | make(path)))
-        os.replace(part, path)
-        return json.loads(path.read_text())
-
-    def get_with_weights(self, key: dict, make: Callable[[Path], dict]) -> tuple[Path, dict]:
-        """As `get`, for a make that also writes a checkpoint, path with suffix .pth; made again if that is gone."""
-        checkpoint = self.path(key).with_suffix(".pth")
-        if not checkpoint.is_file():
-            self.path(key).unlink(missing_ok=True)
-        return checkpoint, self.get(key, make)
-
-
-def fingerprint(split: Split) -> str:
-    """A hash of all tensors of a split."""
-    digest = hashlib.sha256()
-    for faces in (split.train, split.val, split.test):
-        for tensor in (faces.front, faces.src, faces.keypoints_3d, faces.angles, faces.person):
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def base_model(
@@ -169,6 +126,7 @@ def adaptation(
     return store.get({"name": "adaptation", "config": config.to_dict()}, make)
 
 
+FIXED = ("raw side view", "mean face", "pose ridge")  # nothing random in them
 BASELINES: dict[str, Callable[[FaceViews], nn.Module]] = {
     "raw side view": lambda train: RawEmbedding(),
     "mean face": lambda train: MeanFace(train.front),
@@ -230,28 +188,76 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     }
 
 
+def run_job(store: Store, split: Split, profile: Profile, name: str, seed: int) -> dict:
+    """The result of one model of the study, trained if there is none yet."""
+    if name in BASELINES:
+        return baseline(store, split, profile, name, seed)
+    if name in ("base", WIDE_BASE):
+        return base_model(store, split, profile, seed, wide=name == WIDE_BASE)[1]
+    if name == WIDE:
+        return adaptation(store, split, profile, WIDE_OPTIONS, seed, wide=True)
+    return adaptation(store, split, profile, ADAPTATIONS[name], seed)
+
+
 def run_study(
-    profile: Profile, split: Split, progress: Callable = iter, seeds: Iterable[int] | None = None
+    profile: Profile,
+    split: Split,
+    progress: Callable = iter,
+    seeds: Iterable[int] | None = None,
+    names: Iterable[str] = (*BASELINES, "base", *STUDIED, WIDE_BASE, WIDE),
+    workers: int | None = None,
 ) -> dict[tuple[str, int], dict]:
     """All results of the study by (name, seed); what was done before is reused.
 
     Args:
-        progress: wraps the list of (name, seed), e.g. tqdm.
+        progress: wraps lists of (name, seed), e.g. tqdm.
         seeds: by default those of the profile.
+        names: which models.
+        workers: processes that train side by side, by default `default_workers`. Steps of this model are small: two
+            processes with a core each get more done than one with two cores.
     """
-    store = Store(split)
-    fixed = ("raw side view", "mean face", "pose ridge")  # nothing random in them
+    store, finished = Store(split), FinishedStore(split)
     seeds = range(profile.seeds) if seeds is None else seeds
-    names = (*BASELINES, "base", *STUDIED, WIDE_BASE, WIDE)
-    jobs = [(name, seed) for seed in seeds for name in names if seed == 0 or name not in fixed]
-    results = {}
-    for name, seed in progress(jobs):
-        if name in BASELINES:
-            results[name, seed] = baseline(store, split, profile, name, seed)
-        elif name in ("base", WIDE_BASE):
-            results[name, seed] = base_model(store, split, profile, seed, wide=name == WIDE_BASE)[1]
-        elif name == WIDE:
-            results[name, seed] = adaptation(store, split, profile, WIDE_OPTIONS, seed, wide=True)
-        else:
-            results[name, seed] = adaptation(store, split, profile, ADAPTATIONS[name], seed)
+    workers = default_workers() if workers is None else workers
+    jobs = [(name, seed) for seed in seeds for name in names if seed == 0 or name not in FIXED]
+    results: dict[tuple[str, int], dict] = {}
+    bases = [job for job in jobs if job[0] in ("base", WIDE_BASE)]
+    for stage in (bases, [job for job in jobs if job not in bases]):  # the others start from the bases
+        missing = [job for job in stage if not _is_done(finished, split, profile, *job)] if workers > 1 else []
+        with _pool(split, min(workers, len(missing))) as pool:
+            running = {job: pool.submit(_work, profile, *job) for job in missing}
+            for job in progress(stage):
+                if job in running:
+                    running[job].result()
+                results[job] = run_job(store, split, profile, *job)
     return results
+
+
+def default_workers() -> int:
+    """One process per core, eight at most; a single one if there is a GPU."""
+    return 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 8)
+
+
+def _is_done(finished: FinishedStore, split: Split, profile: Profile, name: str, seed: int) -> bool:
+    try:
+        run_job(finished, split, profile, name, seed)
+    except NotFinishedError:
+        return False
+    return True
+
+
+def _pool(split: Split, workers: int):
+    if workers < 1:
+        return nullcontext()
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (split, threads))
+
+
+def _start_worker(split: Split, threads: int) -> None:
+    global _of_worker
+    torch.set_num_threads(threads)
+    _of_worker = Store(split), split
+
+
+def _work(profile: Profile, name: str, seed: int) -> None:
+    run_job(*_of_worker, profile, name, seed)

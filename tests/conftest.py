@@ -56,7 +56,7 @@ def face_set(tmp_path):
 def tiny():
     """One seed, one epoch of everything."""
     return adaptation.Profile("tiny", seeds=1, train_people=None, base_epochs=1, adapt_epochs=1, wide_base_epochs=1,
-                              wide_epochs=1, baseline_epochs=1, recipe_epochs=1)  # fmt: skip
+                              wide_epochs=1, small_epochs=1, baseline_epochs=1, recipe_epochs=1)  # fmt: skip
 
 
 @pytest.fixture
@@ -70,5 +70,6 @@ def small(monkeypatch, tmp_path):
         small_options = options | ({"voxel_resolution": 4} if "voxel_resolution" in options else {})
         monkeypatch.setitem(adaptation.ADAPTATIONS, name, small_options)
     monkeypatch.setattr(adaptation, "WIDE_OPTIONS", adaptation.WIDE_OPTIONS | {"voxel_resolution": 4})
+    monkeypatch.setattr(adaptation, "SMALL_OPTIONS", sizes | {"weight_decay": 1.0})
     monkeypatch.setattr(adaptation.Store.__init__, "__defaults__", (tmp_path,))
     return split_by_person(people(110, views=12), val=40, test=40)

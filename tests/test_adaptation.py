@@ -11,7 +11,7 @@ from viewdiff_nb.studies.significance import RESAMPLES
 def test_study_trains_everything_once_and_reuses_it(small, tiny, monkeypatch):
     results = run_study(tiny, small, workers=1)
     assert {name for name, _ in results} == {
-        *adaptation.BASELINES, "base", *adaptation.STUDIED, adaptation.WIDE_BASE, adaptation.WIDE}  # fmt: skip
+        *adaptation.BASELINES, "base", *adaptation.STUDIED, *adaptation.ALL_YAWS}  # fmt: skip
     for result in results.values():
         assert 0 <= result["test"]["all"]["rank1"] <= 1 and result["test"]["all"]["views"] == 40 * 12
         assert set(result["test"]["all"]) - set(result["test_people"]["all"]) == {"views"}

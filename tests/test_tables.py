@@ -79,6 +79,13 @@ def test_comparison_tells_apart_what_is(results):
     assert "(apart)" in tables.comparison_table(results, "best", ["base"], "rank1", ("all",)).loc["base", "all"]
 
 
+def test_the_best_model_is_chosen_on_validation_people(results):
+    for seed in (0, 1):
+        results["liked by test people", seed] = result(0.9) | {"val": result(0.3)["val"]}
+        results["good", seed] = result(0.8)
+    assert tables.best_on_validation(results, ["base", "liked by test people", "good"]) == "good"
+
+
 def test_goals_are_checked_not_claimed(results):
     for seed in (0, 1):
         results["best", seed] = result(0.94)

@@ -1,9 +1,9 @@
 """The main study: a base model of near-frontal views is adapted to side views, in several ways.
 
 For every seed a base is trained on |yaw| < 45 degrees, then adapted to |yaw| >= 45 degrees. Beside it stand models
-that see all yaws: simple baselines, the plain transformer, and that transformer adapted by LoRA and the 3-D
-projection. Every trained model is scored once on the test people, and every result is kept under a key of all that
-made it, so a second run only does what is missing.
+that see all yaws: simple baselines, the plain transformer, the same adapted by LoRA and the 3-D projection, and a
+small transformer. Every trained model is scored once on the test people, and every result is kept under a key of all
+that made it, so a second run only does what is missing.
 """
 
 import os
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,14 +42,15 @@ class Profile:
     adapt_epochs: int
     wide_base_epochs: int  # for the base that sees all yaws
     wide_epochs: int  # for its adaptation to all yaws
+    small_epochs: int  # of the small transformer, all yaws
     baseline_epochs: int  # all yaws, too
     recipe_epochs: int  # of each of recipe_study.py
 
 
-FULL = Profile("full", 5, None, base_epochs=5, adapt_epochs=7, wide_base_epochs=4, wide_epochs=7, baseline_epochs=12,
-               recipe_epochs=8)  # fmt: skip
-FAST = Profile("fast", 1, 300, base_epochs=2, adapt_epochs=2, wide_base_epochs=1, wide_epochs=2, baseline_epochs=2,
-               recipe_epochs=2)  # fmt: skip
+FULL = Profile("full", 5, None, base_epochs=5, adapt_epochs=7, wide_base_epochs=4, wide_epochs=7, small_epochs=16,
+               baseline_epochs=12, recipe_epochs=8)  # fmt: skip
+FAST = Profile("fast", 1, 300, base_epochs=2, adapt_epochs=2, wide_base_epochs=1, wide_epochs=2, small_epochs=2,
+               baseline_epochs=2, recipe_epochs=2)  # fmt: skip
 
 # scored at the end; the recipe (loss, mix-up) was chosen on validation people, see recipe_study.py
 COMMON = TrainConfig(batch_size=128, dropout=0.2, lr=5e-4, mixup=True, val_every=1000)
@@ -68,6 +70,9 @@ ADAPTATIONS: dict[str, dict] = {
 STUDIED = tuple(name for name in ADAPTATIONS if "16³" not in name)  # which is there for its speed
 MODEL_OPTIONS = ("use_lora_attention", "rank", "lora_alpha", "use_projection_layer", "voxel_resolution")
 WIDE_BASE, WIDE = "transformer, all yaws", "LoRA r=8 + 3-D, all yaws"
+SMALL = "small transformer, all yaws"  # sizes and weight decay were chosen on validation people, seed 0
+SMALL_OPTIONS = {"d_model": 256, "num_layers": 2, "dim_feedforward": 512, "lr": 1e-3, "weight_decay": 1.0}
+ALL_YAWS = (WIDE_BASE, WIDE, SMALL)
 WIDE_OPTIONS = ADAPTATIONS["LoRA r=8 + 3-D projection"] | {"min_yaw": 0.0}
 
 
@@ -188,8 +193,16 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     }
 
 
+def _train_and_score(config: TrainConfig, split: Split, path: Path) -> dict:
+    run = train(config, split.train, split.val, progress=False)
+    return score_model(run.model, split, run.train_seconds)
+
+
 def run_job(store: Store, split: Split, profile: Profile, name: str, seed: int) -> dict:
     """The result of one model of the study, trained if there is none yet."""
+    if name == SMALL:
+        config = replace(COMMON, seed=seed, epochs=profile.small_epochs, **SMALL_OPTIONS)
+        return store.get({"name": name, "config": config.to_dict()}, partial(_train_and_score, config, split))
     if name in BASELINES:
         return baseline(store, split, profile, name, seed)
     if name in ("base", WIDE_BASE):
@@ -204,7 +217,7 @@ def run_study(
     split: Split,
     progress: Callable = iter,
     seeds: Iterable[int] | None = None,
-    names: Iterable[str] = (*BASELINES, "base", *STUDIED, WIDE_BASE, WIDE),
+    names: Iterable[str] = (*BASELINES, "base", *STUDIED, *ALL_YAWS),
     workers: int | None = None,
 ) -> dict[tuple[str, int], dict]:
     """All results of the study by (name, seed); what was done before is reused.

@@ -110,6 +110,11 @@ def _p_value(p: float) -> str:
     return "< .001" if p < 1e-3 else f"{p:.3f}"[1:]
 
 
+def best_on_validation(results: Results, names: Iterable[str], rate: str = "tar") -> str:
+    """The model that is best by a rate on validation people; test people must not choose."""
+    return max(names, key=lambda name: rate_estimate(results, name, rate, part="val").mean)
+
+
 def parameter_table(counts: dict[str, dict[str, int]]) -> pd.DataFrame:
     """Guide's table 1: parameters in all, trainable and in LoRA, and what is saved against full fine-tuning.
 

@@ -9,3 +9,16 @@ PROJECT = Path(os.environ.get("VIEWDIFF_NB_HOME", Path(__file__).resolve().paren
 HEADS = PROJECT / "data" / "heads"  # the shipped set of synthetic people
 RUNS = Path(os.environ.get("VIEWDIFF_NB_RUNS", PROJECT / "runs"))  # finished runs, reused; not in the repository
 FIGURES = RUNS / "fast" / "figures" if FAST else PROJECT / "figures"  # what the notebooks write
+
+
+def writable_folder(path: str | Path) -> Path:
+    """Create the folder and make sure that files can be written there, before any work is lost."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write_test"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write to {folder}: {error}; choose another folder") from error
+    return folder

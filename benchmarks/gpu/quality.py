@@ -33,7 +33,7 @@ def work(task: tuple[str, int, bool]) -> tuple[str, int, float]:
     profile = FAST if fast else FULL
     split = load_split(profile)
     if study == "main":
-        run_study(profile, split, seeds=[seed])
+        run_study(profile, split, seeds=[seed], workers=1)
     elif study in ("modules", "views"):
         of_study = {"modules": module_study, "views": multi_view_study}[study]
         of_study(FAST if fast else FULL_MODULES, split, [seed])

@@ -24,6 +24,7 @@ import numpy as np
 import tyro
 from tqdm.auto import tqdm
 
+from ..paths import writable_folder
 from .frames import ARRAYS, Person, choose_front, fingerprint_of, frontal_angles, load_part, save_part
 from .insight import FaceReader, RefusedError
 from .photos import UnreadableError, is_picture, list_people, read_pictures
@@ -118,14 +119,7 @@ def check_out(photos: Path, out: Path) -> Path:
     parts = out / ".parts"
     if not parts.is_dir() and any((out / f"{kind}_feature.npy").exists() for kind in KINDS):
         raise ValueError(f"{out} holds a face set that this command did not make; choose another folder")
-    try:
-        parts.mkdir(parents=True, exist_ok=True)
-        probe = parts / "write_test"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"cannot write to {out}: {error}; choose another folder") from error
-    return parts
+    return writable_folder(parts)
 
 
 def embed_folder(photos: str | Path, out: str | Path, options: EmbedOptions = EmbedOptions()) -> Summary:

@@ -1,7 +1,6 @@
 """The one description of a training run: shell flags, notebooks and checkpoints share it."""
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -164,16 +163,3 @@ def choose_device(name: str = "auto") -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but this torch sees no GPU; use --device cpu or auto")
     return device
-
-
-def writable_folder(path: str | Path) -> Path:
-    """Create the folder and make sure that files can be written there, before any work is lost."""
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write_test"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"cannot write to {folder}: {error}; choose another folder") from error
-    return folder

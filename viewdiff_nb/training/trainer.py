@@ -16,9 +16,10 @@ from ..faces.views import FaceViews
 from ..metrics import FAR, recognition_by_yaw
 from ..modules.prior import EnhancedTransformerWithPrior, PriorPreservationDataset, PriorPreservationLoss
 from ..modules.transformer import EnhancedTransformerDecoderOnly3D, fuse_views
+from ..paths import writable_folder
 from .batches import count_batches, draw_batches, feed, padded_groups, place, view_groups
 from .checkpoint import CheckpointError, load_base_weights, load_checkpoint, save_checkpoint
-from .config import TrainConfig, choose_device, writable_folder
+from .config import TrainConfig, choose_device
 from .losses import LOSSES, Loss, mean_loss
 from .mixup import Mixup, mix
 

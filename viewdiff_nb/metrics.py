@@ -143,8 +143,7 @@ def roc_auc(genuine_counts: Tensor, impostor_counts: Tensor) -> Tensor:
 def equal_error_rate(genuine_counts: Tensor, impostor_counts: Tensor) -> Tensor:
     """(...): the smallest rate that neither false accepts nor false rejects exceed, over all thresholds."""
     rejected = 1 - true_accept_rates(genuine_counts)
-    errors = torch.maximum(false_accept_rates(impostor_counts), rejected).amin(-1)
-    return errors.clamp_max(1.0)
+    return torch.maximum(false_accept_rates(impostor_counts), rejected).amin(-1)
 
 
 def verification_hits(predicted: Tensor, gallery: Tensor, person: Tensor, seed: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .rows import FaceDataError
-from .views import FaceViews
+from .views import FaceViews, running_number
 
 SIDE_VIEW = 45.0  # degrees of |yaw|: from here on a view counts as one from the side
 STRATA = 10
@@ -61,10 +61,7 @@ def yaw_strata(faces: FaceViews) -> Tensor:
 
 def _spread(strata: Tensor) -> Tensor:
     """An order of rows in which every stretch holds its share of every stratum, each in the old order."""
-    order, counts = strata.argsort(stable=True), torch.bincount(strata)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[strata[order]]
-    return ((place + 0.5) / counts[strata]).argsort(stable=True)
+    return ((running_number(strata) + 0.5) / torch.bincount(strata)[strata]).argsort(stable=True)
 
 
 def save_split(path: str | Path, split: Split) -> None:

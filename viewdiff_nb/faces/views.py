@@ -127,10 +127,7 @@ class FaceViews:
         if n < 1:
             raise ValueError(f"n must be 1 or more, got {n}")
         order = torch.randperm(len(self), generator=generator).to(self.device)
-        order = order[self.person[order].argsort(stable=True)]  # by person, each one's views in random order
-        counts = torch.bincount(self.person, minlength=len(self.names))
-        place = torch.arange(len(order), device=self.device) - (counts.cumsum(0) - counts)[self.person[order]]
-        return self.where(order[place < n].sort().values)
+        return self.where(order[running_number(self.person[order]) < n].sort().values)
 
     def mirrored(self) -> "FaceViews":
         """The same people seen in a mirror: halves of embeddings swapped, yaw, roll and keypoints mirrored.
@@ -168,6 +165,18 @@ class FaceViews:
     def _each(self, change: Callable) -> "FaceViews":
         kept = ("names", "flip_halves")
         return replace(self, **{f.name: change(getattr(self, f.name)) for f in fields(self) if f.name not in kept})
+
+
+def running_number(owner: Tensor) -> Tensor:
+    """(N,) int64 to (N,): how many earlier entries have the same owner.
+
+    >>> running_number(torch.tensor([2, 0, 2, 2, 0])).tolist()
+    [0, 0, 1, 2, 1]
+    """
+    order, counts = owner.argsort(stable=True), torch.bincount(owner)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[owner[order]]
+    return place
 
 
 def swap_halves(embeddings: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..faces.views import FaceViews
+from ..faces.views import FaceViews, running_number
 from .config import TrainConfig
 
 MEMORY_SHARE = 0.5  # of a GPU's free memory that a face set may take; the model needs the rest
@@ -124,7 +124,7 @@ def padded_groups(person: Tensor, n_views: int, generator: torch.Generator) -> t
     order = torch.randperm(len(person), generator=generator).to(person.device)
     order = order[person[order].argsort(stable=True)]  # by person, each one's views in random order
     owner, counts = person[order], torch.bincount(person)
-    place = torch.arange(len(order), device=person.device) - (counts.cumsum(0) - counts)[owner]
+    place = running_number(owner)
     sizes = (counts + n_views - 1) // n_views  # groups of each person
     group = (sizes.cumsum(0) - sizes)[owner] + place // n_views
     groups = torch.zeros(int(sizes.sum()), n_views, dtype=torch.long, device=person.device)

@@ -50,9 +50,7 @@ def two_way(predicted: Tensor, gallery: Tensor, person: Tensor) -> Tensor:
     """
     scaled = _cosines(predicted, gallery) / TEMPERATURE  # (B, P)
     back = scaled[:, person].T  # (B, B): the front of sample i against prediction j
-    own = person[:, None] == person
-    others = own.fill_diagonal_(False)
-    right = back.diagonal() - back.masked_fill(others, -float("inf")).logsumexp(1)
+    right = back.diagonal() - back.masked_fill(_partners(person), -float("inf")).logsumexp(1)
     return F.cross_entropy(scaled, person, reduction="none") - right
 
 
@@ -62,10 +60,9 @@ def two_way_pairs(predicted: Tensor, gallery: Tensor, person: Tensor) -> Tensor:
     Khosla et al. 2020, arXiv:2004.11362, eq. 2. Needs batches with several views of a person (paired_views).
     """
     scaled = _cosines(predicted, predicted) / TEMPERATURE
-    own = person[:, None] == person
     itself = torch.eye(len(person), dtype=torch.bool, device=person.device)
     log_share = scaled - scaled.masked_fill(itself, -float("inf")).logsumexp(1, keepdim=True)
-    partners = own & ~itself
+    partners = _partners(person)
     pairs = -(log_share * partners).sum(1) / partners.sum(1).clamp_min(1)
     return two_way(predicted, gallery, person) + 0.5 * pairs
 
@@ -83,6 +80,11 @@ def mean_loss(
     if partner is not None:
         values = torch.lerp(loss(predicted.float(), gallery, partner), values, weight)
     return values.mean()
+
+
+def _partners(person: Tensor) -> Tensor:
+    """(B, B) bool: which other samples of the batch are of the same person."""
+    return (person[:, None] == person).fill_diagonal_(False)
 
 
 def _cosines(predicted: Tensor, gallery: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
     python -m viewdiff_nb.studies.module_study [--fast] [--seeds 5] [--out figures]
 """
 
-import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -19,7 +18,6 @@ from ..faces.splits import Split
 from ..faces.views import FaceViews
 from ..metrics import rank_rate, similarity_scores, tar_at_far
 from ..modules.transformer import fuse_views
-from ..paths import FIGURES, RUNS
 from ..plots import save_table
 from ..training.batches import view_groups
 from ..training.checkpoint import save_checkpoint
@@ -39,6 +37,7 @@ from .adaptation import (
     load_split,
 )
 from .benchmark import machine
+from .command import study_arguments
 from .tables import mean_interval, with_interval
 
 # The modules are compared with the plainer recipe: no mix-up, the loss one way.
@@ -210,18 +209,13 @@ def write_tables(modules: dict, views: dict, folder: Path, note: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="a smoke run")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="by default figures/, with --fast runs/fast/figures")
-    arguments = parser.parse_args()
+    arguments = study_arguments(__doc__, seeds=5)
     profile, seeds = (FAST if arguments.fast else FULL_MODULES), range(arguments.seeds)
-    out = arguments.out or (RUNS / "fast" / "figures" if arguments.fast else FIGURES)
     split = load_split(profile)
     note = f"{profile.name} run, {arguments.seeds} seeds, mean ± 95 % interval over seeds; {machine()}"
     modules = module_study(profile, split, seeds, lambda jobs: tqdm(jobs, desc="modules"))
     views = multi_view_study(profile, split, seeds, lambda jobs: tqdm(jobs, desc="views"))
-    write_tables(modules, views, out, note)
+    write_tables(modules, views, arguments.out, note)
 
 
 if __name__ == "__main__":

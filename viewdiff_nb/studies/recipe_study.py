@@ -6,7 +6,6 @@ Losses, margins, mix-up, view pairs as positives, mirrored people, a gate by yaw
 views of all yaws, never scored on test people. What survived is in `adaptation.COMMON`.
 """
 
-import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -22,12 +21,12 @@ from ..faces.splits import Split
 from ..faces.views import FaceViews, swap_halves
 from ..modules.attention import encode_pose
 from ..modules.baselines import DREAM, MLP
-from ..paths import FIGURES, RUNS
 from ..plots import save_table
 from ..training.config import TrainConfig
 from ..training.trainer import predict, prepare_model, train
 from .adaptation import COMMON, FAST, FULL, WIDE_OPTIONS, Profile, Store, base_model, load_split, score
 from .benchmark import machine
+from .command import study_arguments
 from .tables import Results, difference, rate_estimate
 
 RECIPE = "two-way, mix-up"  # the kit's
@@ -144,16 +143,12 @@ def write_table(results: Results, folder: Path, note: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="a smoke run")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="by default figures/, with --fast runs/fast/figures")
-    arguments = parser.parse_args()
+    arguments = study_arguments(__doc__, seeds=3)
     profile = FAST if arguments.fast else FULL
-    out = arguments.out or (RUNS / "fast" / "figures" if arguments.fast else FIGURES)
     note = f"{profile.name} run, {arguments.seeds} seeds, mean ± 95 % interval over seeds and people; {machine()}"
     seeds = range(arguments.seeds)
-    write_table(recipe_study(profile, load_split(profile), seeds, lambda jobs: tqdm(jobs, desc="recipes")), out, note)
+    results = recipe_study(profile, load_split(profile), seeds, lambda jobs: tqdm(jobs, desc="recipes"))
+    write_table(results, arguments.out, note)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ import torch
 
 from viewdiff_nb.faces import FaceViews, split_by_person
 from viewdiff_nb.studies import adaptation, module_study, recipe_study
+from viewdiff_nb.training.checkpoint import save_checkpoint
+from viewdiff_nb.training.config import TrainConfig
+from viewdiff_nb.training.trainer import TrainResult, train
 
 
 def people(count: int, views: int = 6, width: int = 32, noise: float = 0.3, first: int = 0) -> FaceViews:
@@ -38,6 +41,27 @@ def write_set(folder, faces: FaceViews) -> None:
         metadata = {"num_samples": len(features), "feature_dim": features.shape[1], "standard_info": {},
                     "poses": poses.tolist(), "metadata": [{"person_name": name} for name in names]}  # fmt: skip
         (folder / f"{kind}_metadata.json").write_text(json.dumps(metadata))
+
+
+CONFIG = TrainConfig(d_model=32, nhead=4, num_layers=2, dim_feedforward=48, voxel_resolution=4, batch_size=16,
+                     epochs=2, lr=1e-3, device="cpu")  # fmt: skip
+
+
+def sets() -> tuple[FaceViews, FaceViews]:
+    """Different people to train and to validate with."""
+    return people(40, noise=0.6), people(30, noise=0.6, first=1000)
+
+
+def run(config: TrainConfig = CONFIG, **options) -> TrainResult:
+    return train(config, *sets(), progress=False, **options)
+
+
+@pytest.fixture
+def base_path(tmp_path):
+    """A base model of near-frontal views."""
+    result = run(replace(CONFIG, max_yaw=45.0))
+    save_checkpoint(tmp_path / "base.pth", {"model": result.model.state_dict()})
+    return str(tmp_path / "base.pth")
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from conftest import people, write_set
 
 from viewdiff_nb import EnhancedTransformerDecoderOnly3D
 from viewdiff_nb.train_enhanced import main, parse
+from viewdiff_nb.training.checkpoint import FORMAT
 from viewdiff_nb.training.config import TrainConfig
 
 TEXT = (Path(__file__).parent / "guide_snippets.md").read_text(encoding="utf-8")
@@ -99,8 +100,8 @@ def test_a_bad_command_says_why_before_any_work(guide_folder, capsys):
             main(flags)
         captured = capsys.readouterr()
         assert message in " ".join((captured.out + captured.err).replace("│", " ").split())
-    torch.save({"format": "viewdiff_nb checkpoint 1", "model": {}}, "weights.pth")
-    with pytest.raises(SystemExit, match="weights.pth holds no training run of this version"):
+    torch.save({"format": FORMAT, "model": {}}, "weights.pth")
+    with pytest.raises(SystemExit, match="weights.pth holds weights without the config of a training run"):
         main(["--resume", "weights.pth"])
     assert not (guide_folder / "runs").exists()
 
@@ -108,6 +109,6 @@ def test_a_bad_command_says_why_before_any_work(guide_folder, capsys):
 def test_flags_on_resume_are_read_against_the_checkpoint(guide_folder):
     """--use_cross_view alone: n_views and batch_size are the checkpoint's, not the defaults."""
     config = TrainConfig(n_views=4, batch_size=16, val_people=20)
-    torch.save({"format": "viewdiff_nb checkpoint 1", "config": config.to_dict()}, "c.pth")
+    torch.save({"format": FORMAT, "config": config.to_dict()}, "c.pth")
     resumed = parse(["--resume", "c.pth", "--use_cross_view"])
     assert (resumed.use_cross_view, resumed.n_views, resumed.batch_size, resumed.val_people) == (True, 4, 16, 20)

@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .faces.views import YAW_BINS
 
@@ -60,6 +61,57 @@ def recognition_curves(found: pd.DataFrame, rate: str, title: str) -> Figure:
     ax.legend(title=None, frameon=False, fontsize=8.5, loc="lower left")
     sns.despine(fig)
     return fig
+
+
+def learning_curves(history: pd.DataFrame, fig: Figure | None = None) -> Figure:
+    """Loss and recognition over epochs.
+
+    Args:
+        history: of `training.trainer.TrainResult`, or a part of it.
+        fig: to draw on anew; a new one if None.
+    """
+    fig = fig or plt.figure(figsize=(9, 3.2), layout="constrained")
+    fig.clear()
+    left, right = fig.subplots(1, 2)
+    colours = sns.color_palette("colorblind")
+    lines = [(left, "train_loss", "training", 0, "-"), (left, "val_loss", "validation", 1, "--"),
+             (left, "prior_loss", "prior", 2, ":"), (right, "val_rank1", "rank-1", 0, "-"),
+             (right, "val_tar", "TAR at FAR 1e-3", 1, "--"), (right, "val_cosine", "cosine", 2, ":")]  # fmt: skip
+    for ax, column, label, colour, style in lines:
+        if column in history:
+            shown = history.dropna(subset=[column])
+            ax.plot(shown["epoch"], shown[column], style, label=label, color=colours[colour], linewidth=1.6,
+                    marker=MARKERS[colour], markersize=3.5)  # fmt: skip
+    for ax, title in ((left, "loss"), (right, "validation people")):
+        ax.set_title(title, loc="left", fontsize=10)
+        ax.set_xlabel("epoch")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if ax.lines:
+            ax.legend(frameon=False, fontsize=8.5)
+    right.set_ylim(0, 1.02)
+    sns.despine(fig)
+    return fig
+
+
+class LiveCurves:
+    """`learning_curves` of a run under way, one picture in a notebook that is drawn anew after every epoch.
+
+    Give it to `train(..., on_epoch=LiveCurves())`.
+    """
+
+    def __init__(self) -> None:
+        self.fig: Figure | None = None
+        self.handle = None
+
+    def __call__(self, history: pd.DataFrame) -> None:
+        from IPython.display import display  # there where notebooks are
+
+        self.fig = learning_curves(history, self.fig)
+        plt.close(self.fig)  # shown here, and not once more when the cell ends
+        if self.handle is None:
+            self.handle = display(self.fig, display_id=True)
+        else:
+            self.handle.update(self.fig)
 
 
 def save_table(table: pd.DataFrame, name: str, folder: Path, title: str, note: str = "") -> Figure:

@@ -24,7 +24,8 @@ from ..modules.baselines import DREAM, MLP, MeanFace, PoseRidge, RawEmbedding
 from ..paths import HEADS
 from ..training.checkpoint import save_checkpoint
 from ..training.config import TrainConfig
-from ..training.trainer import predict, train
+from ..training.evaluation import predict
+from ..training.trainer import train
 from .significance import FARS, resampled_people, resampled_rates
 from .store import FinishedStore, NotFinishedError, Store
 

@@ -4,17 +4,16 @@ import os
 import platform
 import time
 from dataclasses import replace
-from functools import partial
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from ..faces.views import FaceViews
-from ..modules.prior import EnhancedTransformerWithPrior, PriorPreservationDataset, PriorPreservationLoss
+from ..training.batches import FaceBatch
 from ..training.config import TrainConfig, choose_device
-from ..training.losses import LOSSES, mean_loss
-from ..training.trainer import amp_dtype_for, build_optimizer
+from ..training.objective import Objective
+from ..training.optimiser import build_optimizer
 from .adaptation import ADAPTATIONS, COMMON
 
 
@@ -23,7 +22,7 @@ class TrainingStep:
 
     def __init__(self, config: TrainConfig, faces: FaceViews, batch_size: int, amp: bool) -> None:
         torch.manual_seed(config.seed)
-        self.device, self.amp = faces.device, amp
+        self.device = faces.device
         self.allocated_before = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
         self.model = config.build_model(faces.feature_dim).to(self.device).train()
         if config.use_lora_attention:
@@ -31,23 +30,17 @@ class TrainingStep:
         self.optimizer = build_optimizer(self.model, config)
         self.trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
         index = torch.arange(batch_size, device=self.device) % len(faces)
-        self.inputs, self.conditions, self.person = faces.src[index], faces.conditions(index), faces.person[index]
-        self.loss = partial(mean_loss, LOSSES[config.loss], faces.front)
-        self.task = self.prior = None
+        self.batch = FaceBatch(faces.src[index], faces.angles[index], faces.keypoints_3d[index], faces.person[index])
+        base = kept = None
         if config.use_prior_preservation:
             base = config.build_model(faces.feature_dim, base=True).to(self.device)
-            self.task = EnhancedTransformerWithPrior(self.model, base, config.lambda_prior,
-                                                     PriorPreservationLoss(faces.front))  # fmt: skip
-            kept = faces.where(torch.arange(max(1, int(config.prior_fraction * batch_size)), device=self.device))
-            self.prior = PriorPreservationDataset(base, kept.src, kept.conditions())[:]
+            kept = faces.where(index)
+        config = replace(config, use_amp=amp, batch_size=batch_size)
+        self.objective = Objective(config, self.model, faces.front, self.device, base, kept)
+        self.generator = torch.Generator().manual_seed(config.seed)
 
     def forward(self) -> Tensor:
-        with torch.autocast(self.device.type, amp_dtype_for(self.device), enabled=self.amp):
-            if self.task is None:
-                predicted = self.model(self.inputs, **self.conditions, return_residual=False)
-                return self.loss(predicted, self.person)
-            loss, _ = self.task.compute_loss(self.inputs, self.conditions, self.person, self.loss, self.prior)
-            return loss
+        return self.objective(self.batch, None, self.generator).loss
 
     def __call__(self) -> None:
         self.forward().backward()
@@ -68,7 +61,7 @@ class TrainingStep:
             self()
             return torch.cuda.max_memory_allocated(self.device) - self.allocated_before
         self()  # so that the optimiser has its state
-        parameters = (self.task or self.model).parameters()  # with prior preservation the teacher's, too
+        parameters = (self.objective.task or self.model).parameters()  # with prior preservation the teacher's, too
         weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters}
         kept: dict[int, int] = {}
 

@@ -23,7 +23,9 @@ from ..modules.attention import encode_pose
 from ..modules.baselines import DREAM, MLP
 from ..plots import save_table
 from ..training.config import TrainConfig
-from ..training.trainer import predict, prepare_model, train
+from ..training.evaluation import predict
+from ..training.prepare import prepare_model
+from ..training.trainer import train
 from .adaptation import COMMON, FAST, FULL, WIDE_OPTIONS, Profile, Store, base_model, load_split, score
 from .benchmark import machine
 from .command import study_arguments

@@ -1,6 +1,7 @@
 """The one description of a training run: shell flags, notebooks and checkpoints share it."""
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
 import torch
@@ -8,6 +9,10 @@ import torch
 from ..modules.transformer import EnhancedTransformerDecoderOnly3D
 from .losses import LOSSES
 
+MONITORED = {"val_loss": min, "val_cosine": max, "val_rank1": max, "val_tar": max}  # and which of two is better
+ARCHITECTURE = ("use_lora_attention", "use_projection_layer", "use_cross_view", "d_model", "nhead", "num_layers",
+                "dim_feedforward", "dropout", "pose_dim", "n_views", "rank", "lora_alpha", "lora_targets",
+                "voxel_resolution")  # fmt: skip  # what `build_model` builds from
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -75,24 +80,47 @@ class TrainConfig:
     use_amp: bool = False
     """Mixed precision: bfloat16 where the device has it, else float16 with a gradient scaler."""
     device: str = "auto"
+    devices: int = 1
+    """Processes with a device each, which share every batch; or start the program with torchrun."""
     seed: int = 0
 
     save_dir: str | None = None
     log_dir: str | None = None
     save_every: int = 10
     """Epochs between periodic checkpoints."""
+    save_minutes: float = 5.0
+    """At most so much work is lost: minutes between writes of last_enhanced.pth, also within an epoch."""
     val_every: int = 1
     """Epochs between validations; the last epoch always has one."""
+    monitor: Literal[*MONITORED] = "val_loss"
+    """What the best checkpoint is the best by."""
+    patience: int | None = None
+    """Stop early after so many validations without a better one; by default never."""
     resume: str | None = None
-    """Checkpoint to go on from; with more epochs than before, the learning rate follows the longer cosine."""
+    """Checkpoint to go on from, a folder of them, or auto: the newest in save_dir, if there is one. With more epochs
+    than before, the learning rate follows the longer cosine."""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is float and not math.isfinite(value):
+                raise ValueError(f"{field.name} must be a finite number, got {value}")
+            if field.type is int and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ValueError(f"{field.name} must be a whole number, got {value!r}")
         positive = ("epochs", "batch_size", "gradient_accumulation_steps", "lr", "lora_lr", "clip_norm", "n_views",
-                    "save_every", "val_every", "rank", "lora_alpha")  # fmt: skip
+                    "save_every", "val_every", "rank", "lora_alpha", "devices")  # fmt: skip
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("lambda_prior", "weight_decay", "num_workers"):
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience must be at least 1, got {self.patience}")
+        if self.monitor not in MONITORED:
+            raise ValueError(f"monitor must be one of {', '.join(MONITORED)}, got {self.monitor!r}")
+        if self.resume == "auto" and not self.save_dir:
+            raise ValueError("resume auto looks for the newest checkpoint in save_dir; give save_dir")
+        if self.use_lora_attention and not self.lora_targets:
+            raise ValueError("use_lora_attention without lora_targets adapts nothing; name attention or feed_forward")
+        for name in ("lambda_prior", "weight_decay", "num_workers", "save_minutes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("dropout", "warmup"):
@@ -138,14 +166,10 @@ class TrainConfig:
 
     def build_model(self, feature_dim: int, base: bool = False) -> EnhancedTransformerDecoderOnly3D:
         """The model of this run (or, with base=True, the plain model it adapts), randomly initialised."""
-        modules = ("use_lora_attention", "use_projection_layer", "use_cross_view")
-        return EnhancedTransformerDecoderOnly3D(
-            **{name: getattr(self, name) and not base for name in modules},
-            **{name: getattr(self, name) for name in ("d_model", "nhead", "num_layers", "dim_feedforward", "dropout",
-                                                      "pose_dim", "n_views", "rank", "lora_alpha",
-                                                      "lora_targets", "voxel_resolution")},
-            feature_dim=feature_dim,
-        )  # fmt: skip
+        options = {name: getattr(self, name) for name in ARCHITECTURE}
+        if base:
+            options |= {name: False for name in ARCHITECTURE if name.startswith("use_")}
+        return EnhancedTransformerDecoderOnly3D(**options, feature_dim=feature_dim)
 
     def to_dict(self) -> dict:
         return asdict(self)

@@ -2,66 +2,53 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..faces.views import FaceViews
-from ..metrics import FAR, recognition_by_yaw
-from ..modules.prior import EnhancedTransformerWithPrior, PriorPreservationDataset, PriorPreservationLoss
-from ..modules.transformer import EnhancedTransformerDecoderOnly3D, fuse_views
+from ..metrics import FAR
+from ..modules.transformer import EnhancedTransformerDecoderOnly3D
 from ..paths import writable_folder
-from .batches import count_batches, draw_batches, feed, padded_groups, place, view_groups
-from .checkpoint import CheckpointError, load_base_weights, load_checkpoint, save_checkpoint
-from .config import TrainConfig, choose_device
-from .losses import LOSSES, Loss, mean_loss
-from .mixup import Mixup, mix
+from . import checkpoint
+from .batches import count_batches, draw_batches, feed, place
+from .config import TrainConfig
+from .diagnosis import TrainingAdvice, TrainingDiverged, advice, divergence_advice, find_cause, memory_advice
+from .evaluation import evaluate
+from .interrupt import StopRequest, TrainingInterrupted
+from .logs import TrainingLog
+from .losses import LOSSES
+from .mixup import Mixup
+from .objective import Objective
+from .optimiser import build_optimizer, warmup_cosine
+from .parallel import OneProcess, SeveralProcesses, connect
+from .prepare import find_checkpoint, prepare_model
+from .state import TRACE, TrainingState, data_fingerprint
 
-FINAL_LR = 0.01  # of the learning rate, at the end of the cosine
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer a number; the message says where and what to try."""
+LOOK = 1.0  # seconds between looks at the loss; each waits for the device
 
 
 @dataclass
 class TrainResult:
-    """history: one row per epoch. train_seconds: spent in training steps, without validation."""
+    """history: one row per epoch. train_seconds: spent in training steps, without validation.
+
+    stopped: why the run ended. checkpoint: the newest one, to resume from; None if there is none.
+    advice: what the history suggests to try, in sentences; also given as warnings.
+    """
 
     model: EnhancedTransformerDecoderOnly3D
     history: pd.DataFrame
     train_seconds: float
-    steps: int = field(default=0)
-
-
-def prepare_model(config: TrainConfig, feature_dim: int) -> tuple[EnhancedTransformerDecoderOnly3D, nn.Module | None]:
-    """The model of a run, and the frozen base if prior preservation needs one; seeded by config.seed.
-
-    Without a base there is nothing worth freezing: LoRA layers then train their random W as well.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model, base = config.build_model(feature_dim), config.build_model(feature_dim, base=True)
-    if not config.base_model_path:
-        model.requires_grad_(True)
-    else:
-        state = load_base_weights(config.base_model_path)
-        model.load_base(state)
-        if config.use_prior_preservation:
-            if extra := sorted(set(state) - set(base.state_dict())):
-                raise ValueError(f"prior preservation needs a plain base; {config.base_model_path} is adapted already "
-                                 f"({len(extra)} parameters more, e.g. {extra[0]})")  # fmt: skip
-            base.load_base(state)
-        if config.freezes_base:
-            for name in state:  # all of the base; of an adapted one the adapters, too
-                model.get_parameter(name).requires_grad_(False)
-    return model, base if config.use_prior_preservation else None
+    steps: int
+    stopped: Literal["finished", "early", "interrupted", "diverged"]
+    checkpoint: Path | None
+    advice: list[str] = field(default_factory=list)
 
 
 def train(
@@ -74,15 +61,23 @@ def train(
 ) -> TrainResult:
     """Train as config says.
 
+    An interrupt (Ctrl-C, a notebook's stop button) ends the run after the step it is in, with a checkpoint if there
+    is a save_dir. In a notebook the result says so, and resume goes on from there; in a program, whose next line would
+    take the model for a trained one, it is raised.
+
     Args:
         train_faces, val_faces: different people; of train_faces the views within the config's yaw
             range are used. They lie on the device as a whole if they fit (see `place`).
         model: to train instead of the one that config describes (a baseline, say).
-        on_epoch: called with the history so far after every epoch.
+        on_epoch: called with the history so far after every epoch, by the first process.
 
     Raises:
-        TrainingDiverged: if the loss is not finite.
+        TrainingDiverged: if the loss is not finite; its result has the model at its last good state.
         ValueError: if there is nothing to train, or data and config disagree.
+        CheckpointError: if config.resume cannot be resumed.
+        TrainingInterrupted: a KeyboardInterrupt, with the result so far.
+        MemoryError: if a step does not fit in memory, with what to try.
+        OSError: if a folder cannot be written to, or its disk is too full.
     """
     if overlap := set(train_faces.names) & set(val_faces.names):
         raise ValueError(f"{len(overlap)} people are in both training and validation, e.g. {min(overlap)!r}")
@@ -93,224 +88,257 @@ def train(
     if model is not None and (config.base_model_path or config.use_prior_preservation):
         raise ValueError("a model given to train() is trained as it is: base_model_path and prior preservation are "
                          "for models that the config builds")  # fmt: skip
-    device = choose_device(config.device)
-    save_dir = writable_folder(config.save_dir) if config.save_dir else None
-    log_dir = writable_folder(config.log_dir) if config.log_dir else None
-    train_faces, val_faces = place(train_faces, device), place(val_faces, device)
-    prior_faces = train_faces.where(train_faces.abs_yaw < config.prior_max_yaw)
-    train_faces = train_faces.where((train_faces.abs_yaw >= config.min_yaw) & (train_faces.abs_yaw < config.max_yaw))
-    if not len(train_faces):
-        raise ValueError(f"no training view has {config.min_yaw} <= |yaw| < {config.max_yaw} degrees")
+    result = connect(config).launch(_train, config, train_faces, val_faces, model, on_epoch, progress)
+    if result.stopped in ("finished", "early"):
+        result.advice = advice(result.history, config)
+    for sentence in result.advice:
+        warnings.warn(sentence, TrainingAdvice, stacklevel=2)
+    return result
 
-    front = train_faces.front.to(device)
 
-    base = None
-    if model is None:
-        model, base = prepare_model(config, train_faces.feature_dim)
-    model.to(device)
-    task = prior = None
-    if base:
-        task = EnhancedTransformerWithPrior(model, base.to(device), config.lambda_prior, PriorPreservationLoss(front))
-        prior_faces = prior_faces.in_memory().to(device)
-        prior = PriorPreservationDataset(base, prior_faces.src, prior_faces.conditions())
-    mixup = Mixup(train_faces) if config.mixup else None
-    batches = count_batches(train_faces, config)
-    windows = math.ceil(batches / config.gradient_accumulation_steps)
-    optimizer = build_optimizer(model, config)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(config.warmup, config.epochs * windows))
-    amp_dtype = amp_dtype_for(device) if config.use_amp else None
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype is torch.float16)
-    generator = torch.Generator().manual_seed(config.seed)
-    trainable = [p for group in optimizer.param_groups for p in group["params"]]
+def _train(machines: OneProcess | SeveralProcesses, config: TrainConfig, *arguments) -> TrainResult:
+    with memory_advice(config):
+        return _Run(machines, config, *arguments).run()
 
-    history: list[dict[str, float]] = []
-    seconds, steps, first_epoch = 0.0, 0, 0
-    if config.resume:
-        state = load_checkpoint(config.resume, device)
-        if missing := {"model", "optimizer", "scheduler", "scaler", "generator", "torch_rng", "epoch"} - set(state):
-            raise CheckpointError(f"{config.resume} holds weights, but no training run to go on with "
-                                  f"(no {', '.join(sorted(missing))}); give it as base_model_path")  # fmt: skip
-        if state["epoch"] >= config.epochs:
-            raise ValueError(f"{config.resume} has {state['epoch']} epochs behind it; ask for more than that "
-                             f"(epochs is {config.epochs})")  # fmt: skip
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        scaler.load_state_dict(state["scaler"])
-        generator.set_state(state["generator"].cpu())
-        torch.set_rng_state(state["torch_rng"].cpu())
-        if device.type == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), device)
-        history, seconds, steps, first_epoch = state["history"], state["seconds"], state["steps"], state["epoch"]
-    writer = _summary_writer(log_dir, first_epoch)
-    if not config.resume:
+
+class _Run:
+    """One training run in one process: `run` is the loop, in the order in which things happen."""
+
+    def __init__(
+        self,
+        machines: OneProcess | SeveralProcesses,
+        config: TrainConfig,
+        train_faces: FaceViews,
+        val_faces: FaceViews,
+        model: nn.Module | None,
+        on_epoch: Callable[[pd.DataFrame], None] | None,
+        progress: bool,
+    ) -> None:
+        self.machines, self.config, self.on_epoch = machines, config, on_epoch
+        self.device, first = machines.device, machines.rank == 0
+        self.save_dir = writable_folder(config.save_dir) if config.save_dir and first else None
+        log_dir = writable_folder(config.log_dir) if config.log_dir and first else None
+
+        faces, self.val_faces = place(train_faces, self.device), place(val_faces, self.device)
+        self.faces = faces.where((faces.abs_yaw >= config.min_yaw) & (faces.abs_yaw < config.max_yaw))
+        if not len(self.faces):
+            raise ValueError(f"no training view has {config.min_yaw} <= |yaw| < {config.max_yaw} degrees")
+        self.data = data_fingerprint(self.faces)
+        self.mixup = Mixup(self.faces) if config.mixup else None
+        self.batches, self.window = count_batches(self.faces, config), config.gradient_accumulation_steps
+
+        base = prior_faces = None
+        if model is None:
+            model, base = prepare_model(config, faces.feature_dim)
+        model.to(self.device)
+        optimizer = build_optimizer(model, config)
+        self.trainable = [p for group in optimizer.param_groups for p in group["params"]]
+        self.schedule = warmup_cosine(config.warmup, config.epochs * math.ceil(self.batches / self.window))
+        self.forward = machines.share(model, config.views_together)
+        if base:
+            base, prior_faces = base.to(self.device), faces.where(faces.abs_yaw < config.prior_max_yaw).in_memory()
+            prior_faces = prior_faces.to(self.device)
+        front = self.faces.front.to(self.device)
+        self.objective = Objective(config, self.forward, front, self.device, base, prior_faces)
+        scaled = self.objective.amp_dtype is torch.float16
+        self.state = TrainingState(
+            model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule),
+            torch.amp.GradScaler(self.device.type, enabled=scaled), torch.Generator().manual_seed(config.seed),
+            trace=torch.zeros(self.batches, len(TRACE), device=self.device),
+        )  # fmt: skip
+
         torch.manual_seed(config.seed)  # dropout
-    best = min((row.get("val_loss", math.inf) for row in history), default=math.inf)
+        self.checkpoint = find_checkpoint(config.resume, config.save_dir)
+        if self.checkpoint:
+            content = checkpoint.load_checkpoint(self.checkpoint, self.device)
+            self.state.load_state_dict(content, config, self.data, str(self.checkpoint))
+            if self.state.epoch >= config.epochs:
+                raise ValueError(f"{self.checkpoint} has {self.state.epoch} epochs behind it; ask for more than that "
+                                 f"(epochs is {config.epochs})")  # fmt: skip
+        if self.save_dir:
+            self._make_room()
+        done = self.state.epoch * self.batches + self.state.batch
+        self.log = TrainingLog(log_dir, config.epochs, self.batches, done, progress and first)
+        self.good = [p.detach().clone() for p in self.trainable]  # after the last epoch that ended well
+        self.saved_at = self.looked_at = time.monotonic()
 
-    bar = tqdm(range(first_epoch, config.epochs), disable=not progress, desc="epochs")
-    for epoch in bar:
-        (task or model).train()
+    def run(self) -> TrainResult:
+        """Epochs, until they are done or something else ends the run."""
+        state, config = self.state, self.config
+        often = config.val_every <= config.epochs
+        with StopRequest() as stop:
+            if config.base_model_path and often and not state.history:  # where the adaptation starts from
+                row = {"epoch": 0} | evaluate(state.model, self.val_faces, LOSSES[config.loss])
+                state.history.append(row)
+                self._tell(row)
+            while True:
+                if config.patience and state.stale >= config.patience:
+                    return self._result("early")
+                if state.epoch == config.epochs:
+                    return self._result("finished")
+                whole = self._epoch(stop)
+                if whole:
+                    self._finish_epoch(stop)
+                if not whole or self._agreed(stop.asked):
+                    break
+        result = self._result("interrupted")
+        if self._agreed(stop.to_end):
+            raise TrainingInterrupted(result)
+        return result
+
+    def _epoch(self, stop: StopRequest) -> bool:
+        """The batches of an epoch, or what is left of them; False if it was interrupted."""
+        state, machines = self.state, self.machines
+        self.forward.train()
+        if machines.count > 1:  # each process has dropout of its own; set anew, so that no checkpoint need hold it
+            torch.manual_seed(self.config.seed + 1_000_003 * (1 + state.epoch * machines.count + machines.rank))
+        rows, weights = self._draw()
         started = time.perf_counter()
-        losses = torch.zeros(batches, device=device)
-        rows = draw_batches(train_faces, config, generator)
-        rows, weights = mixup.pair(rows, generator) if mixup else (rows, None)
-        for i, batch in enumerate(feed(train_faces, rows, device, config.num_workers)):
-            partner = weight = None
-            if mixup:
-                weight = weights[i].to(device)
-                batch, partner = mix(batch, weight)
-            person = batch.person
-            loss_of = partial(mean_loss, LOSSES[config.loss], front, partner=partner, weight=weight)
-            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                if task is None:
-                    predicted = model(batch.src, **batch.conditions(), return_residual=False)
-                    if config.use_cross_view:  # several views, one frontal embedding
-                        predicted, person = fuse_views(predicted, config.n_views), person[:: config.n_views]
-                    loss = loss_of(predicted, person)
-                else:
-                    kept = prior.sample(max(1, round(config.prior_fraction * len(person))), generator)
-                    loss, _ = task.compute_loss(batch.src, batch.conditions(), person, loss_of, prior=kept)
-            losses[i] = loss.detach()
-            window = min(config.gradient_accumulation_steps, batches - i // config.gradient_accumulation_steps
-                         * config.gradient_accumulation_steps)  # fmt: skip  # the last window may be shorter
-            scaler.scale(loss / window).backward()
-            if (i + 1) % config.gradient_accumulation_steps == 0 or i + 1 == batches:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(trainable, config.clip_norm)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-                scheduler.step()
-                steps += 1
-        train_loss = losses.mean().item()  # the epoch's one wait for the device
-        seconds += time.perf_counter() - started
-        if not math.isfinite(train_loss):
-            bad = int((~losses.isfinite()).float().argmax())
-            raise TrainingDiverged(
-                f"the loss is {losses[bad].item()} in batch {bad} of epoch {epoch + 1}; lower lr "
-                f"({config.lr:g}) or lora_lr ({config.lora_lr:g})" + (", or switch use_amp off" * config.use_amp))
+        left = feed(self.faces, rows[state.batch :], self.device, self.config.num_workers)
+        for i, batch in enumerate(left, state.batch):
+            first = i // self.window * self.window
+            count = min(self.window, self.batches - first)  # the last window may be shorter
+            ends = i + 1 == first + count
+            with machines.accumulating(self.forward, more=not ends):
+                cost = self.objective(batch, weights and weights[i].to(self.device), state.generator)
+                state.scaler.scale(cost.loss / count).backward()
+            state.trace[i, 0] = cost.loss.detach()
+            if cost.prior is not None:
+                state.trace[i, 2] = cost.prior
+            if not ends:
+                continue
+            state.trace[i, 1] = self._step()
+            state.batch = i + 1
+            self.log.batch(state.epoch + 1, count)
+            if machines.count > 1:
+                continue  # they look, save and stop together, when the epoch ends
+            now = time.monotonic()
+            if now - self.looked_at >= LOOK:
+                self._check(rows, weights)
+                self.log.show(loss=state.trace[i, 0].item())
+                self.looked_at = now
+            if state.batch < self.batches and (stop.asked or now - self.saved_at >= 60 * self.config.save_minutes):
+                self._check(rows, weights)
+                state.seconds, started = state.seconds + time.perf_counter() - started, time.perf_counter()
+                self._save_last()
+                if stop.asked:
+                    return False
+        self._check(rows, weights)  # waits for the device
+        state.seconds += time.perf_counter() - started
+        return True
 
-        row = {"epoch": epoch + 1, "train_loss": train_loss, "lr": scheduler.get_last_lr()[0], "seconds": seconds}
-        if (epoch + 1) % config.val_every == 0 or epoch + 1 == config.epochs:
-            row |= evaluate(model, val_faces, LOSSES[config.loss])
-        history.append(row)
-        bar.set_postfix({name: f"{row[name]:.3f}" for name in ("train_loss", "val_rank1") if name in row})
-        _log(writer, row, losses, epoch * batches)
-        if save_dir:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1,
-                     "scheduler": scheduler.state_dict(), "scaler": scaler.state_dict(), "history": history,
-                     "generator": generator.get_state(), "torch_rng": torch.get_rng_state(), "seconds": seconds,
-                     "steps": steps, "config": config.to_dict()}  # fmt: skip
-            if device.type == "cuda":
-                state["cuda_rng"] = torch.cuda.get_rng_state(device)
-            if row.get("val_loss", math.inf) < best:
-                save_checkpoint(save_dir / "best_model_enhanced.pth", state)
-            if (epoch + 1) % config.save_every == 0 or epoch + 1 == config.epochs:
-                save_checkpoint(save_dir / f"checkpoint_epoch_{epoch + 1}_enhanced.pth", state)
-        best = min(best, row.get("val_loss", math.inf))
-        if on_epoch:
-            on_epoch(pd.DataFrame(history))
-    if writer:
-        writer.close()
-    return TrainResult(model, pd.DataFrame(history), seconds, steps)
+    def _draw(self) -> tuple[tuple[Tensor, ...] | list[Tensor], list[Tensor] | None]:
+        """Indices and mixing weights of all batches of the epoch; the same again if it is resumed."""
+        state, now = self.state, self.state.generator.get_state()
+        if state.batch:
+            state.generator.set_state(state.order)
+        else:
+            state.order = now
+        rows, weights = draw_batches(self.faces, self.config, state.generator), None
+        if self.mixup:
+            rows, weights = self.mixup.pair(rows, state.generator)
+        if state.batch:
+            state.generator.set_state(now)
+        return rows, weights
 
+    def _step(self) -> Tensor:
+        """Clip the gradient and update; returns its norm before. A gradient that is not finite changes nothing."""
+        state = self.state
+        state.scaler.unscale_(state.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.trainable, self.config.clip_norm)
+        if not state.scaler.is_enabled():  # which says the same to the optimiser
+            state.optimizer.found_inf = (~norm.isfinite()).float()  # read by fused AdamW, on the device
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.scheduler.step()
+        state.steps += 1
+        return norm
 
-@torch.no_grad()
-def predict(model: nn.Module, faces: FaceViews, batch_size: int = 1024) -> Tensor:
-    """Predicted frontal embeddings (M, D) of all side views, in evaluation mode, on the device of faces.
+    def _check(self, rows: list[Tensor], weights: list[Tensor] | None) -> None:
+        """
+        Raises:
+            TrainingDiverged: if a batch of this epoch had no finite loss or gradient.
+        """
+        state = self.state
+        trace = state.trace[:, :1] if state.scaler.is_enabled() else state.trace[:, :2]  # fp16 overflows now and then
+        bad = ~trace.isfinite().all(1)
+        if not bad.any():
+            return
+        i = int(bad.float().argmax())
+        [batch] = feed(self.faces, rows[i : i + 1], self.device)
+        weight = weights and weights[i].to(self.device)
+        cause = find_cause(self.forward, batch, lambda b: self.objective(b, weight, state.generator).loss)
+        with torch.no_grad():
+            torch._foreach_copy_(self.trainable, self.good)
+        message = (f"batch {i} of epoch {state.epoch + 1} has loss {state.trace[i, 0].item():g} and gradient norm "
+                   f"{state.trace[i, 1].item():g}: {cause}. Try: {divergence_advice(self.config)}. The model is again "
+                   f"what it was after epoch {state.epoch}")  # fmt: skip
+        if self.checkpoint:
+            message += f"; {self.checkpoint} is the last checkpoint"
+        raise TrainingDiverged(message, self._result("diverged"))
 
-    With cross-view attention, the views of a person are seen in random groups of n_views; the last group
-    of a person may be smaller.
-    """
-    was_training, home = model.training, faces.device
-    model.eval()
-    device = next(iter((*model.parameters(), *model.buffers())), faces.src).device
-    faces = place(faces, device)
-    out = torch.empty(faces.src.shape, device=device)
-    if getattr(model, "cross_view", None) is None:
-        rows = torch.arange(len(faces), device=faces.device).split(batch_size)
-        for index, batch in zip(rows, feed(faces, rows, device), strict=True):
-            out[index] = model(batch.src, **batch.conditions(), return_residual=False).float()
-    else:
-        groups, mask = padded_groups(faces.person, model.n_views, torch.Generator().manual_seed(0))
-        size = max(1, batch_size // model.n_views) * model.n_views
-        rows, masks = groups.flatten().split(size), mask.flatten().to(device).split(size)
-        for index, there, batch in zip(rows, masks, feed(faces, rows, device), strict=True):
-            predicted = model(batch.src, **batch.conditions(), return_residual=False, view_mask=there)
-            out[index.to(device)[there]] = predicted[there].float()
-    model.train(was_training)
-    return out.to(home)
+    @torch.no_grad()
+    def _finish_epoch(self, stop: StopRequest) -> None:
+        """Validate, tell, and keep."""
+        state, config = self.state, self.config
+        loss, norm, prior = state.trace.sum(0).tolist()
+        windows = math.ceil(self.batches / self.window)
+        row = {"epoch": state.epoch + 1, "train_loss": loss / self.batches, "lr": state.scheduler.get_last_lr()[0],
+               "grad_norm": norm / windows, "seconds": state.seconds}  # fmt: skip
+        if self.objective.task is not None:
+            row["prior_loss"] = prior / self.batches
+        validated = (state.epoch + 1) % config.val_every == 0 or state.epoch + 1 == config.epochs
+        if validated:
+            row |= self.machines.from_first(evaluate(state.model, self.val_faces, LOSSES[config.loss]))
+        best = validated and state.judge(row, config.monitor)
+        torch._foreach_copy_(self.good, self.trainable)
+        first_step, base_lr = state.steps - windows, state.scheduler.base_lrs[0]
+        rates = [base_lr * self.schedule(first_step + i // self.window) for i in range(self.batches)]
+        self.log.losses(state.epoch * self.batches, state.trace[:, 0].tolist(), rates)
+        state.finish_epoch()
+        state.history.append(row)
+        if self.save_dir:
+            if best:
+                self._save(checkpoint.BEST)
+                checkpoint.save_weights(self.save_dir / checkpoint.BEST_WEIGHTS, state.model.state_dict(),
+                                        config.to_dict())  # fmt: skip
+            if state.epoch % config.save_every == 0 or state.epoch == config.epochs:
+                self._save(checkpoint.PERIODIC.format(state.epoch))
+            if stop.asked or time.monotonic() - self.saved_at >= 60 * config.save_minutes:
+                self._save_last()
+        self._tell(row)
 
+    def _tell(self, row: dict[str, float]) -> None:
+        self.log.epoch(row)
+        if self.on_epoch and self.machines.rank == 0:
+            self.on_epoch(pd.DataFrame(self.state.history))
 
-@torch.no_grad()
-def evaluate(model: nn.Module, faces: FaceViews, loss: Loss, batch_size: int = 1024) -> dict[str, float]:
-    """val_loss, val_mse, val_cosine, val_rank1, val_tar and val_auc over all side views of faces.
+    def _save(self, name: str) -> None:
+        self.checkpoint = self.save_dir / name
+        checkpoint.save_checkpoint(self.checkpoint, self.state.state_dict(self.config, self.data))
 
-    With cross-view attention over the fused predictions of whole groups, which is what it is trained for.
-    """
-    predicted, person, yaw = predict(model, faces), faces.person, faces.abs_yaw
-    if getattr(model, "cross_view", None) is not None:
-        groups = view_groups(person, model.n_views, torch.Generator().manual_seed(0))  # the groups of predict
-        predicted = fuse_views(predicted[groups.flatten()], model.n_views)
-        person, yaw = person[groups[:, 0]], yaw[groups].mean(1)
-    parts = zip(predicted.split(batch_size), person.split(batch_size), strict=True)
-    values = torch.cat([loss(part, faces.front, owners) for part, owners in parts])
-    rates = recognition_by_yaw(predicted, faces.front, person, yaw)["all"]
-    names = ("mse", "cosine", "rank1", "tar", "auc")
-    return {"val_loss": values.mean().item()} | {f"val_{n}": rates[n] for n in names}
+    def _save_last(self) -> None:
+        """The state as it is, beside the one before; without save_dir nothing is kept."""
+        self.saved_at = time.monotonic()
+        if self.save_dir:
+            checkpoint.keep_previous(self.save_dir)
+            self._save(checkpoint.LAST)
 
+    def _make_room(self) -> None:
+        """Remove what a killed run was writing, and check that the disk holds what this one will write."""
+        for part in self.save_dir.glob(f"*{checkpoint.PART}"):
+            part.unlink()
+        config, weights = self.config, sum(p.nbytes for p in self.state.model.parameters())
+        whole = weights + 2 * sum(p.nbytes for p in self.trainable)  # with AdamW's two moments
+        files = 4 + math.ceil((config.epochs - self.state.epoch) / config.save_every)  # best, last, previous, a part
+        checkpoint.check_space(self.save_dir, files * whole + weights)
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with one group per role: LoRA and projection at lora_lr, base and cross-view attention at lr."""
-    if hasattr(model, "parameter_groups"):
-        roles = model.parameter_groups()
-    else:
-        roles = {"base": [p for p in model.parameters() if p.requires_grad]}
-    if not roles:
-        raise ValueError("the model has no trainable parameter: its base is frozen and nothing was added")
-    groups = [{"params": params, "lr": config.lora_lr if role in ("lora", "projection") else config.lr, "role": role}
-              for role, params in roles.items()]  # fmt: skip
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+    def _agreed(self, wish: bool) -> bool:
+        """Whether the first process wishes it; a signal need not reach all at the same step."""
+        return self.machines.from_first(wish) if self.machines.count > 1 else wish
 
-
-def warmup_cosine(warmup: float, steps: int) -> Callable[[int], float]:
-    """Factor of the learning rate: linear from 0 to 1, then a cosine down to `FINAL_LR`."""
-    rising = max(1, round(warmup * steps))
-
-    def factor(step: int) -> float:
-        if step < rising:
-            return (step + 1) / rising
-        done = (step - rising) / max(1, steps - rising)
-        return FINAL_LR + (1 - FINAL_LR) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
-
-    return factor
-
-
-def amp_dtype_for(device: torch.device) -> torch.dtype:
-    """bfloat16 on CPUs and on GPUs that compute it, float16 otherwise."""
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
-
-
-def _summary_writer(log_dir: Path | None, first_epoch: int):
-    if log_dir is None:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError('--log_dir needs TensorBoard: pip install "viewdiff_nb[tensorboard]"') from error
-    return SummaryWriter(str(log_dir), purge_step=first_epoch or None)
-
-
-def _log(writer, row: dict[str, float], losses: Tensor, first_step: int) -> None:
-    if writer is None:
-        return
-    for i, loss in enumerate(losses.tolist()):
-        writer.add_scalar("Train/Loss", loss, first_step + i)
-    names = {"Train/LearningRate": "lr", "Epoch/TrainLoss": "train_loss", "Epoch/ValLoss": "val_loss",
-             "Epoch/ValCosineSim": "val_cosine", "Epoch/ValRank1": "val_rank1", "Epoch/ValTAR": "val_tar"}  # fmt: skip
-    for tag, key in names.items():
-        if key in row:
-            writer.add_scalar(tag, row[key], row["epoch"])
-    writer.flush()
+    def _result(self, stopped: str) -> TrainResult:
+        self.log.close()
+        state, history = self.state, pd.DataFrame(self.state.history)
+        return TrainResult(state.model, history, state.seconds, state.steps, stopped, self.checkpoint)

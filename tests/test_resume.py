@@ -1,0 +1,208 @@
+"""A run that is interrupted, at whatever moment and however roughly, ends with the weights of one that was not."""
+
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+from conftest import CONFIG, people, run, sets, write_set
+
+from viewdiff_nb.faces import load_face_views
+from viewdiff_nb.training import checkpoint, trainer
+from viewdiff_nb.training.checkpoint import CheckpointError, DamagedCheckpoint, load_checkpoint
+from viewdiff_nb.training.config import TrainConfig
+from viewdiff_nb.training.interrupt import TrainingInterrupted
+from viewdiff_nb.training.trainer import train
+
+FULL = replace(CONFIG, use_lora_attention=True, use_projection_layer=True, mixup=True, epochs=4, batch_size=8,
+               gradient_accumulation_steps=3)  # fmt: skip
+COLUMNS = ["epoch", "train_loss", "lr", "grad_norm", "val_loss", "val_rank1", "val_tar"]
+
+
+def assert_equal_runs(one, other):
+    for (name, a), b in zip(one.model.state_dict().items(), other.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    pd.testing.assert_frame_equal(one.history[COLUMNS], other.history[COLUMNS])
+    assert one.steps == other.steps
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_cross_view": True, "n_views": 2, "mixup": False}, {"use_amp": True},
+                                     {"loss": "two-way+pairs", "paired_views": True}], ids=str)  # fmt: skip
+def test_resumed_training_equals_uninterrupted(tmp_path, changes):
+    config = replace(FULL, save_every=1, **changes)
+    whole = run(replace(config, save_dir=str(tmp_path / "whole")))
+    assert_equal_runs(whole, run(replace(config, resume=str(tmp_path / "whole/checkpoint_epoch_2_enhanced.pth"))))
+
+
+def test_with_prior_preservation_too(tmp_path, base_path):
+    config = replace(FULL, base_model_path=base_path, use_prior_preservation=True, min_yaw=45.0, save_every=1)
+    whole = run(replace(config, save_dir=str(tmp_path / "whole")))
+    assert whole.history["epoch"].tolist() == [0, 1, 2, 3, 4]
+    assert_equal_runs(whole, run(replace(config, resume=str(tmp_path / "whole/checkpoint_epoch_1_enhanced.pth"))))
+
+
+class After:
+    """Sends a signal to this process at the n-th batch."""
+
+    def __init__(self, monkeypatch, batch: int, number: int = signal.SIGINT) -> None:
+        self.left, self.number, original = batch, number, trainer._Run._step
+        monkeypatch.setattr(trainer._Run, "_step", lambda run: self.count() or original(run))
+
+    def count(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [1, 4, 10, 13])  # 10 steps an epoch
+def test_an_interrupt_stops_between_steps_and_the_run_goes_on(tmp_path, monkeypatch, step, number):
+    whole = run(FULL)
+    config = replace(FULL, save_dir=str(tmp_path), resume="auto")
+    with monkeypatch.context() as patch:
+        After(patch, step, number)
+        with pytest.raises(TrainingInterrupted, match="the last checkpoint is .*last_enhanced.pth") as caught:
+            run(config)
+    stopped = caught.value.result
+    assert stopped.stopped == "interrupted" and stopped.steps == step
+    assert stopped.checkpoint == tmp_path / checkpoint.LAST
+    state = load_checkpoint(stopped.checkpoint)
+    assert (state["epoch"], state["batch"]) == (step // 10, step % 10 * 3)
+    onward = run(config)
+    assert onward.stopped == "finished"
+    assert_equal_runs(whole, onward)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_interrupt_does_not_wait(monkeypatch):
+    after = After(monkeypatch, 2)
+    original = After.count
+
+    def twice(self):
+        original(self)
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(After, "count", twice)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(FULL)
+    assert not isinstance(caught.value, TrainingInterrupted)
+    assert after.left == 0
+
+
+def test_a_thread_can_train(tmp_path):
+    """Signals are the main thread's; elsewhere the run is just not interruptible."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(run(replace(CONFIG, epochs=1))))
+    thread.start()
+    thread.join()
+    assert found[0].stopped == "finished"
+
+
+def _train_folder(folder: str) -> None:
+    torch.set_num_threads(1)
+    faces = [load_face_views(f"{folder}/{name}") for name in ("train", "val")]
+    train(replace(FULL, save_dir=f"{folder}/runs", resume="auto", save_minutes=0.0, save_every=2), *faces, progress=False)
+
+
+def test_killed_at_many_moments_and_resumed_ends_with_the_same_weights(tmp_path):
+    """SIGKILL, which no program can catch, while it computes, validates, or writes; with a write after every step."""
+    for name, faces in zip(("train", "val"), sets(), strict=True):
+        write_set(tmp_path / name, faces)
+    context = multiprocessing.get_context("forkserver")
+    # all that is slow to import: what conftest needs, and what torch's first optimiser does
+    context.set_forkserver_preload(["viewdiff_nb.studies.recipe_study", "pytest", "torch._dynamo"])
+    moments, last, kills = random.Random(0), tmp_path / "runs" / checkpoint.LAST, 12
+
+    def written() -> int:
+        try:
+            return last.stat().st_mtime_ns
+        except FileNotFoundError:  # as between two writes
+            return 0
+
+    for kill in range(kills + 1):
+        before = written()
+        process = context.Process(target=_train_folder, args=(str(tmp_path),))
+        process.start()
+        while kill > 1 and process.is_alive() and written() in (0, before):  # the first ones die before any write
+            time.sleep(1e-3)
+        if kill < kills:
+            process.join(moments.uniform(0.0, 0.06))
+            assert process.exitcode is None, "it was to be killed, and has finished; make the run longer"
+            process.kill()
+        process.join()
+    assert process.exitcode == 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    whole = train(FULL, *[load_face_views(tmp_path / name) for name in ("train", "val")], progress=False)
+    torch.set_num_threads(threads)
+    state = load_checkpoint(tmp_path / "runs/checkpoint_epoch_4_enhanced.pth")
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(state["model"][name], value), name
+    assert [row["val_rank1"] for row in state["history"]] == whole.history["val_rank1"].tolist()
+    assert not list((tmp_path / "runs").glob("*.part"))
+
+
+def test_the_previous_checkpoint_is_used_where_the_last_is_truncated(tmp_path):
+    config = replace(FULL, save_dir=str(tmp_path), save_minutes=0.0, save_every=100)
+    whole = run(replace(config, epochs=4))
+    (tmp_path / "checkpoint_epoch_4_enhanced.pth").unlink()
+    (tmp_path / checkpoint.BEST).unlink()
+    last = tmp_path / checkpoint.LAST
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.warns(DamagedCheckpoint, match=f"passed over .*{checkpoint.LAST}"):
+        assert_equal_runs(whole, run(replace(config, save_dir=None, resume=str(tmp_path))))
+
+
+def test_what_cannot_be_resumed(tmp_path, base_path):
+    with pytest.raises(CheckpointError, match="holds weights, but no training run to go on with"):
+        run(replace(CONFIG, resume=base_path))
+    run(replace(CONFIG, save_dir=str(tmp_path / "r")))
+    path = str(tmp_path / "r/checkpoint_epoch_2_enhanced.pth")
+    with pytest.raises(ValueError, match="has 2 epochs behind it; ask for more"):
+        run(replace(CONFIG, resume=path))
+    more = replace(CONFIG, resume=path, epochs=3)
+    with pytest.raises(CheckpointError, match="another model: num_layers is 2 in it and 3 here"):
+        run(replace(more, num_layers=3))
+    with pytest.raises(CheckpointError, match="was trained on other people or views"):
+        train(more, people(41, noise=0.6), sets()[1], progress=False)
+    with pytest.raises(CheckpointError, match="was trained on other people or views"):
+        run(replace(more, min_yaw=45.0))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no checkpoint in .*empty"):
+        run(replace(more, resume=str(tmp_path / "empty")))
+    assert run(more).history["epoch"].tolist() == [1, 2, 3]
+
+
+def test_another_batch_size_cannot_go_on_within_an_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)  # at a prompt the result is returned
+    After(monkeypatch, 2)
+    stopped = run(replace(CONFIG, save_dir=str(tmp_path)))
+    assert stopped.stopped == "interrupted"
+    with pytest.raises(CheckpointError, match="within an epoch of 15 batches, and here it has 8"):
+        run(replace(CONFIG, resume=str(stopped.checkpoint), batch_size=32))
+
+
+def test_the_shell_is_told_how_to_go_on(tmp_path):
+    write_set(tmp_path / "faces", people(60, width=64))
+    command = [sys.executable, "-m", "viewdiff_nb.train_enhanced", "--data_dir", str(tmp_path / "faces"),
+               "--val_people", "20", "--test_people", "20", "--d_model", "64", "--epochs", "100000", "--save_dir",
+               str(tmp_path / "runs"), "--val_every", "100000", "--save_every", "100000"]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while "epoch 1/" not in (line := process.stderr.readline(400)):  # the bar moves: it trains
+        assert line or process.poll() is None
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert re.search(r"interrupted; go on with --resume .*last_enhanced\.pth", errors)
+    assert TrainConfig(**load_checkpoint(tmp_path / "runs" / checkpoint.LAST)["config"]).epochs == 100000

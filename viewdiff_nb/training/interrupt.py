@@ -1,0 +1,55 @@
+"""Stopping between two steps, so that the notebook, or the next run, can go on from there."""
+
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .trainer import TrainResult
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """An interrupt ended a run that a program had started: its next line must not take the model for a trained one.
+
+    result: of the run so far.
+    """
+
+    def __init__(self, result: "TrainResult") -> None:
+        super().__init__(f"training was interrupted; the last checkpoint is {result.checkpoint}")
+        self.result = result
+
+
+class StopRequest:
+    """Within this context, an interrupt (Ctrl-C, the kernel's stop button, SIGTERM) is a wish: `asked` becomes true.
+
+    A second one is an interrupt as usual. Outside the main thread, where signals cannot be caught, nothing changes.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.to_end = False  # the process, not only the run
+        self._before: dict = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked, self.to_end = True, number == signal.SIGTERM or not at_prompt()
+
+
+def at_prompt() -> bool:
+    """Whether somebody types the code that runs: in a notebook, or in the interpreter."""
+    return hasattr(sys, "ps1")

@@ -7,6 +7,7 @@ operations are waited for, one by one, while they are timed, so that shares are 
 """
 
 import argparse
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -21,11 +22,7 @@ from viewdiff_nb.training.config import TrainConfig
 from viewdiff_nb.training.objective import Objective
 from viewdiff_nb.training.trainer import train
 
-CONFIGS = {
-    "full": {},
-    "LoRA r=8": {k: v for k, v in LORA_8.items() if k not in ("freeze_base", "min_yaw")},
-    "LoRA r=8 + projection 8³": {k: v for k, v in (LORA_8 | PROJECTION).items() if k not in ("freeze_base", "min_yaw")},
-}
+CONFIGS = {"full": {}, "LoRA r=8": LORA_8, "LoRA r=8 + projection 8³": LORA_8 | PROJECTION}
 PARTS = {
     "forward": (Objective, "__call__"),
     "backward": (torch.Tensor, "backward"),
@@ -58,10 +55,13 @@ def main() -> None:
     arguments = parser.parse_args()
     split = load_split(FULL)
     print(machine())
+    folder = tempfile.TemporaryDirectory()
+    base = f"{folder.name}/base.pth"  # untrained; a step costs the same
+    torch.save(TrainConfig().build_model(split.train.feature_dim, base=True).state_dict(), base)
     for batch_size in arguments.batch_size:
         for name, options in CONFIGS.items():
             config = TrainConfig(epochs=arguments.epochs, batch_size=batch_size, val_every=10**6, mixup=True)
-            config = replace(config, **options)
+            config = replace(config, **options, base_model_path=base if options else None)
             spent: Counter = Counter()
             before = {part: getattr(*where) for part, where in PARTS.items()}
             plain = train(config, split.train, split.val, progress=False).train_seconds

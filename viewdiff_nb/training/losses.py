@@ -84,7 +84,7 @@ def mean_loss(
 
 def _partners(person: Tensor) -> Tensor:
     """(B, B) bool: which other samples of the batch are of the same person."""
-    return (person[:, None] == person).fill_diagonal_(False)
+    return (person[:, None] == person) & ~torch.eye(len(person), dtype=torch.bool, device=person.device)
 
 
 def _cosines(predicted: Tensor, gallery: Tensor) -> Tensor:

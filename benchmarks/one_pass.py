@@ -1,0 +1,96 @@
+"""Adapters trained in one pass against the same trained one by one:  python benchmarks/one_pass.py [--adapters 1 8]
+
+Both train for real on the shipped set, from the same frozen (untrained) base, in turns within one process; what is
+printed is the median ratio over rounds. Beside it stands the roofline: the multiplications that the frozen base asks
+for, forward and backward through activations, at the rate of a large matrix product on the same machine in the same
+run. No way of batching can make the base cheaper than that.
+"""
+
+import argparse
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from viewdiff_nb.studies.adaptation import FULL, LORA_8, PROJECTION, load_split
+from viewdiff_nb.studies.benchmark import machine
+from viewdiff_nb.training.config import TrainConfig, choose_device
+from viewdiff_nb.training.together import train_together
+from viewdiff_nb.training.trainer import train
+
+CASES = {"LoRA r=8": LORA_8, "LoRA r=8 + projection 8³": LORA_8 | PROJECTION}
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a large matrix product."""
+    size, count = (8192, 10) if device.type == "cuda" else (1024, 20)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    a @ b
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(count):
+        a @ b
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return count * 2 * size**3 / (time.perf_counter() - started)
+
+
+def frozen_operations(config: TrainConfig, feature_dim: int) -> float:
+    """Floating-point operations of the frozen matrices for one sample: forward, and backward through activations."""
+    model = config.build_model(feature_dim, base=True)
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "encoder" not in name}
+    return 2 * 2 * sum(m.weight.numel() for m in linear.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--batches", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--alone", type=int, default=8, help="runs trained one by one, to know the price of one")
+    parser.add_argument("--use_amp", action="store_true")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    split, device = load_split(FULL), choose_device()
+    side = (split.train.abs_yaw >= 45).nonzero()[:, 0]
+    faces = split.train.where(side[: arguments.batch_size * arguments.batches])
+    dtype = torch.bfloat16 if arguments.use_amp else torch.float32
+    rate = product_rate(device, dtype)
+    print(f"{machine()}; a large {str(dtype)[6:]} product runs at {rate / 1e9:.0f} GFLOP/s", flush=True)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        base = f"{folder}/base.pth"
+        torch.save(TrainConfig().build_model(faces.feature_dim, base=True).state_dict(), base)
+        for name, options in CASES.items():
+            config = TrainConfig(epochs=1, batch_size=arguments.batch_size, val_every=10**6, dropout=0.2, mixup=True,
+                                 base_model_path=base, use_amp=arguments.use_amp)  # fmt: skip
+            config = replace(config, **options)
+            for count in arguments.adapters:
+                configs = [replace(config, seed=seed, rank=(4, 8, 16)[seed % 3]) for seed in range(count)]
+                alone, together = [], []
+                for _ in range(arguments.rounds + 1):  # the first warms up
+                    few = configs[: arguments.alone]
+                    spent = [train(c, faces, split.val, progress=False).train_seconds for c in few]
+                    alone.append(sum(spent) / len(few) * count)
+                    together.append(sum(r.train_seconds for r in train_together(configs, faces, split.val)))
+                ratio = torch.tensor([t / a for t, a in zip(together[1:], alone[1:], strict=True)]).median().item()
+                samples = count * arguments.batch_size * arguments.batches
+                floor = samples * frozen_operations(config, faces.feature_dim) / rate
+                spent = torch.tensor(together[1:]).median().item()
+                rows.append({"case": name, "adapters": count, "ratio": ratio, "seconds": spent,
+                             "roofline_seconds": floor, "cell_steps_per_second": count * arguments.batches / spent,
+                             "machine": machine()})  # fmt: skip
+                print(f"{name}, {count} adapters, batch {arguments.batch_size}: {ratio:.2f} times the time of separate "
+                      f"runs; {spent:.2f} s, of which the frozen products need {floor:.2f} s at least", flush=True)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(rows).to_csv(arguments.out, index=False)
+
+
+if __name__ == "__main__":
+    main()

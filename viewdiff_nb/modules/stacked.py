@@ -1,0 +1,212 @@
+"""Many adapters of one frozen base, side by side in one pass.
+
+A batch holds the samples of A adapters one after the other, (A B, ...). The frozen layers see one large batch; what an
+adapter adds is a product with a stack of A matrices. Adapters of different rank are padded with zeros to the highest:
+where both factors are zero neither gets a gradient, so the padding stays zero and changes nothing.
+"""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from .attention import PoseConditionedLoRAAttention
+from .lora import LoRALinearLayer
+from .projection import VOXEL_BUDGET, LightweightFaceProjectionLayer
+from .transformer import EnhancedTransformerDecoderOnly3D
+
+
+class StackedLoRALinear(LoRALinearLayer):
+    """A LoRA layers over one frozen linear layer. Differs from `LoRALinearLayer` in that
+
+    lora_down is (A, R, in_features + pose_dim), lora_up (A, out_features, R), scale (A, 1, 1), with R the highest rank.
+
+    Args:
+        layers: of equal base and pose_dim, without adapter dropout; their parameters are copied.
+    """
+
+    def __init__(self, layers: Sequence[LoRALinearLayer]) -> None:
+        nn.Module.__init__(self)
+        first = layers[0]
+        self.in_features, self.out_features, self.pose_dim = first.in_features, first.out_features, first.pose_dim
+        if any(layer.dropout or layer.pose_dim != first.pose_dim or layer.is_merged for layer in layers):
+            raise ValueError("adapters that are trained together share pose_dim, and have no dropout of their own")
+        self.weight, self.bias = first.weight, first.bias
+        self.ranks, self.rank, self.dropout = [layer.rank for layer in layers], max(x.rank for x in layers), 0.0
+        self.adapter_enabled, self._unmerged = True, None
+        scales = torch.tensor([layer.scale for layer in layers], device=self.weight.device, dtype=self.weight.dtype)
+        self.register_buffer("scale", scales[:, None, None], persistent=False)
+        pads = [self.rank - rank for rank in self.ranks]
+        self.lora_down = nn.Parameter(torch.stack([F.pad(x.lora_down.detach(), (0, 0, 0, p))
+                                                   for x, p in zip(layers, pads, strict=True)]))  # fmt: skip
+        self.lora_up = nn.Parameter(torch.stack([F.pad(x.lora_up.detach(), (0, p))
+                                                 for x, p in zip(layers, pads, strict=True)]))  # fmt: skip
+
+    @torch.no_grad()
+    def copy_to(self, index: int, layer: LoRALinearLayer) -> None:
+        """Write the adapter of that number back into a layer of its own rank."""
+        layer.lora_down.copy_(self.lora_down[index, : layer.rank])
+        layer.lora_up.copy_(self.lora_up[index, :, : layer.rank])
+
+    def forward(self, x: Tensor, pose: Tensor | None = None) -> Tensor:
+        """x: (A B, T, in_features), pose: (A B, 1, pose_dim) to (A B, T, out_features)."""
+        y = F.linear(x, self.weight, self.bias)
+        low = self.down(x)
+        if self.pose_dim:
+            low = low + self.down_pose(pose)[:, :, None]
+        low = low.flatten(1, 2)  # (A, B T, R)
+        return y + ((low * self.scale) @ self.lora_up.transpose(1, 2)).view_as(y)
+
+    def _split_down(self) -> tuple[Tensor, Tensor]:
+        return self.lora_down.split((self.in_features, self.pose_dim), 2)
+
+    def down(self, x: Tensor) -> Tensor:
+        """A_x x of each adapter: (A B, K, in_features) to (A, B, K, R)."""
+        low = x.reshape(len(self.ranks), -1, self.in_features) @ self._split_down()[0].transpose(1, 2)
+        return low.unflatten(1, (-1, x.shape[1]))
+
+    def down_pose(self, pose: Tensor) -> Tensor:
+        """A_p c of each adapter: (A B, 1, pose_dim) to (A, B, R)."""
+        return pose.reshape(len(self.ranks), -1, self.pose_dim) @ self._split_down()[1].transpose(1, 2)
+
+    def up_by_head(self, heads: int) -> Tensor:
+        """B_h: (A, H, out_features / H, R)."""
+        return self.lora_up.unflatten(1, (heads, -1))
+
+
+class StackedAttention(PoseConditionedLoRAAttention):
+    """A attentions over one frozen one, for a single feature token with a memory.
+
+    The short way of `PoseConditionedLoRAAttention`, and one step further for the adapters: what A_k and A_v make of a
+    token is R numbers, so scores and sums are taken there, and no adapter ever sees (heads, tokens, D).
+
+    Args:
+        layers: of equal sizes; their parameters are copied.
+    """
+
+    def __init__(self, layers: Sequence[PoseConditionedLoRAAttention]) -> None:
+        nn.Module.__init__(self)
+        first = layers[0]
+        self.feature_dim, self.num_heads, self.pose_dim = first.feature_dim, first.num_heads, first.pose_dim
+        self.rank, self.dropout = first.rank, first.dropout
+        for name in ("query", "key", "value", "out"):
+            setattr(self, name, StackedLoRALinear([getattr(layer, name) for layer in layers]))
+
+    def copy_to(self, index: int, layer: PoseConditionedLoRAAttention) -> None:
+        for name in ("query", "key", "value", "out"):
+            getattr(self, name).copy_to(index, getattr(layer, name))
+
+    def _may_absorb(self, queries: int, keys: int) -> bool:
+        return queries == 1
+
+    def _absorbed(self, q: Tensor, context: Tensor, code: Tensor | None, with_weights: bool):
+        heads, width = self.num_heads, q.shape[-1]
+        runs = len(self.key.ranks)
+        q = q[:, :, 0]  # (N, H, d), N = A B
+        towards = q.transpose(0, 1) @ self.key.weight.unflatten(0, (heads, width))  # (H, N, D)
+        scores = towards.transpose(0, 1) @ context.transpose(1, 2)  # (N, H, K)
+        low_q = q.unflatten(0, (runs, -1)).transpose(1, 2) @ self.key.up_by_head(heads)  # (A, H, B, R)
+        low_q = low_q.transpose(1, 2) * self.key.scale[:, None]  # (A, B, H, R)
+        scores = scores + (low_q @ self.key.down(context).transpose(2, 3)).flatten(0, 1)
+        weights = (scores * width**-0.5).softmax(-1)
+        summed = (weights @ context).transpose(0, 1)  # (H, N, D)
+        attended = summed @ self.value.weight.unflatten(0, (heads, width)).transpose(1, 2)  # (H, N, d)
+        low_v = weights.unflatten(0, (runs, -1)) @ self.value.down(context)  # (A, B, H, R)
+        if self.pose_dim:
+            low_v = low_v + self.value.down_pose(code)[:, :, None]
+        low_v = (low_v * self.value.scale[:, None]).transpose(1, 2)  # (A, H, B, R)
+        update = (low_v @ self.value.up_by_head(heads).transpose(2, 3)).transpose(1, 2)  # (A, B, H, d)
+        attended = (attended.transpose(0, 1) + update.flatten(0, 1)).flatten(1) + self.value.bias
+        return attended[:, None], weights[:, :, None] if with_weights else None
+
+
+class StackedProjection(nn.Module):
+    """A projection layers side by side: every parameter (A, ...).
+
+    Args:
+        layers: of the same sizes; their parameters are copied.
+    """
+
+    def __init__(self, layers: Sequence[LightweightFaceProjectionLayer]) -> None:
+        super().__init__()
+        self.names = [name for name, _ in layers[0].named_parameters()]
+        self.layer = [layers[0]]  # in a list, so that its parameters are not this module's
+        states = [dict(layer.named_parameters()) for layer in layers]
+        self.stack = nn.ParameterList(torch.stack([s[name].detach() for s in states]) for name in self.names)
+
+    @torch.no_grad()
+    def copy_to(self, index: int, layer: LightweightFaceProjectionLayer) -> None:
+        for name, parameter in layer.named_parameters():
+            parameter.copy_(self.stack[self.names.index(name)][index])
+
+    def forward(self, features: Tensor, keypoints_3d: Tensor, source_pose: Tensor) -> Tensor:
+        """(A B, D), (A B, K, 3), (A B, 3) to (A B, D)."""
+        count = len(self.stack[0])
+        parts = [value.unflatten(0, (count, -1)) for value in (features, keypoints_3d, source_pose)]
+        fits = parts[0].shape[1] * self.layer[0].voxel_resolution ** 3 <= VOXEL_BUDGET
+        if features.is_cuda and fits:  # one launch for all; what is rendered in turns cannot be vectorised
+            return vmap(self._one)(list(self.stack), *parts).flatten(0, 1)
+        return torch.cat([self._one([p[i] for p in self.stack], *(x[i] for x in parts)) for i in range(count)])
+
+    def _one(self, parameters: Sequence[Tensor], features: Tensor, keypoints: Tensor, pose: Tensor) -> Tensor:
+        named = dict(zip(self.names, parameters, strict=True))
+        return functional_call(self.layer[0], named, (features, keypoints), {"source_pose": pose})
+
+
+class StackedAdapters(nn.Module):
+    """A models that differ in their adapters only, as one: (A B, ...) samples to (A B, D) predictions.
+
+    Args:
+        models: with LoRA, perhaps with a projection, without cross-view attention; of the same base, whose weights are
+            taken from the first. Ranks and scales may differ.
+    """
+
+    def __init__(self, models: Sequence[EnhancedTransformerDecoderOnly3D]) -> None:
+        super().__init__()
+        first = models[0]
+        if first.cross_view is not None:
+            raise ValueError("cross-view attention is trained one model at a time")
+        self.models = list(models)  # not this module's own
+        self.together = copy.deepcopy(first, {id(p): p for p in first.parameters()})  # the frozen base is shared
+        for name, kind in _outermost(first):
+            parent, _, leaf = name.rpartition(".")
+            stack = kind([model.get_submodule(name) for model in models])
+            setattr(self.together.get_submodule(parent), leaf, stack)
+        stacked = [f"{name}." for name, _ in _outermost(first)]
+        if left := [name for name in self.trainable() if not name.startswith(tuple(stacked))]:
+            raise ValueError(f"only adapters are trained together, and {left[0]} is trainable; freeze the base")
+
+    def forward(self, src: Tensor, **conditions) -> Tensor:
+        return self.together(src, **conditions)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The stacked parameters, each (A, ...), by name."""
+        return {name: p for name, p in self.together.named_parameters() if p.requires_grad}
+
+    def unstack(self) -> list[EnhancedTransformerDecoderOnly3D]:
+        """The models given, with what their adapters have become."""
+        for name, _ in _outermost(self.models[0]):
+            for i, model in enumerate(self.models):
+                self.together.get_submodule(name).copy_to(i, model.get_submodule(name))
+        return self.models
+
+
+def _outermost(model: nn.Module) -> list[tuple[str, type]]:
+    """Names of the modules that are stacked, none within another, with the class that does it."""
+    found: list[tuple[str, type]] = []
+    for name, module in model.named_modules():
+        kind = STACKS.get(type(module))
+        inside = any(name.startswith(f"{outer}.") for outer, _ in found)
+        if kind is not None and not inside and (kind is not StackedAttention or module.rank):
+            found.append((name, kind))
+    return found
+
+
+STACKS = {
+    PoseConditionedLoRAAttention: StackedAttention,
+    LoRALinearLayer: StackedLoRALinear,
+    LightweightFaceProjectionLayer: StackedProjection,
+}

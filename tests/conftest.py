@@ -43,6 +43,8 @@ def write_set(folder, faces: FaceViews) -> None:
         (folder / f"{kind}_metadata.json").write_text(json.dumps(metadata))
 
 
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
 CONFIG = TrainConfig(d_model=32, nhead=4, num_layers=2, dim_feedforward=48, voxel_resolution=4, batch_size=16,
                      epochs=2, lr=1e-3, device="cpu")  # fmt: skip
 

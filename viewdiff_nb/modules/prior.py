@@ -58,7 +58,7 @@ class PriorPreservationLoss(nn.Module):
         log_q = (s @ anchors.T / self.temperature).log_softmax(-1)
         log_p = (t @ anchors.T / self.temperature).log_softmax(-1)
         terms = {
-            "kl_loss": F.kl_div(log_q, log_p, reduction="batchmean", log_target=True),
+            "kl_loss": (log_p.exp() * (log_p - log_q)).sum(-1).mean(),
             "feature_loss": (1 - (s * t).sum(-1)).mean(),
             "l2_loss": ((student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-12)).mean(),
         }

@@ -93,6 +93,8 @@ class LightweightFaceProjectionLayer(nn.Module):
             nn.init.zeros_(self.expand.weight)
             nn.init.zeros_(self.expand.bias)
 
+    in_turns = True  # False: render a batch at once whatever it takes, where memory is plenty
+
     def forward(
         self,
         features: Tensor,
@@ -162,7 +164,7 @@ class LightweightFaceProjectionLayer(nn.Module):
         """
         voxels = min(VOXEL_BUDGET, keypoints.shape[0] * FINE**3)
         count = max(1, voxels // self.voxel_resolution**3)
-        if torch.compiler.is_compiling() or keypoints.shape[0] <= count:
+        if not self.in_turns or torch.compiler.is_compiling() or keypoints.shape[0] <= count:
             return self._render(keypoints, gains, turn)
         turns = [None] * -(-len(keypoints) // count) if turn is None else turn.split(count)
         parts = zip(keypoints.split(count), gains.split(count), turns, strict=True)

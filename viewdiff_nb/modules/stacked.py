@@ -15,7 +15,7 @@ from torch.func import functional_call, vmap
 
 from .attention import PoseConditionedLoRAAttention
 from .lora import LoRALinearLayer
-from .projection import VOXEL_BUDGET, LightweightFaceProjectionLayer
+from .projection import LightweightFaceProjectionLayer
 from .transformer import EnhancedTransformerDecoderOnly3D
 
 
@@ -133,7 +133,7 @@ class StackedProjection(nn.Module):
     def __init__(self, layers: Sequence[LightweightFaceProjectionLayer]) -> None:
         super().__init__()
         self.names = [name for name, _ in layers[0].named_parameters()]
-        self.layer = [layers[0]]  # in a list, so that its parameters are not this module's
+        self.layer = [copy.deepcopy(layers[0])]  # in a list, so that its parameters are not this module's
         states = [dict(layer.named_parameters()) for layer in layers]
         self.stack = nn.ParameterList(torch.stack([s[name].detach() for s in states]) for name in self.names)
 
@@ -146,8 +146,8 @@ class StackedProjection(nn.Module):
         """(A B, D), (A B, K, 3), (A B, 3) to (A B, D)."""
         count = len(self.stack[0])
         parts = [value.unflatten(0, (count, -1)) for value in (features, keypoints_3d, source_pose)]
-        fits = parts[0].shape[1] * self.layer[0].voxel_resolution ** 3 <= VOXEL_BUDGET
-        if features.is_cuda and fits:  # one launch for all; what is rendered in turns cannot be vectorised
+        if features.is_cuda:  # one launch for all, of all voxels
+            self.layer[0].in_turns = False
             return vmap(self._one)(list(self.stack), *parts).flatten(0, 1)
         return torch.cat([self._one([p[i] for p in self.stack], *(x[i] for x in parts)) for i in range(count)])
 

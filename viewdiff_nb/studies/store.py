@@ -36,6 +36,11 @@ class Store:
         os.replace(part, path)
         return json.loads(path.read_text())
 
+    def find(self, key: dict) -> dict | None:
+        """The stored result of key; None if there is none."""
+        path = self.path(key)
+        return json.loads(path.read_text()) if path.is_file() else None
+
     def get_with_weights(self, key: dict, make: Callable[[Path], dict]) -> tuple[Path, dict]:
         """As `get`, for a make that also writes a checkpoint, path with suffix .pth; made again if that is gone."""
         checkpoint = self.path(key).with_suffix(".pth")

@@ -94,7 +94,10 @@ class _Pass:
 
     def run(self) -> list[TrainResult]:
         config, count = self.configs[0], len(self.configs)
-        histories: list[list[dict]] = [[] for _ in self.configs]
+        start = []
+        if config.val_every <= config.epochs:  # as in `train`; before the first step all are their base
+            start = [{"epoch": 0} | evaluate(self.model.models[0], self.val_faces, LOSSES[config.loss])]
+        histories: list[list[dict]] = [list(start) for _ in self.configs]
         torch.manual_seed(config.seed)  # dropout
         seconds, diverged = 0.0, torch.zeros(count, dtype=torch.bool, device=self.device)
         for epoch in range(config.epochs):

@@ -1,0 +1,128 @@
+import pytest
+import torch
+from conftest import DEVICES
+from torch import nn
+
+from viewdiff_nb import EnhancedTransformerDecoderOnly3D
+from viewdiff_nb.modules.stacked import StackedAdapters
+from viewdiff_nb.training.optimiser import StackedAdamW
+
+SIZES = {"d_model": 32, "nhead": 4, "num_layers": 2, "dim_feedforward": 48, "dropout": 0.0, "voxel_resolution": 4}
+
+
+def models(options: dict, ranks=(2, 5, 3), device="cpu") -> list[EnhancedTransformerDecoderOnly3D]:
+    """The same frozen base with different adapters, all of them at work."""
+    base = EnhancedTransformerDecoderOnly3D(**SIZES, use_lora_attention=False, use_projection_layer=False)
+    nn.init.normal_(base.output.weight, std=0.1)
+    built = []
+    for i, rank in enumerate(ranks):
+        model = EnhancedTransformerDecoderOnly3D(**SIZES | options, rank=rank, lora_alpha=float(i + 1))
+        model.load_base(base.state_dict())
+        model.freeze_base()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.2)
+        built.append(model.to(device))
+    return built
+
+
+def inputs(count: int, batch: int, device="cpu") -> dict[str, torch.Tensor]:
+    return {"src": torch.randn(count * batch, 32, device=device), "angles": torch.randn(count * batch, 3, device=device),
+            "keypoints_3d": torch.randn(count * batch, 5, 3, device=device)}  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", [
+    {"use_projection_layer": False}, {"use_projection_layer": True}, {"use_projection_layer": False, "pose_dim": 0},
+    {"use_projection_layer": False, "lora_targets": ("feed_forward",)},
+    {"use_projection_layer": True, "lora_targets": ("attention", "feed_forward"), "rslora": True},
+], ids=str)  # fmt: skip
+def test_predictions_and_gradients_are_those_of_the_models_one_by_one(options, device):
+    built = models(options, device=device)
+    stacked, given = StackedAdapters(built), inputs(3, 4, device)
+    together = stacked(**given, return_residual=False)
+    alone = [model(**{k: v[4 * i : 4 * i + 4] for k, v in given.items()}, return_residual=False)
+             for i, model in enumerate(built)]  # fmt: skip
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+    together.square().sum().backward()
+    stacks = {name: parameter.grad.clone() for name, parameter in stacked.trainable().items()}
+    assert stacks and all(p.grad is None for model in built for p in model.parameters() if not p.requires_grad)
+    for part in alone:
+        part.square().sum().backward()
+    compared = 0
+    for name, gradient in stacks.items():
+        if not name.endswith((".lora_down", ".lora_up")):
+            continue
+        for i, model in enumerate(built):
+            own = model.get_parameter(name).grad
+            found = gradient[i][tuple(slice(size) for size in own.shape)]
+            torch.testing.assert_close(found, own, rtol=1e-3, atol=1e-4 * float(own.abs().max()))
+            assert gradient[i].count_nonzero() == found.count_nonzero()  # the padding has none
+            compared += 1
+    assert compared >= 12
+
+
+def test_adapters_travel_back_to_their_models():
+    built = models({"use_projection_layer": True})
+    before = [{n: p.clone() for n, p in model.named_parameters()} for model in built]
+    stacked = StackedAdapters(built)
+    with torch.no_grad():
+        for parameter in stacked.trainable().values():
+            parameter.mul_(2)
+    assert stacked.unstack() == built
+    for model, old in zip(built, before, strict=True):
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter, old[name] * (2 if parameter.requires_grad else 1))
+
+
+def test_one_token_attention_shows_the_weights_of_each():
+    built = models({"use_projection_layer": False})
+    given = inputs(3, 2)
+    _, weights = StackedAdapters(built)(**given, return_attention=True)
+    for i, model in enumerate(built):
+        _, own = model(**{k: v[2 * i : 2 * i + 2] for k, v in given.items()}, return_attention=True)
+        torch.testing.assert_close(weights[2 * i : 2 * i + 2], own)
+
+
+def test_what_cannot_be_stacked():
+    built = models({"use_projection_layer": False})
+    built[0].norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"norm\.weight is trainable; freeze the base"):
+        StackedAdapters(built)
+    crossed = EnhancedTransformerDecoderOnly3D(**SIZES, use_cross_view=True)
+    with pytest.raises(ValueError, match="one model at a time"):
+        StackedAdapters([crossed])
+    with pytest.raises(ValueError, match="no dropout of their own"):
+        StackedAdapters(models({"use_projection_layer": False, "lora_dropout": 0.1}))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_stacked_adamw_is_adamw_row_by_row(weight_decay):
+    rates, start = [1e-3, 1e-1], [torch.randn(2, 3, 4), torch.randn(2, 5)]
+    stacks = [nn.Parameter(x.clone()) for x in start]
+    optimiser = StackedAdamW(stacks, torch.tensor(rates), weight_decay, clip_norm=1.0)
+    rows = [[nn.Parameter(x[i].clone()) for x in start] for i in range(2)]
+    references = [torch.optim.AdamW(row, lr=rate, weight_decay=weight_decay) for row, rate in zip(rows, rates, strict=True)]
+    for step in range(20):
+        gradients = [torch.randn_like(x) * (10 if step % 2 else 0.1) for x in start]
+        factor = 1 / (step + 1)
+        for parameter, gradient in zip(stacks, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        norms = optimiser.step(factor)
+        for i, (row, reference, rate) in enumerate(zip(rows, references, rates, strict=True)):
+            for parameter, gradient in zip(row, gradients, strict=True):
+                parameter.grad = gradient[i].clone()
+            torch.testing.assert_close(norms[i], nn.utils.clip_grad_norm_(row, 1.0))
+            reference.param_groups[0]["lr"] = rate * factor
+            reference.step()
+            for parameter, stack in zip(row, stacks, strict=True):
+                torch.testing.assert_close(stack[i], parameter, rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_whose_gradient_is_not_finite_stays_as_it_is():
+    stack = nn.Parameter(torch.ones(2, 3))
+    optimiser = StackedAdamW([stack], torch.tensor([0.1, 0.1]), 0.1, clip_norm=1.0)
+    stack.grad = torch.tensor([[1.0, 1.0, 1.0], [1.0, float("nan"), 1.0]])
+    norms = optimiser.step(1.0)
+    assert norms[0].isfinite() and not norms[1].isfinite()
+    assert (stack[0] < 1).all() and (stack[1] == 1).all() and (optimiser.mean[0][1] == 0).all()

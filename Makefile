@@ -1,6 +1,7 @@
 # make reproduce   set up, run the notebooks, write tables and figures (FAST=1: a smoke run)
 # make modules     which module earns what: 65 trainings, hours on a CPU, minutes on a GPU
 # make recipes     which loss, mix-up, margin … trains best: 63 trainings, hours on a CPU, minutes on a GPU
+# make ablation    the whole grid of rank, resolution and prior weight: 135 cells, ten minutes on an H200, a day on a CPU
 # make test        set up, run the tests
 # make lab         open JupyterLab
 # make data        rebuild the shipped data set (needs npm and network)
@@ -16,7 +17,7 @@ PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # A torch that is there already stays, unless TORCH is given.
 KEEP_TORCH := $(if $(filter file,$(origin TORCH)),$(VENV)/bin/python -c "import torch" 2>/dev/null ||)
 
-.PHONY: reproduce modules recipes test lab data clean
+.PHONY: reproduce modules recipes ablation test lab data clean
 
 reproduce: $(VENV)/.kit
 	$(VENV)/bin/python -m viewdiff_nb.studies.reproduce $(if $(FAST),--fast)
@@ -26,6 +27,9 @@ modules: $(VENV)/.kit
 
 recipes: $(VENV)/.kit
 	$(VENV)/bin/python -m viewdiff_nb.studies.recipe_study $(if $(FAST),--fast)
+
+ablation: $(VENV)/.kit
+	$(VENV)/bin/python -m viewdiff_nb.studies.ablation $(if $(FAST),--fast)
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -q

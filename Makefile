@@ -1,7 +1,7 @@
 # make reproduce   set up, run the notebooks, write tables and figures (FAST=1: a smoke run)
 # make modules     which module earns what: 65 trainings, hours on a CPU, minutes on a GPU
 # make recipes     which loss, mix-up, margin … trains best: 63 trainings, hours on a CPU, minutes on a GPU
-# make ablation    the whole grid of rank, resolution and prior weight: 135 cells, ten minutes on an H200, a day on a CPU
+# make ablation    the whole grid of rank, resolution and prior weight: 135 trainings, ten minutes on an H200
 # make test        set up, run the tests
 # make lab         open JupyterLab
 # make data        rebuild the shipped data set (needs npm and network)

@@ -85,11 +85,11 @@ def main() -> None:
                 rows.append({"case": name, "adapters": count, "ratio": ratio, "seconds": spent,
                              "roofline_seconds": floor, "cell_steps_per_second": count * arguments.batches / spent,
                              "machine": machine()})  # fmt: skip
+                if arguments.out:
+                    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+                    pd.DataFrame(rows).to_csv(arguments.out, index=False)
                 print(f"{name}, {count} adapters, batch {arguments.batch_size}: {ratio:.2f} times the time of separate "
                       f"runs; {spent:.2f} s, of which the frozen products need {floor:.2f} s at least", flush=True)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        pd.DataFrame(rows).to_csv(arguments.out, index=False)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,14 @@ def test_with_prior_preservation_too(tmp_path, base_path):
     assert_equal_runs(whole, run(replace(config, resume=str(tmp_path / "whole/checkpoint_epoch_1_enhanced.pth"))))
 
 
+@pytest.fixture(autouse=True)
+def sigint():
+    """As at a terminal; where tests run in the background, the interrupt may be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class After:
     """Sends a signal to this process at the n-th batch."""
 
@@ -98,6 +106,13 @@ def test_an_interrupt_stops_between_steps_and_the_run_goes_on(tmp_path, monkeypa
     assert onward.stopped == "finished"
     assert_equal_runs(whole, onward)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_that_is_ignored_stays_ignored(tmp_path, monkeypatch):
+    """As for a program that nohup started."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    After(monkeypatch, 4)
+    assert run(replace(FULL, save_dir=str(tmp_path))).stopped == "finished"
 
 
 def test_a_second_interrupt_does_not_wait(monkeypatch):
@@ -214,7 +229,8 @@ def test_the_shell_is_told_how_to_go_on(tmp_path):
     command = [sys.executable, "-m", "viewdiff_nb.train_enhanced", "--data_dir", str(tmp_path / "faces"),
                "--val_people", "20", "--test_people", "20", "--d_model", "64", "--epochs", "100000", "--save_dir",
                str(tmp_path / "runs"), "--val_every", "100000", "--save_every", "100000"]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     while "epoch 1/" not in (line := process.stderr.readline(400)):  # the bar moves: it trains
         assert line or process.poll() is None
     time.sleep(0.5)

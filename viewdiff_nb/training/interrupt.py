@@ -36,7 +36,8 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+            wanted = [number for number in self.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup
+            self._before = {number: signal.signal(number, self._ask) for number in wanted}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -92,11 +92,14 @@ class PriorPreservationDataset(Dataset):
         conditions = {name: value[index] for name, value in self.conditions.items()}
         return {"inputs": self.src[index], "conditions": conditions, "outputs": self.outputs[index]}
 
+    def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """(count,) random rows, with replacement, on the device of the samples."""
+        device = self.src.device if generator is None else generator.device
+        return torch.randint(len(self), (count,), generator=generator, device=device).to(self.src.device)
+
     def sample(self, count: int, generator: torch.Generator | None = None) -> dict[str, Any]:
         """A random batch with replacement."""
-        device = self.src.device if generator is None else generator.device
-        index = torch.randint(len(self), (count,), generator=generator, device=device)
-        return self[index.to(self.src.device)]
+        return self[self.draw(count, generator)]
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from .benchmark import TrainingStep, machine
 from .store import Store
 
 AXES = ("rank", "voxel_resolution", "lora_alpha", "lambda_prior", "lora_lr")
-PARTS, WHERE, RATES = ("val", "test"), ("all", "0-45", "45-90", "75-90"), ("rank1", "tar", "cosine")
+PARTS, WHERE = ("val", "test"), ("all", "0-45", "45-90", "75-90")
 TOGETHER = {"cpu": 8, "cuda": 32}  # cells of one pass
 BACKENDS = ("sequential", "loky", "dask", "ray")
 
@@ -94,9 +94,10 @@ def run_grid(
         progress: wraps an iterator of jobs, given total; e.g. tqdm.
 
     Returns:
-        a row per cell: `AXES`, seed, {val, test}_{rate}[_{yaw}], parameters, trainable, step_ms and seconds (a cell's
-        share of its pass), cells_together, memory_mb (of a training step alone, see `TrainingStep.memory`),
-        train_loss (a list over epochs), machine, version, error (of a cell that failed; its rates are missing).
+        a row per cell: `AXES`, seed, epochs, batch_size; every rate as {val, test}_{rate}[_{yaw}]; parameters,
+        trainable; step_ms and seconds (a cell's share of its pass), cells_together; memory_mb (of a training step
+        alone, see `TrainingStep.memory`); train_loss (a list over epochs); machine, version; error (of a cell that
+        failed; its rates are missing).
 
     Raises:
         ValueError, ImportError: for a backend that is unknown or not installed, before any work.
@@ -121,7 +122,7 @@ def run_grid(
 
 
 def _axes(config: TrainConfig) -> dict:
-    row = {name: getattr(config, name) for name in (*AXES, "seed")}
+    row = {name: getattr(config, name) for name in (*AXES, "seed", "epochs", "batch_size")}
     return row | {"voxel_resolution": config.voxel_resolution if config.use_projection_layer else 0}
 
 
@@ -187,7 +188,7 @@ def _scored(result: TrainResult, split: Split) -> dict:
         rates = recognition_by_yaw(predict(result.model, faces), faces.front, faces.person, faces.abs_yaw)
         for where in WHERE:
             suffix = "" if where == "all" else f"_{where}"
-            cell |= {f"{part}_{rate}{suffix}": round(rates[where][rate], 6) for rate in RATES}
+            cell |= {f"{part}_{rate}{suffix}": round(v, 6) for rate, v in rates[where].items() if rate != "views"}
     counts = parameter_counts(result.model)
     return cell | {
         "parameters": counts["parameters"], "trainable": counts["trainable"],

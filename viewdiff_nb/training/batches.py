@@ -41,6 +41,18 @@ def place(faces: FaceViews, device: torch.device, share: float = MEMORY_SHARE) -
     return faces.to(device)
 
 
+def views_to_train(faces: FaceViews, config: TrainConfig) -> FaceViews:
+    """The side views within the config's yaw range.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    kept = faces.where((faces.abs_yaw >= config.min_yaw) & (faces.abs_yaw < config.max_yaw))
+    if not len(kept):
+        raise ValueError(f"no training view has {config.min_yaw} <= |yaw| < {config.max_yaw} degrees")
+    return kept
+
+
 def feed(
     faces: FaceViews, index_batches: Iterable[Tensor], device: torch.device, num_workers: int = 0
 ) -> Iterator[FaceBatch]:

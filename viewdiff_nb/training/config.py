@@ -158,6 +158,10 @@ class TrainConfig:
         """How many views of a person lie next to each other in a batch."""
         return self.n_views if self.use_cross_view else 1 + self.paired_views
 
+    def prior_count(self, batch_size: int) -> int:
+        """Prior samples that go with a batch."""
+        return max(1, round(self.prior_fraction * batch_size))
+
     @property
     def freezes_base(self) -> bool:
         if self.freeze_base is not None:

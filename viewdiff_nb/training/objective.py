@@ -50,12 +50,6 @@ class Objective:
             self.task = EnhancedTransformerWithPrior(model, base, config.lambda_prior, PriorPreservationLoss(front))
             self.prior = PriorPreservationDataset(base, prior_faces.src, prior_faces.conditions())
 
-    def draw_prior(self, batch_size: int, generator: torch.Generator) -> dict | None:
-        """Prior samples to go with a batch; None without prior preservation."""
-        if self.prior is None:
-            return None
-        return self.prior.sample(max(1, round(self.config.prior_fraction * batch_size)), generator)
-
     def __call__(self, batch: FaceBatch, weight: Tensor | None, generator: torch.Generator) -> Cost:
         """
         Args:
@@ -70,7 +64,7 @@ class Objective:
         loss_of = partial(mean_loss, LOSSES[self.config.loss], self.front, partner=partner, weight=weight)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             if self.task is not None:
-                kept = self.draw_prior(len(person), generator)
+                kept = self.prior.sample(self.config.prior_count(len(person)), generator)
                 loss, terms = self.task.compute_loss(batch.src, batch.conditions(), person, loss_of, prior=kept)
                 return Cost(loss, terms["prior_loss"])
             predicted = self.model(batch.src, **batch.conditions(), return_residual=False)

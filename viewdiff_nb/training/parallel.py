@@ -78,14 +78,14 @@ class SeveralProcesses:
         return self.fabric.device
 
     def launch(self, function: Callable, *arguments: Any) -> Any:
-        """function(self, *arguments) in every process; returns the first one's result."""
+        """function(self, *arguments) in every process; returns the first one's result, its tensors on the CPU."""
         if not self.started_here:
             self.fabric.launch()
             return function(self, *arguments)
         with tempfile.TemporaryDirectory() as folder:  # a model is too much for the pipe between processes
             result = Path(folder) / "result"
             self.fabric.launch(_work, partial(function, self, *arguments), result)
-            return torch.load(result, weights_only=False)
+            return torch.load(result, map_location="cpu", weights_only=False)  # this process stays free to fork
 
     def share(self, model: nn.Module, group: int) -> nn.Module:
         return Shared(self.fabric, model, group)

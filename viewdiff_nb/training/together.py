@@ -16,7 +16,7 @@ from torch.func import vmap
 from ..faces.views import FaceViews
 from ..modules.prior import PriorPreservationDataset, PriorPreservationLoss
 from ..modules.stacked import StackedAdapters
-from .batches import FaceBatch, count_batches, draw_batches, place
+from .batches import FaceBatch, count_batches, draw_batches, place, views_to_train
 from .config import TrainConfig, choose_device
 from .evaluation import evaluate
 from .losses import LOSSES, mean_loss
@@ -70,9 +70,7 @@ class _Pass:
         self.configs, config = list(configs), configs[0]
         self.device = choose_device(config.device)
         faces, self.val_faces = place(train_faces, self.device), place(val_faces, self.device)
-        self.faces = faces.where((faces.abs_yaw >= config.min_yaw) & (faces.abs_yaw < config.max_yaw))
-        if not len(self.faces):
-            raise ValueError(f"no training view has {config.min_yaw} <= |yaw| < {config.max_yaw} degrees")
+        self.faces = views_to_train(faces, config)
         self.front = self.faces.front.to(self.device)
         self.mixup = Mixup(self.faces) if config.mixup else None
         self.batches = count_batches(self.faces, config)
@@ -150,9 +148,8 @@ class _Pass:
         size = len(src) // runs
         kept = None
         if self.prior is not None:
-            amount = max(1, round(self.configs[0].prior_fraction * size))
-            index = torch.stack([self._prior_rows(amount, g) for g in self.generators])
-            kept = self.prior[index.to(self.device)]
+            amount = self.configs[0].prior_count(size)
+            kept = self.prior[torch.stack([self.prior.draw(amount, g) for g in self.generators])]
             src = _join(src, kept["inputs"])
             conditions = {name: _join(value, kept["conditions"][name]) for name, value in conditions.items()}
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
@@ -168,9 +165,6 @@ class _Pass:
         if partner is None:
             return vmap(lambda p, o: mean_loss(loss, self.front, p, o))(predicted, person)
         return vmap(lambda *a: mean_loss(loss, self.front, *a))(predicted, person, partner, weight)
-
-    def _prior_rows(self, amount: int, generator: torch.Generator) -> Tensor:
-        return torch.randint(len(self.prior), (amount,), generator=generator)
 
     def _take(self, index: Tensor) -> FaceBatch:
         faces = self.faces

@@ -17,7 +17,7 @@ from ..metrics import FAR
 from ..modules.transformer import EnhancedTransformerDecoderOnly3D
 from ..paths import writable_folder
 from . import checkpoint
-from .batches import count_batches, draw_batches, feed, place
+from .batches import count_batches, draw_batches, feed, place, views_to_train
 from .config import TrainConfig
 from .diagnosis import TrainingAdvice, TrainingDiverged, advice, divergence_advice, find_cause, memory_advice
 from .evaluation import evaluate
@@ -98,7 +98,11 @@ def train(
 
 def _train(machines: OneProcess | SeveralProcesses, config: TrainConfig, *arguments) -> TrainResult:
     with memory_advice(config):
-        return _Run(machines, config, *arguments).run()
+        run = _Run(machines, config, *arguments)
+        try:
+            return run.run()
+        finally:
+            run.log.close()
 
 
 class _Run:
@@ -120,9 +124,7 @@ class _Run:
         log_dir = writable_folder(config.log_dir) if config.log_dir and first else None
 
         faces, self.val_faces = place(train_faces, self.device), place(val_faces, self.device)
-        self.faces = faces.where((faces.abs_yaw >= config.min_yaw) & (faces.abs_yaw < config.max_yaw))
-        if not len(self.faces):
-            raise ValueError(f"no training view has {config.min_yaw} <= |yaw| < {config.max_yaw} degrees")
+        self.faces = views_to_train(faces, config)
         self.data = data_fingerprint(self.faces)
         self.mixup = Mixup(self.faces) if config.mixup else None
         self.batches, self.window = count_batches(self.faces, config), config.gradient_accumulation_steps
@@ -339,6 +341,5 @@ class _Run:
         return self.machines.from_first(wish) if self.machines.count > 1 else wish
 
     def _result(self, stopped: str) -> TrainResult:
-        self.log.close()
         state, history = self.state, pd.DataFrame(self.state.history)
         return TrainResult(state.model, history, state.seconds, state.steps, stopped, self.checkpoint)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from .attention import PoseConditionedLoRAAttention
+from .attention import PoseConditionedLoRAAttention, split_heads
 from .lora import LoRALinearLayer
 from .projection import LightweightFaceProjectionLayer
 from .transformer import EnhancedTransformerDecoderOnly3D
@@ -99,28 +99,36 @@ class StackedAttention(PoseConditionedLoRAAttention):
         for name in ("query", "key", "value", "out"):
             getattr(self, name).copy_to(index, getattr(layer, name))
 
-    def _may_absorb(self, queries: int, keys: int) -> bool:
-        return queries == 1
+    def forward(
+        self, features: Tensor, pose: Tensor | None = None, memory: Tensor | None = None, return_attention: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """features: (A B, 1, D), pose: (A B, P), memory: (A B, M, D); see `PoseConditionedLoRAAttention`.
 
-    def _absorbed(self, q: Tensor, context: Tensor, code: Tensor | None, with_weights: bool):
-        heads, width = self.num_heads, q.shape[-1]
-        runs = len(self.key.ranks)
-        q = q[:, :, 0]  # (N, H, d), N = A B
-        towards = q.transpose(0, 1) @ self.key.weight.unflatten(0, (heads, width))  # (H, N, D)
-        scores = towards.transpose(0, 1) @ context.transpose(1, 2)  # (N, H, K)
+        The feature token and the memory are kept apart: what a frozen base makes of pose and keypoints needs no
+        gradient.
+        """
+        runs, heads, scale = len(self.key.ranks), self.num_heads, (self.feature_dim // self.num_heads) ** -0.5
+        code = self._pose_code(pose, len(features))
+        q = split_heads(self.query(features, code) if self.pose_dim else self.query(features), heads)[:, :, 0]
+        towards = q.transpose(0, 1) @ self.key.weight.unflatten(0, (heads, -1))  # (H, N, D), N = A B
+        towards = towards.transpose(0, 1)
+        scores = torch.cat((towards @ features.transpose(1, 2), towards @ memory.transpose(1, 2)), 2)  # (N, H, 1 + M)
         low_q = q.unflatten(0, (runs, -1)).transpose(1, 2) @ self.key.up_by_head(heads)  # (A, H, B, R)
         low_q = low_q.transpose(1, 2) * self.key.scale[:, None]  # (A, B, H, R)
-        scores = scores + (low_q @ self.key.down(context).transpose(2, 3)).flatten(0, 1)
-        weights = (scores * width**-0.5).softmax(-1)
-        summed = (weights @ context).transpose(0, 1)  # (H, N, D)
-        attended = summed @ self.value.weight.unflatten(0, (heads, width)).transpose(1, 2)  # (H, N, d)
-        low_v = weights.unflatten(0, (runs, -1)) @ self.value.down(context)  # (A, B, H, R)
+        low_k = torch.cat((self.key.down(features), self.key.down(memory)), 2)  # (A, B, 1 + M, R)
+        weights = ((scores + (low_q @ low_k.transpose(2, 3)).flatten(0, 1)) * scale).softmax(-1)
+
+        summed = weights[:, :, :1] * features + weights[:, :, 1:] @ memory  # (N, H, D)
+        attended = summed.transpose(0, 1) @ self.value.weight.unflatten(0, (heads, -1)).transpose(1, 2)  # (H, N, d)
+        low_v = torch.cat((self.value.down(features), self.value.down(memory)), 2)  # (A, B, 1 + M, R)
+        low_v = weights.unflatten(0, (runs, -1)) @ low_v  # (A, B, H, R)
         if self.pose_dim:
             low_v = low_v + self.value.down_pose(code)[:, :, None]
         low_v = (low_v * self.value.scale[:, None]).transpose(1, 2)  # (A, H, B, R)
         update = (low_v @ self.value.up_by_head(heads).transpose(2, 3)).transpose(1, 2)  # (A, B, H, d)
         attended = (attended.transpose(0, 1) + update.flatten(0, 1)).flatten(1) + self.value.bias
-        return attended[:, None], weights[:, :, None] if with_weights else None
+        output = self.out(attended[:, None])
+        return (output, weights[:, :, None]) if return_attention else output
 
 
 class StackedProjection(nn.Module):

@@ -41,8 +41,10 @@ def warmup_cosine(warmup: float, steps: int) -> Callable[[int], float]:
 class StackedAdamW:
     """AdamW for stacks of parameters (A, ...), each row with a learning rate of its own and clipped by itself.
 
-    As `torch.optim.AdamW` (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2) would treat the rows one by one,
-    which has one learning rate for a tensor.
+    As `torch.optim.AdamW` (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2) would treat the rows one by one.
+    Where all rows have one learning rate it is that optimiser that does it, in its fused form.
+
+    A row whose gradient is not finite is not updated by it.
 
     Args:
         parameters: each (A, ...).
@@ -54,32 +56,46 @@ class StackedAdamW:
         self.parameters = list(parameters)
         self.lr = lr.to(self.parameters[0].device, torch.float32)
         self.weight_decay, self.clip_norm, self.steps = weight_decay, clip_norm, 0
-        self.betas, self.eps = (0.9, 0.999), 1e-8
-        self.mean, self.square = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))
+        self.rate = float(lr[0])
+        self.fused = None
+        if (lr == lr[0]).all():
+            self.fused = torch.optim.AdamW(self.parameters, lr=self.rate, weight_decay=weight_decay, fused=True)
+        else:
+            self.mean, self.square = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))
 
     @torch.no_grad()
     def step(self, factor: float) -> Tensor:
-        """Update with learning rates factor * lr; returns the norms (A,) of the gradients before clipping.
-
-        A row whose gradient is not finite is left as it is, and so are its moments.
-        """
-        self.steps += 1
+        """Update with learning rates factor * lr; returns the norms (A,) of the gradients before clipping."""
         gradients = [p.grad for p in self.parameters]
         norm = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
         fine = norm.isfinite()
         scale = torch.where(fine, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0), 0.0)
-        rate = factor * self.lr * fine
-        beta1, beta2 = self.betas
-        correct1, correct2 = 1 - beta1**self.steps, math.sqrt(1 - beta2**self.steps)
-        for p, g, m, v in zip(self.parameters, gradients, self.mean, self.square, strict=True):
-            rows = (-1, *(1,) * (p.dim() - 1))
-            g = torch.where(fine.view(rows), g * scale.view(rows), 0.0)
-            weight1, weight2 = ((1 - beta) * fine.view(rows) for beta in self.betas)
-            m.lerp_(g, weight1.to(m.dtype))
-            v.lerp_(g * g, weight2.to(v.dtype))
-            r = rate.view(rows).to(p.dtype)
-            p.mul_(1 - r * self.weight_decay)
-            p.addcdiv_(m * (-r / correct1), v.sqrt().div_(correct2).add_(self.eps))
+        safe = not norm.is_cuda and bool(fine.all())  # on a GPU nobody waits for the answer
+        for gradient in gradients:
+            gradient.mul_(_rows(scale, gradient))
+            if not safe:
+                gradient.nan_to_num_(0.0, 0.0, 0.0)  # 0 times infinity
+        if self.fused is not None:
+            self.fused.param_groups[0]["lr"] = factor * self.rate
+            self.fused.step()
+        else:
+            self._update(gradients, factor * self.lr * fine, fine)
         for p in self.parameters:
             p.grad = None
         return norm
+
+    def _update(self, gradients: Sequence[Tensor], rate: Tensor, fine: Tensor) -> None:
+        self.steps += 1
+        (beta1, beta2), eps = (0.9, 0.999), 1e-8
+        correct1, correct2 = 1 - beta1**self.steps, math.sqrt(1 - beta2**self.steps)
+        for p, g, m, v in zip(self.parameters, gradients, self.mean, self.square, strict=True):
+            m.lerp_(g, _rows((1 - beta1) * fine, p))
+            v.lerp_(g * g, _rows((1 - beta2) * fine, p))
+            r = _rows(rate, p)
+            p.mul_(1 - r * self.weight_decay)
+            p.addcdiv_(m * (-r / correct1), v.sqrt().div_(correct2).add_(eps))
+
+
+def _rows(values: Tensor, stack: Tensor) -> Tensor:
+    """(A,) to broadcast against the rows of a stack (A, ...)."""
+    return values.view(-1, *(1,) * (stack.dim() - 1)).to(stack.dtype)

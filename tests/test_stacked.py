@@ -70,7 +70,7 @@ def test_adapters_travel_back_to_their_models():
     with torch.no_grad():
         for parameter in stacked.trainable().values():
             parameter.mul_(2)
-    assert stacked.unstack() == built
+    assert stacked.unstack() == built and "ranks=[2, 5, 3]" in repr(stacked)
     for model, old in zip(built, before, strict=True):
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter, old[name] * (2 if parameter.requires_grad else 1))

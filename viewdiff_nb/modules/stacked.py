@@ -60,6 +60,9 @@ class StackedLoRALinear(LoRALinearLayer):
         low = low.flatten(1, 2)  # (A, B T, R)
         return y + ((low * self.scale) @ self.lora_up.transpose(1, 2)).view_as(y)
 
+    def extra_repr(self) -> str:
+        return f"{nn.Linear.extra_repr(self)}, ranks={self.ranks}, pose_dim={self.pose_dim}"
+
     def _split_down(self) -> tuple[Tensor, Tensor]:
         return self.lora_down.split((self.in_features, self.pose_dim), 2)
 

@@ -21,13 +21,13 @@ import torch
 from .. import __version__
 from ..faces.splits import Split
 from ..metrics import recognition_by_yaw
-from ..paths import FIGURES, RUNS
 from ..training.config import TrainConfig, choose_device
 from ..training.evaluation import predict
 from ..training.together import refusal, shared_part, train_together
 from ..training.trainer import TrainResult, train
 from .adaptation import BOUNDARY, COMMON, FAST, FULL, Profile, base_model, default_workers, load_split, parameter_counts
 from .benchmark import TrainingStep, machine
+from .command import study_arguments
 from .store import Store
 
 AXES = ("rank", "voxel_resolution", "lora_alpha", "lambda_prior", "lora_lr")
@@ -231,18 +231,17 @@ def _parallel(backend: str, workers: int) -> _Parallel:
     return _Parallel(backend, workers)
 
 
-def main() -> None:
-    from tqdm.auto import tqdm
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fast", action="store_true", help="a small grid on few people")
+def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=BACKENDS, default="loky")
     parser.add_argument("--workers", type=int)
     parser.add_argument("--together", type=int, help="cells of one pass at most")
-    parser.add_argument("--out", type=Path, help="by default figures/, with --fast runs/fast/figures")
-    arguments = parser.parse_args()
-    profile, grid = (FAST, FAST_GRID) if arguments.fast else (FULL, Grid())
-    out = arguments.out or (RUNS / "fast" / "figures" if arguments.fast else FIGURES)
+
+
+def main() -> None:
+    from tqdm.auto import tqdm
+
+    arguments = study_arguments(__doc__, more=_flags)
+    profile, grid, out = *((FAST, FAST_GRID) if arguments.fast else (FULL, Grid())), arguments.out
     cells = run_grid(grid, load_split(profile), profile, arguments.backend, arguments.workers, arguments.together, tqdm)
     out.mkdir(parents=True, exist_ok=True)
     cells.to_csv(out / "ablation_cells.csv", index=False)

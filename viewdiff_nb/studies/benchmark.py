@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..faces.views import FaceViews
-from ..training.batches import FaceBatch
+from ..training.batches import take
 from ..training.config import TrainConfig, choose_device
 from ..training.objective import Objective
 from ..training.optimiser import build_optimizer
@@ -30,7 +30,7 @@ class TrainingStep:
         self.optimizer = build_optimizer(self.model, config)
         self.trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
         index = torch.arange(batch_size, device=self.device) % len(faces)
-        self.batch = FaceBatch(faces.src[index], faces.angles[index], faces.keypoints_3d[index], faces.person[index])
+        self.batch = take(faces, index)
         base = kept = None
         if config.use_prior_preservation:
             base = config.build_model(faces.feature_dim, base=True).to(self.device)

@@ -27,9 +27,9 @@ class Store:
 
     def get(self, key: dict, make: Callable[[Path], dict]) -> dict:
         """The stored result of key, or make(path), stored; make may put further files beside path."""
+        if (found := self.find(key)) is not None:
+            return found
         path = self.path(key)
-        if path.is_file():
-            return json.loads(path.read_text())
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps({"key": key} | make(path)))

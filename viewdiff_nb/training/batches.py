@@ -65,7 +65,7 @@ def feed(
     """
     if not faces.on_disk and faces.device.type == device.type:
         for index in index_batches:
-            yield _batch(faces, index)
+            yield take(faces, index)
         return
     indices = [index.cpu().numpy() for index in index_batches]  # a tensor would cost a worker a file handle
     loader = DataLoader(_Batches(faces), batch_size=None, sampler=indices, num_workers=num_workers,
@@ -82,10 +82,11 @@ class _Batches(Dataset):
         self.faces = faces
 
     def __getitem__(self, index) -> FaceBatch:
-        return _batch(self.faces, torch.from_numpy(index))
+        return take(self.faces, torch.from_numpy(index))
 
 
-def _batch(faces: FaceViews, index: Tensor) -> FaceBatch:
+def take(faces: FaceViews, index: Tensor) -> FaceBatch:
+    """The side views in index, (B,)."""
     return FaceBatch(faces.src[index], faces.angles[index], faces.keypoints_3d[index], faces.person[index])
 
 

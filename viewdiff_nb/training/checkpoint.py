@@ -102,7 +102,7 @@ def _read(path: Path, device: torch.device | str) -> Any:
         return torch.load(path, map_location=device, weights_only=True)
     except CheckpointError:
         raise
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, NotImplementedError, pickle.UnpicklingError,
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError,
             zipfile.BadZipFile) as error:  # fmt: skip
         reason = str(error).split("\n")[0].split(". ")[0]  # torch goes on to advise against its own safeguard
         raise CheckpointError(f"{path} is truncated, damaged or no checkpoint: {reason}") from error

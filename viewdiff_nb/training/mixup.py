@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..faces.geometry import normalise_keypoints
 from ..faces.views import FaceViews
-from .batches import FaceBatch
+from .batches import FaceBatch, draw_batches
+from .config import TrainConfig
 
 REACH = 0.01  # partners are at most this share of the set away when its views are ordered by yaw
 
@@ -42,6 +43,14 @@ class Mixup:
         sizes = [len(batch) for batch in batches]
         pairs = [torch.cat(pair) for pair in zip(index.split(sizes), partner.split(sizes), strict=True)]
         return pairs, list(weight.split(sizes))
+
+
+def draw_epoch(
+    faces: FaceViews, config: TrainConfig, mixup: Mixup | None, generator: torch.Generator
+) -> tuple[Sequence[Tensor], list[Tensor] | None]:
+    """Indices of an epoch's batches, and with mix-up, where partners stand behind, the weights; see `Mixup.pair`."""
+    rows = draw_batches(faces, config, generator)
+    return mixup.pair(rows, generator) if mixup else (rows, None)
 
 
 def mix(batch: FaceBatch, weight: Tensor) -> tuple[FaceBatch, Tensor]:

@@ -16,11 +16,11 @@ from torch.func import vmap
 from ..faces.views import FaceViews
 from ..modules.prior import PriorPreservationDataset, PriorPreservationLoss
 from ..modules.stacked import StackedAdapters
-from .batches import FaceBatch, count_batches, draw_batches, place, views_to_train
+from .batches import count_batches, place, take, views_to_train
 from .config import TrainConfig, choose_device
 from .evaluation import evaluate
 from .losses import LOSSES, mean_loss
-from .mixup import Mixup, mix
+from .mixup import Mixup, draw_epoch, mix
 from .objective import amp_dtype_for
 from .optimiser import StackedAdamW, warmup_cosine
 from .prepare import prepare_model
@@ -124,12 +124,7 @@ class _Pass:
 
     def _draw(self) -> tuple[list[Tensor], list[Tensor] | None]:
         """For each batch the rows of all runs (A, B), with mix-up (A, 2 B), and the weights (A, B)."""
-        drawn = []
-        for config, generator in zip(self.configs, self.generators, strict=True):
-            rows, weights = draw_batches(self.faces, config, generator), None
-            if self.mixup:
-                rows, weights = self.mixup.pair(rows, generator)
-            drawn.append((rows, weights))
+        drawn = [draw_epoch(self.faces, self.configs[0], self.mixup, generator) for generator in self.generators]
         rows = [torch.stack(batch) for batch in zip(*(r for r, _ in drawn), strict=True)]
         if not self.mixup:
             return rows, None
@@ -140,7 +135,7 @@ class _Pass:
         runs, partner = len(rows), None
         if weight is not None:  # first halves of all runs, then second halves, as mix wants them
             rows = torch.cat([half.flatten() for half in rows.chunk(2, 1)])
-        batch = self._take(rows.flatten())
+        batch = take(self.faces, rows.flatten())
         if weight is not None:
             batch, partner = mix(batch, weight.flatten())
             partner = partner.view(runs, -1)
@@ -165,10 +160,6 @@ class _Pass:
         if partner is None:
             return vmap(lambda p, o: mean_loss(loss, self.front, p, o))(predicted, person)
         return vmap(lambda *a: mean_loss(loss, self.front, *a))(predicted, person, partner, weight)
-
-    def _take(self, index: Tensor) -> FaceBatch:
-        faces = self.faces
-        return FaceBatch(faces.src[index], faces.angles[index], faces.keypoints_3d[index], faces.person[index])
 
 
 def _join(own: Tensor, kept: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,14 +17,14 @@ from ..metrics import FAR
 from ..modules.transformer import EnhancedTransformerDecoderOnly3D
 from ..paths import writable_folder
 from . import checkpoint
-from .batches import count_batches, draw_batches, feed, place, views_to_train
+from .batches import count_batches, feed, place, views_to_train
 from .config import TrainConfig
 from .diagnosis import TrainingAdvice, TrainingDiverged, advice, divergence_advice, find_cause, memory_advice
 from .evaluation import evaluate
 from .interrupt import StopRequest, TrainingInterrupted
 from .logs import TrainingLog
 from .losses import LOSSES
-from .mixup import Mixup
+from .mixup import Mixup, draw_epoch
 from .objective import Objective
 from .optimiser import build_optimizer, warmup_cosine
 from .parallel import OneProcess, SeveralProcesses, connect
@@ -229,19 +229,17 @@ class _Run:
         state.seconds += time.perf_counter() - started
         return True
 
-    def _draw(self) -> tuple[tuple[Tensor, ...] | list[Tensor], list[Tensor] | None]:
+    def _draw(self) -> tuple[Sequence[Tensor], list[Tensor] | None]:
         """Indices and mixing weights of all batches of the epoch; the same again if it is resumed."""
         state, now = self.state, self.state.generator.get_state()
         if state.batch:
             state.generator.set_state(state.order)
         else:
             state.order = now
-        rows, weights = draw_batches(self.faces, self.config, state.generator), None
-        if self.mixup:
-            rows, weights = self.mixup.pair(rows, state.generator)
+        drawn = draw_epoch(self.faces, self.config, self.mixup, state.generator)
         if state.batch:
             state.generator.set_state(now)
-        return rows, weights
+        return drawn
 
     def _step(self) -> Tensor:
         """Clip the gradient and update; returns its norm before. A gradient that is not finite changes nothing."""
@@ -257,7 +255,7 @@ class _Run:
         state.steps += 1
         return norm
 
-    def _check(self, rows: list[Tensor], weights: list[Tensor] | None) -> None:
+    def _check(self, rows: Sequence[Tensor], weights: list[Tensor] | None) -> None:
         """
         Raises:
             TrainingDiverged: if a batch of this epoch had no finite loss or gradient.

@@ -3,13 +3,17 @@
 import os
 import platform
 import time
-from dataclasses import replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..faces.views import FaceViews
+from ..modules.prior import PriorPreservationDataset
 from ..training.batches import take
 from ..training.config import TrainConfig, choose_device
 from ..training.objective import Objective
@@ -18,15 +22,34 @@ from .adaptation import ADAPTATIONS, COMMON
 
 
 class TrainingStep:
-    """One optimiser step of a configuration on a fixed batch, without data loading."""
+    """One optimiser step of a configuration on a fixed batch, without data loading.
 
-    def __init__(self, config: TrainConfig, faces: FaceViews, batch_size: int, amp: bool) -> None:
+    Args:
+        config: of the run; what its base model was trained to does not matter here.
+        faces: on the device; the batch is its first views, over again if they are too few.
+        batch_size: B.
+        amp: mixed precision: False; True, with the dtype that training would take; or a dtype. float16 brings a
+            gradient scaler.
+        model: to train instead of the one that config describes.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        faces: FaceViews,
+        batch_size: int,
+        amp: bool | torch.dtype,
+        model: nn.Module | None = None,
+    ) -> None:
         torch.manual_seed(config.seed)
         self.device = faces.device
         self.allocated_before = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
-        self.model = config.build_model(faces.feature_dim).to(self.device).train()
-        if config.use_lora_attention:
-            self.model.freeze_base()
+        if model is None:
+            model = config.build_model(faces.feature_dim)
+            nn.init.normal_(model.output.weight, std=0.02)  # zero in a new model: no gradient would pass it
+            if config.use_lora_attention:
+                model.freeze_base()
+        self.model = model.to(self.device).train()
         self.optimizer = build_optimizer(self.model, config)
         self.trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
         index = torch.arange(batch_size, device=self.device) % len(faces)
@@ -35,18 +58,28 @@ class TrainingStep:
         if config.use_prior_preservation:
             base = config.build_model(faces.feature_dim, base=True).to(self.device)
             kept = faces.where(index)
-        config = replace(config, use_amp=amp, batch_size=batch_size)
+        config = replace(config, use_amp=bool(amp), batch_size=batch_size)
         self.objective = Objective(config, self.model, faces.front, self.device, base, kept)
+        if isinstance(amp, torch.dtype):
+            self.objective.amp_dtype = amp
+        scaled = self.objective.amp_dtype is torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self.generator = torch.Generator().manual_seed(config.seed)
 
     def forward(self) -> Tensor:
         return self.objective(self.batch, None, self.generator).loss
 
     def __call__(self) -> None:
-        self.forward().backward()
+        self.scaler.scale(self.forward()).backward()
+        self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.trainable, 1.0)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def compile(self, **options) -> None:
+        """Let torch.compile make one program of model and loss; it is compiled in the next step."""
+        self.forward = torch.compile(self.forward, dynamic=False, **options)
 
     def memory(self) -> int:
         """Bytes of a training step.
@@ -61,24 +94,190 @@ class TrainingStep:
             self()
             return torch.cuda.max_memory_allocated(self.device) - self.allocated_before
         self()  # so that the optimiser has its state
-        parameters = (self.objective.task or self.model).parameters()  # with prior preservation the teacher's, too
-        weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters}
+        states = [v for state in self.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+        return (self._weights() + _nbytes(self.trainable) + sum(v.numel() * v.element_size() for v in states)
+                + self._kept())  # fmt: skip
+
+    def traffic(self) -> int:
+        """Bytes that a step moves at least, 2 W + 2 A + 5 G + 6 T.
+
+        W: all weights, read by the forward and by the backward pass. A: what the forward pass keeps for the backward
+        pass, written once and read once. G: gradients, written, read for their norm, read and written by clipping,
+        read by the optimiser. T: trainable weights; AdamW reads and writes them and their two moments. Tensors that
+        live within one pass only are left out, and so is what is rendered again in the backward pass.
+        """
+        trainable = _nbytes(self.trainable)  # gradients have the weights' dtype
+        return 2 * self._weights() + 2 * self._kept() + (5 + 6) * trainable
+
+    def operations(self) -> int:
+        """Floating-point operations of the matrix products and convolutions of a step."""
+        with FlopCounterMode(display=False) as counter:
+            self()
+        return counter.get_total_flops()
+
+    def _weights(self) -> int:
+        """Bytes of all weights, with prior preservation the teacher's, too."""
+        return _nbytes((self.objective.task or self.model).parameters())
+
+    def _kept(self) -> int:
+        """Bytes that a forward pass keeps for the backward pass, beside the weights."""
+        own = {p.untyped_storage().data_ptr() for p in (self.objective.task or self.model).parameters()}
         kept: dict[int, int] = {}
+        alive = []  # or a storage that is freed within the forward pass would give its address to another
 
         def keep(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in weights:
+            if storage.data_ptr() not in own:
                 kept[storage.data_ptr()] = storage.nbytes()
+                alive.append(storage)
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = self.forward()
         loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
-        gradients = sum(p.numel() * p.element_size() for p in self.trainable)
-        states = [v for state in self.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
-        return (sum(weights.values()) + gradients + sum(v.numel() * v.element_size() for v in states)
-                + sum(kept.values()))  # fmt: skip
+        return sum(kept.values())
+
+
+def _nbytes(parameters) -> int:
+    return sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters}.values())
+
+
+class PriorRows:
+    """Prior samples whose rows lie in a buffer on the device, so that drawing them is no part of a captured step.
+
+    It stands in for the `PriorPreservationDataset` of an `Objective`.
+    """
+
+    def __init__(self, dataset: PriorPreservationDataset, count: int) -> None:
+        self.dataset = dataset
+        self.rows = torch.zeros(count, dtype=torch.long, device=dataset.src.device)
+
+    def draw(self, generator: torch.Generator) -> None:
+        self.rows.copy_(self.dataset.draw(len(self.rows), generator))
+
+    def sample(self, count: int, generator: torch.Generator) -> dict:
+        """The samples of the rows drawn last; count and generator are the buffer's affair."""
+        return self.dataset[self.rows]
+
+
+class CapturedStep:
+    """A training step as one CUDA graph: forward, backward, clipping and optimiser are one launch.
+
+    Another batch is trained on by copying it into `step.batch`, another learning rate by writing to the tensors
+    group["lr"] of the optimiser. `warmup` steps are done eagerly first, and they are training steps; the capture itself
+    computes nothing.
+
+    Args:
+        step: to capture; it is no longer called by itself.
+        warmup: at least one, so that the optimiser's state exists.
+    """
+
+    def __init__(self, step: TrainingStep, warmup: int = 3) -> None:
+        self.step, self.device = step, step.device
+        for group in step.optimizer.param_groups:
+            group["capturable"] = True
+            group["lr"] = torch.tensor(group["lr"], device=self.device)
+        self.rows = None
+        if (objective := step.objective).prior is not None:
+            self.rows = PriorRows(objective.prior, objective.config.prior_count(len(step.batch.person)))
+            objective.prior = self.rows
+        aside = _side_stream(self.device)
+        aside.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(aside):
+            for _ in range(warmup):
+                self._draw()
+                step()
+        torch.cuda.current_stream(self.device).wait_stream(aside)
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=aside):
+            step()
+        self.peak = torch.cuda.max_memory_allocated(self.device) - step.allocated_before
+
+    def __call__(self) -> None:
+        self._draw()
+        self.graph.replay()
+
+    def memory(self) -> int:
+        """Bytes: the peak that was allocated during the capture, beyond what was there before the step was built."""
+        return self.peak
+
+    def _draw(self) -> None:
+        if self.rows is not None:
+            self.rows.draw(self.step.generator)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: the matrix library keeps a workspace for every stream."""
+    return torch.cuda.Stream(device)
+
+
+@dataclass
+class Timing:
+    """What `side_by_side` found out about one step.
+
+    seconds: of a step, one mean per round. memory: bytes. error: why there are none.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    memory: int = 0
+    error: str = ""
+
+    def row(self) -> dict:
+        """ms (median over rounds), ms_low and ms_high (quartiles), memory_mb; without times if there is an error."""
+        if self.error:
+            return {"error": self.error}
+        ms = 1e3 * torch.tensor(self.seconds)
+        low, median, high = ms.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+        return {"ms": median, "ms_low": low, "ms_high": high, "memory_mb": self.memory / 1e6}
+
+
+def side_by_side(
+    makers: dict[Hashable, Callable[[], TrainingStep | CapturedStep]],
+    rounds: int,
+    steps: int | None = None,
+    seconds: float = float("inf"),
+) -> dict[Hashable, Timing]:
+    """Time of steps that take turns, so that a machine that gets slower for a while slows all of them.
+
+    A step that cannot be built or run, for want of memory say, has its error as its result; the others go on.
+
+    Args:
+        makers: each builds a step, on one and the same device.
+        rounds: at most.
+        steps: of a round; None for as many as take a thirtieth of a second.
+        seconds: no further round begins after that, but the third.
+    """
+    runs, found = {}, {name: Timing() for name in makers}
+
+    def attempt(name: Hashable, action: Callable) -> None:
+        try:
+            action()
+        except Exception as error:
+            runs.pop(name, None)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # what the failed one held
+            found[name].error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+
+    def build(name: Hashable) -> None:
+        run = makers[name]()
+        found[name].memory = run.memory()
+        counts[name] = steps or max(1, min(30, round(1 / 30 / _seconds(run, 1))))
+        runs[name] = run
+
+    counts: dict[Hashable, int] = {}
+    for name in makers:
+        attempt(name, lambda name=name: build(name))
+    started = time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - started > seconds:
+            break
+        for name in list(runs):
+            attempt(name, lambda name=name: found[name].seconds.append(_seconds(runs[name], counts[name])))
+    return found
 
 
 def speed_and_memory(
@@ -102,22 +301,11 @@ def speed_and_memory(
     rows = []
     for batch_size in batch_sizes:
         for use_amp in amp:
-            runs, memory = {}, {}
-            for name in names:
-                changes = {k: v for k, v in ADAPTATIONS[name].items() if k not in ("freeze_base", "min_yaw")}
-                if changes.get("use_prior_preservation"):
-                    changes["base_model_path"] = "built here"
-                runs[name] = TrainingStep(replace(COMMON, **changes), faces, batch_size, use_amp)
-                memory[name] = runs[name].memory()
-            times: dict[str, list[float]] = {name: [] for name in names}
-            for _ in range(rounds):
-                for name, run in runs.items():
-                    times[name].append(_seconds(run, steps))
-            for name in names:
-                ms = 1e3 * torch.tensor(times[name])
-                low, median, high = ms.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-                rows.append({"batch_size": batch_size, "amp": use_amp, "name": name, "ms": median, "ms_low": low,
-                             "ms_high": high, "memory_mb": memory[name] / 1e6})  # fmt: skip
+            makers = {name: partial(TrainingStep, step_config(name), faces, batch_size, use_amp) for name in names}
+            for name, timing in side_by_side(makers, rounds, steps).items():
+                if timing.error:
+                    raise RuntimeError(f"{name}, batch {batch_size}: {timing.error}")
+                rows.append({"batch_size": batch_size, "amp": use_amp, "name": name} | timing.row())
     table = pd.DataFrame(rows)
     first = table[table["name"] == names[0]].set_index(["batch_size", "amp"])
     same = pd.MultiIndex.from_frame(table[["batch_size", "amp"]])
@@ -126,7 +314,15 @@ def speed_and_memory(
     return table
 
 
-def _seconds(run: TrainingStep, steps: int) -> float:
+def step_config(name: str) -> TrainConfig:
+    """The configuration of one of `ADAPTATIONS`, as `TrainingStep` takes it: with a base that is built, not loaded."""
+    changes = {k: v for k, v in ADAPTATIONS[name].items() if k not in ("freeze_base", "min_yaw")}
+    if changes.get("use_prior_preservation"):
+        changes["base_model_path"] = "built here"
+    return replace(COMMON, **changes)
+
+
+def _seconds(run: TrainingStep | CapturedStep, steps: int) -> float:
     wait = torch.cuda.synchronize if run.device.type == "cuda" else lambda: None
     wait()
     started = time.perf_counter()

@@ -1,18 +1,36 @@
 #!/usr/bin/env bash
-# What a GPU is asked, step by step; results go to the folder OUT.
-#   OUT=folder bash benchmarks/gpu/run.sh [tests] [one_pass] [loop] [grid]      by default all, about 20 minutes on an H200
+# What a GPU is asked, step by step; results go to the folder OUT. Without steps all of them, about 40 minutes on an H200.
+#   OUT=folder bash benchmarks/gpu/run.sh [tests] [speed] [compiled] [quality] [one_pass] [loop] [grid]
+# Time limits in seconds: SPEED_SECONDS, COMPILED_SECONDS, QUALITY_SECONDS. What was not reached is said so in the tables;
+# quality goes on where it was when it is started again. Trainings side by side: WORKERS.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 : "${OUT:?a folder for the results}"
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 VIEWDIFF_NB_RUNS=${VIEWDIFF_NB_RUNS:-$OUT/runs}
+mkdir -p "$OUT"
+export PYTHONPATH=$PWD:${PYTHONPATH:-} PYTHONUNBUFFERED=1 VIEWDIFF_NB_RUNS=${VIEWDIFF_NB_RUNS:-$OUT/runs}
 PYTHON=${PYTHON:-python3}
-for step in "${@:-tests one_pass loop grid}"; do
+for step in "${@:-tests speed compiled quality one_pass loop grid}"; do
     for part in $step; do
         echo "== $part"
         case $part in
         tests)
-            $PYTHON -m pytest -q -p no:cacheprovider -k "cuda or float16" tests/test_behaviour.py tests/test_stacked.py \
-                tests/test_together.py tests/test_resume.py 2>&1 | tee "$OUT/tests.txt" | tail -5
+            timeout 150 $PYTHON -m pytest -q -p no:cacheprovider -k "cuda or float16" tests/test_behaviour.py \
+                tests/test_stacked.py tests/test_together.py tests/test_resume.py tests/test_benchmark.py \
+                2>&1 | tee "$OUT/tests.txt" | tail -25
+            ;;
+        speed)
+            timeout $((${SPEED_SECONDS:-900} + 60)) $PYTHON benchmarks/gpu/speed.py "$OUT/speed.csv" \
+                --seconds "${SPEED_SECONDS:-900}"
+            ;;
+        compiled)
+            timeout $((${COMPILED_SECONDS:-300} + 60)) $PYTHON benchmarks/gpu/speed.py "$OUT/compiled.csv" \
+                --seconds "${COMPILED_SECONDS:-300}" --batches 32 2048 128 --precisions bf16 \
+                --modes eager graph compiled "compiled graph" \
+                --names "full fine-tuning" "LoRA r=8" "LoRA r=8 + 3-D projection"
+            ;;
+        quality)
+            timeout $((${QUALITY_SECONDS:-3600} + 60)) $PYTHON benchmarks/gpu/quality.py "$OUT/quality" --seeds 20 \
+                --module-seeds 0 --recipe-seeds 0 --workers "${WORKERS:-8}" --seconds "${QUALITY_SECONDS:-3600}"
             ;;
         one_pass)
             for precision in fp32 bf16; do

@@ -1,0 +1,256 @@
+"""Forgetting against adaptation: what each weight of the prior keeps of a base, and what it costs beyond.
+
+The base of the main study, trained on |yaw| < 45 degrees with seed 0, is adapted to |yaw| >= 45 degrees by LoRA and
+by full fine-tuning, for several weights lambda of the prior and several seeds of the adaptation. LoRA with all weights
+of a seed is trained in one pass. All runs of a seed see the same views and the same prior samples in the same order;
+with lambda 0 the prior samples are there and weigh nothing.
+
+Both sides of 45 degrees are scored alone, so TAR has a threshold of the side's own. With one threshold for all views,
+as in the tables of the main study, near-frontal TAR falls when side views move the threshold, though nothing is
+forgotten.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from torch import nn
+
+from ..faces.splits import Split
+from ..metrics import FAR, recognition_by_yaw
+from ..plots import MARKERS
+from ..training.config import TrainConfig
+from ..training.diagnosis import TrainingAdvice
+from ..training.evaluation import predict
+from ..training.prepare import prepare_model
+from ..training.together import train_together
+from ..training.trainer import train
+from .adaptation import BOUNDARY, COMMON, FINE_TUNING, LORA_8, Profile, base_model, default_workers, score
+from .significance import Estimate
+from .store import Store
+from .tables import Results, difference, mean_interval
+
+METHODS = {"LoRA r=8": LORA_8, "full fine-tuning": FINE_TUNING}
+LAMBDAS = (0.0, 0.1, 1.0, 10.0)
+KEPT, GAINED = "0-45", "45-90"  # degrees of |yaw|: what the base was trained on, and what it is adapted to
+RATES = {"rank1": "rank-1", "tar": "TAR at FAR 1e-3"}
+COLOURS = sns.color_palette("colorblind")
+
+
+def name_of(method: str, weight: float) -> str:
+    """Of an adaptation, in results."""
+    return f"{method}, lambda {weight:g}"
+
+
+def run_forgetting(
+    split: Split,
+    profile: Profile,
+    lambdas: Sequence[float] = LAMBDAS,
+    seeds: Iterable[int] = range(3),
+    epochs: int = 1,
+    workers: int | None = None,
+    progress: Callable | None = None,
+) -> Results:
+    """Results of ("base", 0) and of (`name_of` method and lambda, seed); what is stored is not trained again.
+
+    Args:
+        lambdas, seeds: of the adaptations.
+        epochs: of each.
+        workers: trainings side by side, by default `default_workers`.
+        progress: wraps an iterator of trainings, given total; e.g. tqdm.
+
+    Returns:
+        for each {val, test}: rates by side, `KEPT` and `GAINED`; test_people: `RATES` in resamples of the people;
+        train_seconds, but for the base.
+
+    Raises:
+        FloatingPointError, TrainingDiverged: if an adaptation diverged.
+    """
+    import joblib
+
+    store = Store(split)
+    base, _ = base_model(store, split, profile, seed=0)
+    common = replace(COMMON, use_prior_preservation=True, epochs=epochs, base_model_path=str(base))
+    configs = {(name_of(method, weight), seed): replace(common, **options, lambda_prior=float(weight), seed=seed)
+               for seed in seeds for method, options in METHODS.items() for weight in lambdas}  # fmt: skip
+    missing = [config for config in configs.values() if store.find(_key(config)) is None]
+    jobs = [group for seed in dict.fromkeys(c.seed for c in missing)
+            if (group := [c for c in missing if c.seed == seed and c.use_lora_attention])]  # fmt: skip
+    jobs += [[config] for config in missing if not config.use_lora_attention]
+    if jobs:
+        side_by_side = min(default_workers() if workers is None else workers, len(jobs))
+        run = joblib.Parallel(side_by_side, return_as="generator_unordered", batch_size=1)
+        done = run(joblib.delayed(_train_and_keep)(store, split, job) for job in jobs)
+        for _ in progress(done, total=len(jobs)) if progress else done:
+            pass
+    untrained = replace(common, use_prior_preservation=False)
+    scores = store.get(_key(untrained) | {"name": "forgetting, base"},
+                       lambda _: _score(prepare_model(untrained, split.test.feature_dim)[0], split))  # fmt: skip
+    return {("base", 0): scores} | {job: store.find(_key(config)) for job, config in configs.items()}
+
+
+def _key(config: TrainConfig) -> dict:
+    named = replace(config, base_model_path=Path(config.base_model_path).name)  # wherever the base lies
+    return {"name": "forgetting", "config": named.to_dict()}
+
+
+def _train_and_keep(store: Store, split: Split, configs: list[TrainConfig]) -> None:
+    """Train configs, several in one pass; score and store each."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TrainingAdvice)  # a prior that is too weak is here on purpose
+        if configs[0].use_lora_attention:
+            runs = train_together(configs, split.train, split.val)
+        else:
+            runs = [train(config, split.train, split.val, progress=False) for config in configs]
+    for config, run in zip(configs, runs, strict=True):
+        if run.stopped == "diverged":
+            raise FloatingPointError(f"lambda {config.lambda_prior:g}, seed {config.seed}: the loss is not finite")
+        scores = _score(run.model, split) | {"train_seconds": run.train_seconds}
+        store.get(_key(config), lambda _, scores=scores: scores)
+
+
+def _score(model: nn.Module, split: Split) -> dict:
+    """Rates of each side of 45 degrees alone, as `run_forgetting` returns them."""
+    scores: dict[str, dict] = {"val": {}, "test": {}, "test_people": {}}
+    for part in ("val", "test"):
+        faces = getattr(split, part)
+        predicted = predict(model, faces)
+        for where, side in ((KEPT, faces.abs_yaw < BOUNDARY), (GAINED, faces.abs_yaw >= BOUNDARY)):
+            found, own = predicted[side], faces.where(side)
+            if part == "val":
+                scores["val"][where] = recognition_by_yaw(found, own.front, own.person, own.abs_yaw)["all"]
+                continue
+            of_side = score(found, own, "test", (FAR,))
+            scores["test"][where] = of_side["test"]["all"]
+            scores["test_people"][where] = {rate: of_side["test_people"]["all"][rate] for rate in RATES}
+    return scores
+
+
+def _methods(results: Results) -> dict[str, list[float]]:
+    """The lambdas of each method of results, in rising order."""
+    found: dict[str, set[float]] = {}
+    for name, _ in results:
+        if name != "base":
+            method, _, weight = name.rpartition(", lambda ")
+            found.setdefault(method, set()).add(float(weight))
+    return {method: sorted(weights) for method, weights in found.items()}
+
+
+def changes(results: Results) -> pd.DataFrame:
+    """What adaptation has done to the base, on test people.
+
+    Returns:
+        a row per method, lambda (column weight), rate of `RATES` and side of 45 degrees (column where: `KEPT` or
+        `GAINED`); mean and half of rate(adapted) - rate(base), paired by people, its 95 % interval over people and
+        seeds.
+    """
+    rows = []
+    for method, weights in _methods(results).items():
+        for weight in weights:
+            for rate in RATES:
+                for where in (KEPT, GAINED):
+                    apart = difference(results, name_of(method, weight), "base", rate, where)
+                    rows.append({"method": method, "weight": weight, "rate": rate, "where": where,
+                                 "mean": apart.mean, "half": apart.half})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def changes_table(results: Results) -> pd.DataFrame:
+    """`changes` as text: a row per method and lambda, a column per rate and side, e.g. '-0.011 ± 0.005'."""
+    rows: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
+    sides = {KEPT: "|yaw| < 45°", GAINED: "|yaw| ≥ 45°"}
+    for row in changes(results).itertuples():
+        cell = f"{row.mean:+.3f} ± {row.half:.3f}"
+        rows.setdefault((row.method, f"{row.weight:g}"), {})[sides[row.where], RATES[row.rate]] = cell
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["adapted by", "lambda"])
+    columns = [(side, rate) for side in sides.values() for rate in RATES.values()]
+    return table[columns].set_axis(pd.MultiIndex.from_tuples(columns), axis=1)
+
+
+def forgetting_figure(found: pd.DataFrame, note: str = "") -> Figure:
+    """What is kept below 45 degrees (up) against what is gained beyond (right), a point per method and lambda.
+
+    Args:
+        found: of `changes`.
+        note: below the picture.
+    """
+    fig, axes = plt.subplots(1, len(RATES), figsize=(10, 4), layout="constrained")
+    weights = sorted(found["weight"].unique())
+    for ax, (rate, words) in zip(axes, RATES.items(), strict=True):
+        of_rate = found[found["rate"] == rate]
+        for colour, method in zip(COLOURS, of_rate["method"].unique(), strict=False):
+            rows = of_rate[of_rate["method"] == method]
+            kept, gained = (rows[rows["where"] == where].set_index("weight") for where in (KEPT, GAINED))
+            ax.plot(gained["mean"], kept["mean"], ":", color=colour, zorder=1, label=method)
+            for weight in kept.index:
+                ax.errorbar(gained["mean"][weight], kept["mean"][weight], kept["half"][weight], gained["half"][weight],
+                            color=colour, marker=MARKERS[weights.index(weight)], elinewidth=0.8)  # fmt: skip
+        ax.axhline(0, color="0.6", linewidth=1, zorder=0)
+        ax.set(xlabel="gained at |yaw| ≥ 45°, against the base", ylabel="change at |yaw| < 45°")
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.set_title(words, loc="left", fontsize=10)
+    methods, _ = axes[0].get_legend_handles_labels()
+    shapes = [Line2D([], [], color="0.4", linestyle="", marker=MARKERS[i], label=f"lambda {weight:g}")
+              for i, weight in enumerate(weights)]  # fmt: skip
+    fig.legend(handles=[*methods, *shapes], loc="outside right center", frameon=False, fontsize=8.5)
+    if note:
+        fig.supxlabel(note, fontsize=7.5, color="0.35", x=0.01, ha="left")
+    sns.despine(fig)
+    return fig
+
+
+def _words(apart: Estimate) -> str:
+    told = "not told from 0" if apart.low <= 0 <= apart.high else "told from 0"
+    return f"{apart.mean:+.3f} ± {apart.half:.3f} ({told})"
+
+
+def findings(results: Results, rate: str = "tar") -> str:
+    """What is forgotten without a prior, and what each lambda changes against lambda 0, as a Markdown list.
+
+    Test people; differences are paired by seed and by people.
+    """
+    lines = []
+    for method, (zero, *weights) in _methods(results).items():
+        pairs = [(name_of(method, zero), "base"), *((name_of(method, w), name_of(method, zero)) for w in weights)]
+        for name, other in pairs:
+            kept, gained = (_words(difference(results, name, other, rate, where)) for where in (KEPT, GAINED))
+            against = "the base" if other == "base" else f"lambda {zero:g}"
+            lines.append(f"- {name} against {against}: {kept} below 45°, {gained} beyond.")
+    return "\n".join(lines)
+
+
+def recommendation(results: Results, rate: str = "tar") -> str:
+    """Which lambda to take for each method, and which method, as a Markdown list.
+
+    Chosen on validation people by the mean of both sides of 45 degrees; what it earns is stated on test people.
+    """
+
+    def on_validation(name: str) -> float:
+        found = [result["val"] for (other, _), result in results.items() if other == name]
+        return mean_interval((rates[KEPT][rate] + rates[GAINED][rate]) / 2 for rates in found)[0]
+
+    lines, best = [], []
+    for method, weights in _methods(results).items():
+        zero = name_of(method, weights[0])
+        chosen = max((name_of(method, w) for w in weights), key=on_validation)
+        best.append(chosen)
+        line = f"- **{chosen}** is the best of its kind on validation people"
+        if chosen != zero:
+            kept, gained = (_words(difference(results, chosen, zero, rate, where)) for where in (KEPT, GAINED))
+            line += f"; on test people {kept} below 45° and {gained} beyond, against {zero}"
+        lines.append(f"{line}.")
+    winner, *others = sorted(best, key=on_validation, reverse=True)
+    for other in others:
+        kept, gained = (_words(difference(results, winner, other, rate, where)) for where in (KEPT, GAINED))
+        lines.append(f"- Of these, **{winner}** is best on validation people; on test people {kept} below 45° and "
+                     f"{gained} beyond, against {other}.")  # fmt: skip
+    seeds = len({seed for name, seed in results if name != "base"})
+    lines.append(f"- {RATES[rate]}; " + ("one seed: take this for a smoke test." if seeds == 1 else f"{seeds} seeds."))
+    return "\n".join(lines)

@@ -41,6 +41,7 @@ data: $(VENV)/.heads
 	$(VENV)/bin/python -m viewdiff_nb.faces.build data/heads
 	$(VENV)/bin/python -m viewdiff_nb.faces.build data/heads_192 --people 400 --views 16 --seed 1 \
 		--recogniser mobilefacenet192
+	$(VENV)/bin/python -m viewdiff_nb.faces.shoot_turntable data/turntable
 	$(VENV)/bin/python -m viewdiff_nb.faces.build --sheet figures/heads_contact_sheet.png
 
 clean:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from viewdiff_nb.faces.alignment import fit_similarity
 from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE, rotation_matrix
 from viewdiff_nb.faces.raster import bake_attributes
 from viewdiff_nb.faces.render import (
@@ -14,7 +15,6 @@ from viewdiff_nb.faces.render import (
     PHOTO_SIZE,
     HeadRenderer,
     Mesh,
-    fit_similarity,
     project,
 )
 from viewdiff_nb.faces.scenes import Background, Light, sample_background, sample_light

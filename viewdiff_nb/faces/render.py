@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .alignment import fit_similarity
 from .geometry import ARCFACE_TEMPLATE, rotation_matrix
 from .raster import draw_mesh
 from .scenes import GAMMA, Background, Light, check_numbers
@@ -44,30 +45,6 @@ class Mesh:
         check_numbers("mesh normals", self.normals, (count, 3))
         check_numbers("mesh texture coordinates", self.uv, (count, 2), 0, 1)
         check_numbers("mesh faces", self.faces, (None, 3), 0, count - 1)
-
-
-def fit_similarity(source, target):
-    """The similarity transform that moves points closest to others (Umeyama 1991), without mirroring.
-
-    Args:
-        source: (N, 2) points, not all in one place.
-        target: (N, 2) where they should go.
-
-    Returns:
-        (2, 3) matrix A; a point p goes to A[:, :2] p + A[:, 2].
-    """
-    source = check_numbers("source points", source, (None, 2))
-    target = check_numbers("target points", target, source.shape)
-    source_mean, target_mean = source.mean(0), target.mean(0)
-    from_source, from_target = source - source_mean, target - target_mean
-    variance = (from_source**2).sum() / len(source)
-    if variance < 1e-12:
-        raise ValueError(f"the source points must not all coincide, they lie at {source_mean.tolist()}")
-    left, strength, right = np.linalg.svd(from_target.T @ from_source / len(source))
-    signs = np.array([1.0, np.sign(np.linalg.det(left) * np.linalg.det(right))])  # -1 would mirror
-    rotation = left @ np.diag(signs) @ right
-    scale = (strength * signs).sum() / variance
-    return np.column_stack([scale * rotation, target_mean - scale * rotation @ source_mean])
 
 
 def rotation(angles):

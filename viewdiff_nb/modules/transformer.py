@@ -1,5 +1,7 @@
 """The frontaliser: from a side-view embedding, its head pose and keypoints to the frontal embedding."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,7 +9,7 @@ from torch import Tensor, nn
 from ..faces.geometry import KEYPOINT_NAMES, normalise_keypoints, to_face_frame
 from .attention import CrossViewAttention, PoseConditionedLoRAAttention, encode_pose
 from .lora import LoRALinearLayer
-from .projection import LightweightFaceProjectionLayer
+from .projection import FaceVolume, LightweightFaceProjectionLayer
 
 MEMORY_TOKENS = ("pose", *KEYPOINT_NAMES)
 LORA_TARGETS = ("attention", "feed_forward")
@@ -151,9 +153,7 @@ class EnhancedTransformerDecoderOnly3D(nn.Module):
         """
         self._check(src, angles, keypoints_3d)
         pose = angles if pose is None else pose
-        length = src.norm(dim=-1, keepdim=True)
-        unit = src / length.clamp_min(1e-12)
-        h = self.input(unit * self.feature_dim**0.5)  # entries of order 1
+        h, length = self._embed(src)
         memory = self.encode_memory(angles, keypoints_3d)
         if self.projection is not None:
             h = h + self.projection(h, keypoints_3d, source_pose=angles)
@@ -166,6 +166,37 @@ class EnhancedTransformerDecoderOnly3D(nn.Module):
         residual = self.output(self.norm(x[:, 0])).to(src.dtype) * length
         result = residual if return_residual else src + residual
         return (result, torch.stack(weights, 1)) if return_attention else result
+
+    def face_volume(
+        self,
+        src: Tensor,
+        angles: Tensor,
+        keypoints_3d: Tensor,
+        target_pose: Tensor | None = None,
+        resolution: int | None = None,
+    ) -> FaceVolume:
+        """What the projection layer sees on the way, for plots.
+
+        Args:
+            src, angles, keypoints_3d: as in `forward`.
+            target_pose: (B, 3) radians to render at; None for frontal, as the model does.
+            resolution: of the grid, if another than the model's; no weight depends on it.
+
+        Raises:
+            ValueError: if the model has no projection layer.
+        """
+        if self.projection is None:
+            raise ValueError("this model has no projection layer; build it with use_projection_layer=True")
+        self._check(src, angles, keypoints_3d)
+        layer = copy.copy(self.projection)  # the same weights
+        layer.voxel_resolution = resolution or layer.voxel_resolution
+        return layer(self._embed(src)[0], keypoints_3d, target_pose, angles, return_volume=True)[1]
+
+    def _embed(self, src: Tensor) -> tuple[Tensor, Tensor]:
+        """The feature token (B, d_model), and the embeddings' lengths (B, 1)."""
+        length = src.norm(dim=-1, keepdim=True)
+        unit = src / length.clamp_min(1e-12)
+        return self.input(unit * self.feature_dim**0.5), length  # entries of order 1
 
     def _meet_views(self, x: Tensor, blocks_done: int, view_mask: Tensor | None) -> Tensor:
         if self.cross_view is None or str(blocks_done) not in self.cross_view:

@@ -58,6 +58,7 @@ def train(
     model: nn.Module | None = None,
     on_epoch: Callable[[pd.DataFrame], None] | None = None,
     progress: bool = True,
+    stop: StopRequest | None = None,
 ) -> TrainResult:
     """Train as config says.
 
@@ -70,6 +71,7 @@ def train(
             range are used. They lie on the device as a whole if they fit (see `place`).
         model: to train instead of the one that config describes (a baseline, say).
         on_epoch: called with the history so far after every epoch, by the first process.
+        stop: set its `asked` from another thread to interrupt the run; with one process only.
 
     Raises:
         TrainingDiverged: if the loss is not finite; its result has the model at its last good state.
@@ -88,7 +90,8 @@ def train(
     if model is not None and (config.base_model_path or config.use_prior_preservation):
         raise ValueError("a model given to train() is trained as it is: base_model_path and prior preservation are "
                          "for models that the config builds")  # fmt: skip
-    result = connect(config).launch(_train, config, train_faces, val_faces, model, on_epoch, progress)
+    result = connect(config).launch(_train, config, train_faces, val_faces, model, on_epoch, progress,
+                                    stop or StopRequest())  # fmt: skip
     if result.stopped in ("finished", "early"):
         result.advice = advice(result.history, config)
     for sentence in result.advice:
@@ -117,8 +120,9 @@ class _Run:
         model: nn.Module | None,
         on_epoch: Callable[[pd.DataFrame], None] | None,
         progress: bool,
+        stop: StopRequest,
     ) -> None:
-        self.machines, self.config, self.on_epoch = machines, config, on_epoch
+        self.machines, self.config, self.on_epoch, self.stop = machines, config, on_epoch, stop
         self.device, first = machines.device, machines.rank == 0
         self.save_dir = writable_folder(config.save_dir) if config.save_dir and first else None
         log_dir = writable_folder(config.log_dir) if config.log_dir and first else None
@@ -168,7 +172,7 @@ class _Run:
         """Epochs, until they are done or something else ends the run."""
         state, config = self.state, self.config
         often = config.val_every <= config.epochs
-        with StopRequest() as stop:
+        with self.stop as stop:
             if config.base_model_path and often and not state.history:  # where the adaptation starts from
                 row = {"epoch": 0} | evaluate(state.model, self.val_faces, LOSSES[config.loss])
                 state.history.append(row)

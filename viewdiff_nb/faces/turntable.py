@@ -1,0 +1,137 @@
+"""Synthetic people on a turntable: one picture and one embedding for every step of yaw and pitch.
+
+A folder holds `metadata.json`, `features.npy` (float16 [P, pitches, yaws, D]), `keypoints.npy` (float32
+[P, pitches, yaws, 5, 3], pixels of the photo, x right, y down, z toward the camera), and one sheet of pictures a
+person, `NAME.webp`, a row a pitch and a column a yaw. `shoot_turntable.py` makes it. What the explorers show is
+therefore what the recogniser saw, not something in between.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..paths import TURNTABLE
+from .alignment import fit_similarity
+from .geometry import ARCFACE_TEMPLATE, rotation_matrix
+from .rows import FaceDataError
+from .views import FaceViews
+
+TEMPLATE_SIZE = 112  # pixels of the crop that `ARCFACE_TEMPLATE` is given in
+GREY = (128, 128, 128)  # around a picture that is rolled
+
+
+@dataclass(frozen=True)
+class Turntable:
+    """P people, each seen at every pitch and yaw of a grid.
+
+    names: P person names, those of the shipped face set.
+    pitches, yaws: degrees, rising.
+    features: (P, pitches, yaws, D) embeddings, float32.
+    keypoints: (P, pitches, yaws, 5, 3) pixels of a square photo of photo_size.
+    photo_size: side of that photo in pixels; its middle is the head's pivot.
+    pixels_per_photo_pixel: scale of the pictures against it.
+    picture_size: side of a picture in pixels, the pivot in its middle.
+    folder: where the sheets of pictures are.
+    """
+
+    names: tuple[str, ...]
+    pitches: tuple[float, ...]
+    yaws: tuple[float, ...]
+    features: Tensor
+    keypoints: Tensor
+    photo_size: int
+    pixels_per_photo_pixel: float
+    picture_size: int
+    folder: Path
+
+    def row(self, person: int, pitch: float = 0.0, roll: float = 0.0) -> FaceViews:
+        """A person at all yaws, as a face set without a front; pitch is the closest there is.
+
+        Args:
+            person: its row in names.
+            pitch, roll: degrees. Roll turns keypoints and pose; the embedding stays, because a crop is aligned by
+                the keypoints, which takes roll out.
+        """
+        i = _closest(self.pitches, pitch)
+        yaw = torch.tensor(self.yaws).float()
+        angles = torch.stack((torch.full_like(yaw, self.pitches[i]), yaw, torch.full_like(yaw, roll)), 1).deg2rad()
+        src, keypoints = self.features[person, i], self._rolled(self.keypoints[person, i], roll)
+        owner = torch.zeros(len(yaw), dtype=torch.long)
+        return FaceViews((self.names[person],), torch.zeros_like(src[:1]), src, keypoints, angles, owner)
+
+    def closest(self, person: int, pitch: float, yaw: float, roll: float = 0.0) -> int:
+        """Which view of `row` is closest to a pose in degrees."""
+        return _closest(self.yaws, yaw)
+
+    def picture(self, person: int, pitch: float, yaw: float, roll: float = 0.0) -> Image.Image:
+        """The head at a pose in degrees: RGB, picture_size square, the pivot in the middle.
+
+        Roll turns the picture about the optical axis, which is what turning the head about it looks like.
+        """
+        row, column, size = _closest(self.pitches, pitch), _closest(self.yaws, yaw), self.picture_size
+        corner = column * size, row * size
+        picture = _sheet(self.folder / f"{self.names[person]}.webp").crop((*corner, corner[0] + size, corner[1] + size))
+        return picture.rotate(-roll, Image.Resampling.BILINEAR, fillcolor=GREY) if roll else picture
+
+    def picture_keypoints(self, person: int, pitch: float, yaw: float, roll: float = 0.0) -> np.ndarray:
+        """(5, 2) keypoints in the pixels of `picture`."""
+        keypoints = self.row(person, pitch, roll).keypoints_3d[_closest(self.yaws, yaw), :, :2].numpy()
+        return (keypoints - self.photo_size / 2) * self.pixels_per_photo_pixel + self.picture_size / 2
+
+    def crop(self, person: int, pitch: float, yaw: float, roll: float = 0.0, size: int = TEMPLATE_SIZE) -> Image.Image:
+        """`picture` aligned to `ARCFACE_TEMPLATE`: the crop that was embedded, here cut from the picture."""
+        keypoints = self.picture_keypoints(person, pitch, yaw, roll)
+        to_picture = fit_similarity(keypoints, np.array(ARCFACE_TEMPLATE) * size / TEMPLATE_SIZE)
+        turn = np.linalg.inv(to_picture[:, :2])
+        back = np.column_stack([turn, -turn @ to_picture[:, 2]])
+        return self.picture(person, pitch, yaw, roll).transform(
+            (size, size), Image.Transform.AFFINE, back.ravel(), Image.Resampling.BICUBIC, fillcolor=GREY
+        )
+
+    def _rolled(self, keypoints: Tensor, roll: float) -> Tensor:
+        if not roll:
+            return keypoints
+        turn = rotation_matrix(torch.tensor([0.0, 0.0, roll]).deg2rad())
+        middle = keypoints.new_tensor([self.photo_size / 2, self.photo_size / 2, 0.0])
+        return (keypoints - middle) @ turn.T + middle
+
+
+def load_turntable(folder: str | Path = TURNTABLE) -> Turntable:
+    """Load and check a turntable.
+
+    Raises:
+        FileNotFoundError: naming the file that is not there.
+        FaceDataError: naming the file, for sizes that do not fit together.
+    """
+    folder = Path(folder)
+    about = json.loads((folder / "metadata.json").read_text())
+    names, pitches, yaws = (tuple(about[key]) for key in ("people", "pitches", "yaws"))
+    grid = len(names), len(pitches), len(yaws)
+    features = np.load(folder / "features.npy", allow_pickle=False)
+    keypoints = np.load(folder / "keypoints.npy", allow_pickle=False)
+    for name, values, shape in (("features.npy", features, (*grid, about["feature_dim"])),
+                                ("keypoints.npy", keypoints, (*grid, 5, 3))):  # fmt: skip
+        if values.shape != shape:
+            raise FaceDataError(f"{folder / name} must be {shape} as metadata.json says, got {values.shape}")
+    for name in names:
+        if not (folder / f"{name}.webp").is_file():
+            raise FileNotFoundError(f"turntable {folder} lacks the pictures {name}.webp")
+    return Turntable(names, pitches, yaws, torch.from_numpy(features).float(), torch.from_numpy(keypoints),
+                     about["photo_size"], about["pixels_per_photo_pixel"], about["picture_size"], folder)  # fmt: skip
+
+
+def _closest(values: tuple[float, ...], wanted: float) -> int:
+    return int(np.abs(np.asarray(values) - wanted).argmin())
+
+
+@lru_cache(maxsize=4)
+def _sheet(path: Path) -> Image.Image:
+    """A decoded sheet of pictures; decoding takes a quarter of a second, and people are looked at for a while."""
+    with Image.open(path) as sheet:
+        return sheet.convert("RGB")

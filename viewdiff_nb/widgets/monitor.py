@@ -1,0 +1,132 @@
+"""Watch a training run, stop it, and go on."""
+
+import html
+import threading
+import time
+from dataclasses import replace
+
+import ipywidgets as widgets
+import pandas as pd
+from matplotlib.figure import Figure
+
+from ..faces.views import FaceViews
+from ..plots import learning_curves
+from ..training.config import TrainConfig
+from ..training.interrupt import StopRequest
+from ..training.trainer import TrainResult, train
+from .explorer import DPI, SLIDER, STYLE, Explorer
+from .live_figure import figure_png
+from .stage import Stage
+
+
+class TrainingMonitor(Explorer):
+    """Train beside the notebook: curves that grow, a stop that keeps what was learned, and going on from there.
+
+        monitor = TrainingMonitor(TrainConfig(..., save_dir="runs/mine"), split.train, split.val)
+        monitor                     # shows it; its buttons start, stop and go on
+        monitor.start().wait()      # the same without a mouse
+        monitor.result.model
+
+    The run is in a thread of its own, so the notebook answers meanwhile. `train(..., on_epoch=monitor.show)` shows a
+    run that was started elsewhere.
+
+    Args:
+        config: with a save_dir, or there is nothing to go on from.
+    """
+
+    def __init__(self, config: TrainConfig, train_faces: FaceViews, val_faces: FaceViews) -> None:
+        self.config, self.faces = config, (train_faces, val_faces)
+        self.result: TrainResult | None = None
+        self.error: BaseException | None = None
+        self.history, self._first = pd.DataFrame(), 0  # epochs that an earlier start has done
+        self._stop, self._thread, self._started, self._running = StopRequest(), None, 0.0, False
+        self.start_button = widgets.Button(description="Start", icon="play", button_style="primary")
+        self.stop_button = widgets.Button(description="Stop", icon="stop", disabled=True)
+        self.progress = widgets.IntProgress(0, 0, config.epochs, description="epochs", style=STYLE, layout=SLIDER)
+        self.status = widgets.HTML("not started")
+        self.curves = Stage(width=760, label="loss, rank-1 and TAR over epochs")
+        self._fig = Figure((9, 3.2), DPI, layout="constrained")
+        super().__init__([widgets.HBox([self.start_button, self.stop_button, self.progress, self.status]), self.curves])
+        self.start_button.on_click(self._pressed)
+        self.stop_button.on_click(lambda _: self.stop())
+        self.redraw()
+
+    def start(self) -> "TrainingMonitor":
+        """Start, or go on from the last checkpoint if the run was stopped before.
+
+        Raises:
+            RuntimeError: if it is running, or was stopped without a save_dir to go on from.
+        """
+        if self._running:
+            raise RuntimeError("this run is still going on; stop() it first")
+        config, self._first = self.config, 0
+        if self.result is not None and self.result.stopped == "interrupted":
+            if self.result.checkpoint is None:
+                raise RuntimeError("the run was stopped and nothing was kept; give TrainConfig a save_dir")
+            config, self._first = replace(config, resume=str(self.result.checkpoint)), self.progress.value
+        self._stop, self.error, self._started, self._running = StopRequest(), None, time.monotonic(), True
+        self._buttons()
+        self._thread = threading.Thread(target=self._run, args=(config,), daemon=True)
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """End the run after the step it is in; the checkpoint is written."""
+        self._stop.asked = True
+        self.status.value = "stopping …"
+
+    def wait(self) -> TrainResult:
+        """The result, when the run has ended; an interrupt of the cell stops the run.
+
+        Raises:
+            whatever ended the run, e.g. TrainingDiverged.
+        """
+        if self._thread is None:
+            raise RuntimeError("not started; call start()")
+        try:
+            self._thread.join()
+        except KeyboardInterrupt:
+            self.stop()
+            self._thread.join()
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+    def show(self, history: pd.DataFrame) -> None:
+        """Draw a run's history so far."""
+        self.history = history
+        epoch = int(history["epoch"].iloc[-1])
+        self.progress.value = epoch
+        seconds = time.monotonic() - self._started
+        done = epoch - self._first
+        left = f", about {seconds / done * (self.config.epochs - epoch):.0f} s left" if done > 0 else ""
+        self.status.value = f"epoch {epoch} of {self.config.epochs}, {seconds:.0f} s{left}"
+        self.redraw()
+
+    def _pressed(self, _: widgets.Button) -> None:
+        try:
+            self.start()
+        except RuntimeError as error:  # there is no cell that could show it
+            self.status.value = str(error)
+
+    def _run(self, config: TrainConfig) -> None:
+        try:
+            result = train(config, *self.faces, on_epoch=self.show, progress=False, stop=self._stop)
+            said = f"{result.stopped} after {result.steps} steps, {result.train_seconds:.0f} s of training"
+            self.result = result
+        except BaseException as error:  # told here, and raised again by wait()
+            self.error, said = error, f"<b>{type(error).__name__}</b>: {html.escape(str(error))}"
+        self._running = False
+        self._buttons()
+        self.status.value = said
+
+    def _buttons(self) -> None:
+        self.start_button.disabled, self.stop_button.disabled = self._running, not self._running
+        stopped = self.result is not None and self.result.stopped == "interrupted"
+        self.start_button.description = "Go on" if stopped else "Start"
+
+    def _draw(self) -> None:
+        self.curves.picture = figure_png(learning_curves(self.history, self._fig))
+
+    def figure(self) -> Figure:
+        return learning_curves(self.history, Figure((9, 3.2), 110, layout="constrained"))

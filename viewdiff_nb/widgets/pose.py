@@ -1,0 +1,196 @@
+"""Turn a head, see who is recognised."""
+
+from dataclasses import dataclass
+
+import ipywidgets as widgets
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+from torch import nn
+
+from ..faces.geometry import normalise_keypoints
+from ..faces.recorded import RecordedPeople
+from ..faces.turntable import Turntable, load_turntable
+from ..faces.views import FaceViews
+from ..training.evaluation import predict
+from .drawings import KeypointFace, YawCurves
+from .explorer import DPI, SLIDER, STYLE, Explorer, choice, drag_moves, pose_sliders
+from .live_figure import LiveFigure, png_bytes
+from .stage import Stage
+
+People = Turntable | RecordedPeople
+
+
+@dataclass(frozen=True)
+class Search:
+    """A person's views searched in a gallery.
+
+    own: (2, Y) cosine with the right person's front; raw, then predicted. place: (2, Y) how many others are at least as
+    similar. best: (2, Y) cosine with the most similar other. other: (2, Y) its row in the gallery.
+    """
+
+    own: np.ndarray
+    place: np.ndarray
+    best: np.ndarray
+    other: np.ndarray
+
+
+def search(model: nn.Module, views: FaceViews, gallery: torch.Tensor, person: int) -> Search:
+    """Raw and predicted embeddings of one person's views against a gallery.
+
+    Args:
+        views: Y views. gallery: (P, D) fronts. person: the right row.
+    """
+    probes = F.normalize(torch.stack((views.src, predict(model, views))), dim=-1)
+    cosine = probes @ F.normalize(gallery, dim=1).T  # (2, Y, P)
+    own = cosine[..., person].clone()
+    cosine[..., person] = -2
+    best, other = cosine.max(-1)
+    place = (cosine >= own[..., None]).sum(-1)
+    return Search(*(values.numpy() for values in (own, place, best, other)))
+
+
+class PoseExplorer(Explorer):
+    """Turn a head and see at once who is recognised, before and after the model.
+
+    Args:
+        model: anything that `training.evaluation.predict` takes.
+        gallery: the people to search among; its fronts are searched, and one of its people is looked at.
+        people: where views come from. By default the shipped turntable if its people are in the gallery (every pose of
+            a grid, with pictures), else the gallery's own recorded views.
+        person: a name; the first by default. yaw, pitch, roll: degrees.
+
+    Raises:
+        ValueError: if the people are not in the gallery.
+    """
+
+    def __init__(self, model: nn.Module, gallery: FaceViews, people: People | None = None, person: str | None = None,
+                 yaw: float = 60.0, pitch: float = 0.0, roll: float = 0.0) -> None:  # fmt: skip
+        self.model, self.gallery, self.people = model, gallery, people or people_of(gallery)
+        if missing := set(self.people.names) - set(gallery.names):
+            raise ValueError(f"{len(missing)} people are not in the gallery, e.g. {min(missing)!r}; give a gallery "
+                             "that holds their fronts")  # fmt: skip
+        self.person = choice("person", list(self.people.names), person)
+        self.pitch, self.yaw, self.roll = pose_sliders(self.people.pitches, self.people.yaws, (pitch, yaw, roll))
+        self.keypoints = widgets.Checkbox(False, description="keypoints", layout=SLIDER, style=STYLE)
+        self.head = Stage(width=250, turnable=True, label="the head", caption="drag the head, or use the arrow keys")
+        self.side = Stage(width=150, label="the side view", caption="side view, as the recogniser sees it")
+        self.front = Stage(width=150, label="the frontal view", caption="frontal view: its embedding is the target")
+        self.curves = Stage(width=520, label="cosine with the own front over yaw")
+        self.readout = widgets.HTML().add_class("vd-readout")
+        fig = Figure((5.2, 2.7), DPI, layout="constrained")
+        self._curves = YawCurves(fig.add_subplot(), len(gallery.names))
+        self._live = LiveFigure(fig, self._curves.moving)
+        face = Figure((2.5, 2.5), DPI, layout="constrained")
+        self._face = KeypointFace(face.add_subplot())
+        self._live_face = LiveFigure(face, self._face.moving)
+        self._known: tuple = (None, None)
+        controls = widgets.VBox([self.person, self.yaw, self.pitch, self.roll, self.keypoints])
+        # Without pictures the keypoints are all there is to see.
+        shown = [self.head, self.side, self.front] if self.people.pitches else [self.head]
+        super().__init__([widgets.HBox([controls, *shown]), widgets.HBox([self.curves, self.readout])])
+        self.follow(self.person, self.yaw, self.pitch, self.roll, self.keypoints)
+        drag_moves(self.head, self.yaw, self.pitch, self)
+        self.redraw()
+
+    @property
+    def pose(self) -> tuple[float, float, float]:
+        """Pitch, yaw and roll of the view that is shown, in degrees."""
+        row, _, at = self._row()
+        return tuple(row.angles[at].rad2deg().round(decimals=2).tolist())
+
+    def _row(self) -> tuple[FaceViews, Search, int]:
+        """The person's views over yaw, what became of them, and which one is looked at."""
+        person, pitch, roll = self.people.names.index(self.person.value), self.pitch.value, self.roll.value
+        key = (person, pitch, roll) if self.people.pitches else person
+        if self._known[0] != key:
+            row = self.people.row(person, pitch, roll)
+            found = search(self.model, row, self.gallery.front, self.gallery.names.index(self.person.value))
+            self._known = key, (row, found)
+        row, found = self._known[1]
+        return row, found, self.people.closest(person, pitch, self.yaw.value, roll)
+
+    def _draw(self) -> None:
+        row, found, at = self._row()
+        self._curves.show(row.angles[:, 1].rad2deg().numpy(), found.own, found.best, at)
+        pitch, yaw, roll = self.pose
+        where = f"pitch {pitch:.0f}°, yaw {yaw:.0f}°, roll {roll:.0f}°"
+        self.head.label, self.side.label = f"the head at {where}", f"the aligned crop at {where}"
+        self.head.picture = self._head_png(row, at)
+        if self.people.pitches:
+            shown = self._shown()
+            self.side.picture = png_bytes(self.people.crop(*shown))
+            self.front.picture = png_bytes(self.people.crop(shown[0], 0, 0))
+        self.curves.picture = self._live.png()
+        self.readout.value = self._table(found, at)
+
+    def _shown(self) -> tuple[int, float, float, float]:
+        return self.people.names.index(self.person.value), self.pitch.value, self.yaw.value, self.roll.value
+
+    def _head_png(self, row: FaceViews, at: int) -> bytes:
+        picture = self.people.picture(*self._shown())
+        if picture is None:
+            self._face.show(normalise_keypoints(row.keypoints_3d[at]).numpy())
+            return self._live_face.png()
+        return png_bytes(self._with_keypoints(picture) if self.keypoints.value else picture)
+
+    def _with_keypoints(self, picture: Image.Image) -> Image.Image:
+        marked = picture.copy()
+        pixels = np.asarray(self.people.picture_keypoints(*self._shown()))
+        mark_points(marked, pixels)
+        return marked
+
+    def _table(self, found: Search, at: int) -> str:
+        lines = []
+        for i, name in enumerate(("raw side view", "predicted")):
+            place, best = int(found.place[i, at]), self.gallery.names[found.other[i, at]]
+            word, style = ("right", "vd-right") if place == 0 else ("wrong", "vd-wrong")
+            lines.append(f"<tr><td>{name}</td><td>{found.own[i, at]:.3f}</td><td class={style}>{place + 1} ({word})"
+                         f"</td><td>{found.best[i, at]:.3f}, {best}</td></tr>")  # fmt: skip
+        return (f"<table><tr><th></th><th>cosine with own front</th><th>rank among {len(self.gallery.names)}</th>"
+                f"<th>most similar other</th></tr>{''.join(lines)}</table>")  # fmt: skip
+
+    def figure(self) -> Figure:
+        row, found, at = self._row()
+        fig = Figure((9.5, 5.4), 110, layout="constrained")
+        top, bottom = fig.subfigures(2, height_ratios=(1, 1.15))
+        pitch, yaw, roll = self.pose
+        title = f"{self.person.value}: pitch {pitch:.0f}°, yaw {yaw:.0f}°, roll {roll:.0f}°"
+        if self.people.pitches:
+            shown = self._shown()
+            head = self.people.picture(*shown)
+            pictures = (self._with_keypoints(head) if self.keypoints.value else head, self.people.crop(*shown),
+                        self.people.crop(shown[0], 0, 0))  # fmt: skip
+            names = (title, "side view, as the recogniser sees it", "frontal view: its embedding is the target")
+            for ax, picture, name in zip(top.subplots(1, 3), pictures, names, strict=True):
+                ax.imshow(picture)
+                ax.set_title(name, fontsize=9)
+                ax.axis("off")
+        else:
+            face = KeypointFace(ax := top.subplots())
+            face.show(normalise_keypoints(row.keypoints_3d[at]).numpy())
+            ax.set_title(title, fontsize=9)
+        left, right = bottom.subplots(1, 2, width_ratios=(1.5, 1))
+        YawCurves(left, len(self.gallery.names)).show(row.angles[:, 1].rad2deg().numpy(), found.own, found.best, at)
+        right.axis("off")
+        cells = [[f"{found.own[i, at]:.3f}", f"{found.place[i, at] + 1}", f"{found.best[i, at]:.3f}"] for i in (0, 1)]
+        columns = ("cosine with\nown front", f"rank\namong {len(self.gallery.names)}", "most similar\nother")
+        right.table(cells, rowLabels=("raw", "predicted"), colLabels=columns, cellLoc="center", edges="horizontal",
+                    bbox=(0.2, 0.3, 0.8, 0.5)).set_fontsize(9)  # fmt: skip
+        return fig
+
+
+def people_of(gallery: FaceViews) -> People:
+    """The shipped turntable if its people are in the gallery, else the gallery's recorded views."""
+    turntable = load_turntable()
+    return turntable if set(turntable.names) <= set(gallery.names) else RecordedPeople(gallery)
+
+
+def mark_points(picture: Image.Image, pixels: np.ndarray) -> None:
+    """Draw (K, 2) points into a PIL picture."""
+    draw, colours = ImageDraw.Draw(picture), matplotlib.colormaps["tab10"].colors
+    for (x, y), colour in zip(pixels, colours, strict=False):
+        draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=tuple(int(255 * c) for c in colour), outline="white")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a GPU is asked, step by step; results go to the folder OUT. Without steps all of them, about 40 minutes on an H200.
+# What a GPU is asked, step by step; results go to the folder OUT. Without steps all of them.
 #   OUT=folder bash benchmarks/gpu/run.sh [tests] [speed] [compiled] [quality] [one_pass] [loop] [grid]
 # Time limits in seconds: SPEED_SECONDS, COMPILED_SECONDS, QUALITY_SECONDS. What was not reached is said so in the tables;
 # quality goes on where it was when it is started again. Trainings side by side: WORKERS.

@@ -69,16 +69,16 @@ def work(task: Task) -> tuple[Task, float]:
     return task, time.perf_counter() - started
 
 
-def main_tasks(seeds: int) -> list[list[Task]]:
+def main_tasks(seeds: range) -> list[list[Task]]:
     """In two stages, for the second starts from the bases of the first; within them a seed after the other."""
-    bases = [("main", name, seed) for seed in range(seeds) for name in BASES]
-    return [bases, [("main", name, s) for s in range(seeds) for name in ADAPTED if s == 0 or name not in FIXED]]
+    bases = [("main", name, seed) for seed in seeds for name in BASES]
+    return [bases, [("main", name, s) for s in seeds for name in ADAPTED if s == 0 or name not in FIXED]]
 
 
-def write_main_tables(out: Path, profile: Profile, split: Split, seeds: int) -> None:
+def write_main_tables(out: Path, profile: Profile, split: Split, seeds: range) -> None:
     """Table 4 in every rate, and the claims, from finished results."""
-    note = f"{seeds} seeds, mean ± 95 % interval over seeds and people; {machine()}"
-    results = run_study(profile, split, seeds=range(seeds), workers=1)
+    note = f"{len(seeds)} seeds, mean ± 95 % interval over seeds and people; {machine()}"
+    results = run_study(profile, split, seeds=seeds, workers=1)
     for rate in RATES:
         table, title = tables.recognition_table(results, rate), f"Table 4 · {rate} on test people, by |yaw|"
         plt.close(save_table(table, f"table4_{rate}", out, title, note))
@@ -92,18 +92,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--first-seed", type=int, default=0, help="of the main study, to share it among machines")
     parser.add_argument("--module-seeds", type=int, default=5, help="at most --seeds: they start from its bases")
     parser.add_argument("--recipe-seeds", type=int, default=3, help="at most --seeds, too")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="then what is running is given up")
     parser.add_argument("--fast", action="store_true")
     arguments = parser.parse_args()
+    if arguments.first_seed and (arguments.module_seeds or arguments.recipe_seeds):
+        parser.error("--first-seed is for the main study: give --module-seeds 0 --recipe-seeds 0")
     if max(arguments.module_seeds, arguments.recipe_seeds) > arguments.seeds:
         parser.error(f"--module-seeds and --recipe-seeds must be at most --seeds={arguments.seeds}, got "
                      f"{arguments.module_seeds} and {arguments.recipe_seeds}")  # fmt: skip
     os.environ["OMP_NUM_THREADS"] = "1"
     started, out = time.perf_counter(), arguments.out
-    stages = main_tasks(arguments.seeds)
+    first, end = arguments.first_seed, arguments.first_seed + arguments.seeds
+    stages = main_tasks(range(first, end))
     # recipes start from the bases that the main study of the same seed trains
     recipes = [("recipe", name, seed) for seed in range(arguments.recipe_seeds) for name in (*MODELS, *RECIPES)]
     stages.append(recipes + [(s, "", seed) for seed in range(arguments.module_seeds) for s in ("modules", "views")])
@@ -132,11 +136,11 @@ def main() -> None:
     split = load_split(profile)
     note = f"mean ± 95 % interval over seeds and people; {machine()}"
     missing = {seed for study, name, seed in wanted if study == "main" and (study, name, seed) not in done}
-    seeds = min(missing, default=arguments.seeds)
-    if seeds:
-        write_main_tables(out, profile, split, seeds)
+    complete = range(first, min(missing, default=end))
+    if complete:
+        write_main_tables(out, profile, split, complete)
     if over:
-        sys.exit(f"the time was over: {seeds} of {arguments.seeds} seeds are complete; start again to go on")
+        sys.exit(f"the time was over: {len(complete)} of {arguments.seeds} seeds are complete; start again to go on")
     if arguments.recipe_seeds:
         seeds = range(arguments.recipe_seeds)
         write_table(recipe_study(profile, split, seeds), out, f"{arguments.recipe_seeds} seeds, {note}")

@@ -32,7 +32,7 @@ def result(near, far, val=(0.5, 0.5)):
 def results():
     """Two seeds. Without a prior LoRA forgets .04 and gains .40; lambda 1 forgets .01 and gains .30.
 
-    On validation people LoRA is best with lambda 1, and full fine-tuning is better than LoRA with any lambda.
+    On validation people LoRA is best with lambda 1, and full fine-tuning with lambda 0.
     """
     return {
         ("base", 0): result(0.95, 0.30),
@@ -87,13 +87,10 @@ def test_findings_compare_with_no_prior(results):
 
 
 def test_validation_people_choose_and_test_people_judge(results):
-    lora, full, whole, note = forgetting.recommendation(results).splitlines()
-    assert lora == ("- **LoRA r=8, lambda 1** is the best of its kind on validation people; on test people +0.030 ± "
-                    "0.000 (told from 0) below 45° and -0.100 ± 0.127 (not told from 0) beyond, against LoRA r=8, "
-                    "lambda 0.")  # fmt: skip  # .7 against .6 on validation people, where test people would say otherwise
-    assert full == "- **full fine-tuning, lambda 0** is the best of its kind on validation people."
-    assert whole.startswith("- Of these, **full fine-tuning, lambda 0** is best on validation people; on test people "
-                            "-0.090 ± 0.127 (not told from 0) below 45° and +0.100 ± 0.000 (told from 0)")  # fmt: skip
+    lora, full, note = forgetting.recommendation(results).splitlines()
+    assert lora == ("- **LoRA r=8, lambda 1** is best on validation people; on test people +0.030 ± 0.000 (told from "
+                    "0) below 45° and -0.100 ± 0.127 (not told from 0) beyond, against LoRA r=8, lambda 0.")  # fmt: skip  # .7 against .6 on validation people, where test people would say otherwise
+    assert full == "- **full fine-tuning, lambda 0** is best on validation people."
     assert note == "- TAR at FAR 1e-3; 2 seeds."
     single = {key: value for key, value in results.items() if key[1] == 0}
     assert "one seed: take this for a smoke test" in forgetting.recommendation(single)

@@ -227,7 +227,7 @@ def findings(results: Results, rate: str = "tar") -> str:
 
 
 def recommendation(results: Results, rate: str = "tar") -> str:
-    """Which lambda to take for each method, and which method, as a Markdown list.
+    """Which lambda to take for each method, as a Markdown list.
 
     Chosen on validation people by the mean of both sides of 45 degrees; what it earns is stated on test people.
     """
@@ -236,21 +236,15 @@ def recommendation(results: Results, rate: str = "tar") -> str:
         found = [result["val"] for (other, _), result in results.items() if other == name]
         return mean_interval((rates[KEPT][rate] + rates[GAINED][rate]) / 2 for rates in found)[0]
 
-    lines, best = [], []
+    lines = []
     for method, weights in _methods(results).items():
         zero = name_of(method, weights[0])
         chosen = max((name_of(method, w) for w in weights), key=on_validation)
-        best.append(chosen)
-        line = f"- **{chosen}** is the best of its kind on validation people"
+        line = f"- **{chosen}** is best on validation people"
         if chosen != zero:
             kept, gained = (_words(difference(results, chosen, zero, rate, where)) for where in (KEPT, GAINED))
             line += f"; on test people {kept} below 45° and {gained} beyond, against {zero}"
         lines.append(f"{line}.")
-    winner, *others = sorted(best, key=on_validation, reverse=True)
-    for other in others:
-        kept, gained = (_words(difference(results, winner, other, rate, where)) for where in (KEPT, GAINED))
-        lines.append(f"- Of these, **{winner}** is best on validation people; on test people {kept} below 45° and "
-                     f"{gained} beyond, against {other}.")  # fmt: skip
     seeds = len({seed for name, seed in results if name != "base"})
     lines.append(f"- {RATES[rate]}; " + ("one seed: take this for a smoke test." if seeds == 1 else f"{seeds} seeds."))
     return "\n".join(lines)

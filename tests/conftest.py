@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from chromium import CHROMIUM, HOW_TO_GET
 
 from viewdiff_nb.faces import FaceViews, split_by_person
 from viewdiff_nb.studies import adaptation, module_study, recipe_study
@@ -41,6 +42,15 @@ def write_set(folder, faces: FaceViews) -> None:
         metadata = {"num_samples": len(features), "feature_dim": features.shape[1], "standard_info": {},
                     "poses": poses.tolist(), "metadata": [{"person_name": name} for name in names]}  # fmt: skip
         (folder / f"{kind}_metadata.json").write_text(json.dumps(metadata))
+
+
+collect_ignore = [] if CHROMIUM else ["browser"]
+
+
+def pytest_report_header() -> str:
+    if CHROMIUM:
+        return f"browser tests: {CHROMIUM}"
+    return f"browser tests are left out: no Chromium found; {HOW_TO_GET}"
 
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)

@@ -197,3 +197,28 @@ def test_refuses_wrong_shapes():
         model(**x | {"angles": x["angles"][:, :2]})
     with pytest.raises(ValueError, match=r"keypoints_3d must be \(6, 5, 3\), got \(6, 4, 3\)"):
         model(**x | {"keypoints_3d": x["keypoints_3d"][:, 1:]})
+
+
+def test_the_face_volume_is_what_the_model_renders():
+    """Its image, expanded, is what the model adds to its feature token."""
+    model, given = build(projection=True).eval(), inputs()
+    nn.init.normal_(model.projection.expand.weight)
+    seen = []
+    model.projection.register_forward_hook(lambda _, __, output: seen.append(output))
+    model(**given)
+    found = model.face_volume(**{name: given[name] for name in ("src", "angles", "keypoints_3d")})
+    torch.testing.assert_close(model.projection._to_features(found.image, (1, 1)).flatten(1), seen[0])
+    assert found.density.shape == (6, 1, 8, 8, 8)
+
+
+def test_the_face_volume_has_the_resolution_and_pose_asked_for():
+    model, given = build(projection=True).eval(), inputs()
+    given = {name: given[name] for name in ("src", "angles", "keypoints_3d")}
+    assert model.face_volume(**given, resolution=5).features.shape[2:] == (5, 5, 5)
+    assert model.projection.voxel_resolution == 8
+    half_turn = torch.tensor([[0.0, torch.pi, 0.0]]).expand(6, 3)
+    frontal, turned = model.face_volume(**given), model.face_volume(**given, target_pose=half_turn)
+    torch.testing.assert_close(turned.density, frontal.density.flip(2, 4), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(turned.keypoints, frontal.keypoints * torch.tensor([-1.0, 1.0, -1.0]))
+    with pytest.raises(ValueError, match="no projection layer; build it with use_projection_layer=True"):
+        build().face_volume(**given)

@@ -4,7 +4,6 @@ import base64
 import io
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,12 +14,10 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+from chromium import CHROMIUM
 from PIL import Image
-from playwright.sync_api import Locator, Page
+from playwright.sync_api import Browser, Locator, Page, Playwright
 
-CHROMIUM = os.environ.get("CHROMIUM") or next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
 CHROMIUM_FLAGS = ["--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking",
                   "--disable-component-update", "--disable-sync"]  # fmt: skip
 QUIET = '{"fetchNews": "false", "checkForUpdates": false}'
@@ -82,6 +79,10 @@ class Lab:
         page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', state="attached")
         for selector in (FAILED, COMPLAINED):
             assert not (found := page.locator(selector)).count(), found.first.inner_text()
+
+
+def launch(playwright: Playwright) -> Browser:
+    return playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
 
 
 def menu(page: Page, name: str, command: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lab import CHROMIUM, CHROMIUM_FLAGS, Lab, choose, handle, menu, pixels, stage, wait_for_picture, write_notebook
+from lab import Lab, choose, handle, launch, menu, pixels, stage, wait_for_picture, write_notebook
 from playwright.sync_api import expect, sync_playwright
 
 from viewdiff_nb.faces.turntable import load_turntable
@@ -47,7 +47,7 @@ def lab(tmp_path_factory):
 @pytest.fixture(scope="module")
 def browser():
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        browser = launch(playwright)
         yield browser
         browser.close()
 

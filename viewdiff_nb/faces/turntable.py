@@ -94,6 +94,15 @@ class Turntable:
             (size, size), Image.Transform.AFFINE, back.ravel(), Image.Resampling.BICUBIC, fillcolor=GREY
         )
 
+    def sheet(self, people: list[int], yaws: tuple[float, ...], pitch: float = 0.0) -> Image.Image:
+        """Pictures side by side: a row a person, a column a yaw in degrees."""
+        size = self.picture_size
+        sheet = Image.new("RGB", (size * len(yaws), size * len(people)))
+        for row, person in enumerate(people):
+            for column, yaw in enumerate(yaws):
+                sheet.paste(self.picture(person, pitch, yaw), (column * size, row * size))
+        return sheet
+
     def _rolled(self, keypoints: Tensor, roll: float) -> Tensor:
         if not roll:
             return keypoints

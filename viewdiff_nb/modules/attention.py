@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from .lora import LoRALinearLayer
 
+FUSED_WIDTH = 256  # wider heads have no fast fused kernel on a GPU; few keys make plain products cheap
+
 
 def encode_pose(pose: Tensor) -> Tensor:
     """[sin p, cos p]: an angle and the same angle one turn later are the same pose.
@@ -38,6 +40,20 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tenso
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(-1)
+
+
+def weighted_tokens(q: Tensor, tokens: Tensor, scale: float) -> Tensor:
+    """softmax(q t^T scale) t: the tokens themselves are keys and values.
+
+    Args:
+        q: (B, Tq, D). tokens: (B, T, D).
+
+    Returns:
+        (B, Tq, D).
+    """
+    if q.is_cuda and q.shape[-1] > FUSED_WIDTH:
+        return (q @ tokens.transpose(1, 2) * scale).softmax(-1) @ tokens
+    return F.scaled_dot_product_attention(q[:, None], tokens[:, None], tokens[:, None], scale=scale)[:, 0]
 
 
 def _check_heads(feature_dim: int, num_heads: int) -> None:
@@ -151,8 +167,7 @@ class PoseConditionedLoRAAttention(nn.Module):
             low = by_head @ self.key.lora_up.unflatten(0, (heads, width))  # (H, B T, r)
             towards = towards + (low * self.key.scale) @ self.key.lora_down
         towards = towards.unflatten(1, (batch, count)).transpose(0, 1).flatten(1, 2)  # (B, H T, D)
-        summed = F.scaled_dot_product_attention(towards[:, None], context[:, None], context[:, None],
-                                                scale=width**-0.5)[:, 0]  # fmt: skip
+        summed = weighted_tokens(towards, context, width**-0.5)
         by_head = summed.unflatten(1, (heads, count)).transpose(0, 1).reshape(heads, batch * count, -1)
         attended = by_head @ self.value.weight.unflatten(0, (heads, width)).transpose(1, 2)  # (H, B T, d)
         if self.rank and self.value.adapter_acts:

@@ -18,6 +18,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.fast:
         os.environ["FAST"] = "1"  # read by viewdiff_nb.paths, here and in the kernels
+    os.environ["VIEWDIFF_NB_STATIC"] = "1"  # explorers leave pictures, since nobody can move them
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError

@@ -184,8 +184,10 @@ class _Run:
                     return self._result("finished")
                 whole = self._epoch(stop)
                 if whole:
-                    self._finish_epoch(stop)
+                    self._finish_epoch()
                 if not whole or self._agreed(stop.asked):
+                    if whole:  # else it was saved within the epoch
+                        self._save_last()
                     break
         result = self._result("interrupted")
         if self._agreed(stop.to_end):
@@ -283,7 +285,7 @@ class _Run:
         raise TrainingDiverged(message, self._result("diverged"))
 
     @torch.no_grad()
-    def _finish_epoch(self, stop: StopRequest) -> None:
+    def _finish_epoch(self) -> None:
         """Validate, tell, and keep."""
         state, config = self.state, self.config
         loss, norm, prior = state.trace.sum(0).tolist()
@@ -309,7 +311,7 @@ class _Run:
                                         config.to_dict())  # fmt: skip
             if state.epoch % config.save_every == 0 or state.epoch == config.epochs:
                 self._save(checkpoint.PERIODIC.format(state.epoch))
-            if stop.asked or time.monotonic() - self.saved_at >= 60 * config.save_minutes:
+            if time.monotonic() - self.saved_at >= 60 * config.save_minutes:
                 self._save_last()
         self._tell(row)
 

@@ -13,7 +13,7 @@ from .live_figure import LiveFigure, png_bytes
 from .pose import People
 from .stage import Stage
 
-MAP_DPI = 108  # a large picture: half the pixels are half the time
+MAP_DPI = 100  # a large picture: half the pixels are half the time
 TOKENS = ("self", *MEMORY_TOKENS)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
 
-RAW, PREDICTED, OTHER = (sns.color_palette("colorblind")[i] for i in (1, 0, 7))
+RAW, PREDICTED = sns.color_palette("colorblind")[:2]
 EDGES = ((0, 1), (0, 2), (1, 2), (2, 3), (2, 4), (3, 4))  # of the face that five keypoints outline
 
 

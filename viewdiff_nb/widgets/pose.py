@@ -99,8 +99,9 @@ class PoseExplorer(Explorer):
     @property
     def pose(self) -> tuple[float, float, float]:
         """Pitch, yaw and roll of the view that is shown, in degrees."""
-        row, _, at = self._row()
-        return tuple(row.angles[at].rad2deg().round(decimals=2).tolist())
+        person, pitch, yaw, roll = self._shown()
+        row = self.people.row(person, pitch, roll)
+        return tuple(row.angles[self.people.closest(person, pitch, yaw, roll)].rad2deg().round(decimals=2).tolist())
 
     def _row(self) -> tuple[FaceViews, Search, int]:
         """The person's views over yaw, what became of them, and which one is looked at."""
@@ -114,28 +115,29 @@ class PoseExplorer(Explorer):
         return row, found, self.people.closest(person, pitch, self.yaw.value, roll)
 
     def _draw(self) -> None:
+        self._draw_head()  # at once; what the model makes of it takes longer
         row, found, at = self._row()
         self._curves.show(row.angles[:, 1].rad2deg().numpy(), found.own, found.best, at)
-        pitch, yaw, roll = self.pose
-        where = f"pitch {pitch:.0f}°, yaw {yaw:.0f}°, roll {roll:.0f}°"
-        self.head.label, self.side.label = f"the head at {where}", f"the aligned crop at {where}"
-        self.head.picture = self._head_png(row, at)
-        if self.people.pitches:
-            shown = self._shown()
-            self.side.picture = png_bytes(self.people.crop(*shown))
-            self.front.picture = png_bytes(self.people.crop(shown[0], 0, 0))
         self.curves.picture = self._live.png()
         self.readout.value = self._table(found, at)
 
+    def _draw_head(self) -> None:
+        shown = self._shown()
+        picture = self.people.picture(*shown)
+        if picture is None:
+            row, at = self.people.row(shown[0]), self.people.closest(*shown)
+            self._face.show(normalise_keypoints(row.keypoints_3d[at]).numpy())
+            self.head.picture = self._live_face.png()
+        else:
+            self.head.picture = png_bytes(self._with_keypoints(picture) if self.keypoints.value else picture)
+            self.side.picture = png_bytes(self.people.crop(*shown))
+            self.front.picture = png_bytes(self.people.crop(shown[0], 0, 0))
+        pitch, yaw, roll = self.pose
+        where = f"pitch {pitch:.0f}°, yaw {yaw:.0f}°, roll {roll:.0f}°"
+        self.head.label, self.side.label = f"the head at {where}", f"the aligned crop at {where}"
+
     def _shown(self) -> tuple[int, float, float, float]:
         return self.people.names.index(self.person.value), self.pitch.value, self.yaw.value, self.roll.value
-
-    def _head_png(self, row: FaceViews, at: int) -> bytes:
-        picture = self.people.picture(*self._shown())
-        if picture is None:
-            self._face.show(normalise_keypoints(row.keypoints_3d[at]).numpy())
-            return self._live_face.png()
-        return png_bytes(self._with_keypoints(picture) if self.keypoints.value else picture)
 
     def _with_keypoints(self, picture: Image.Image) -> Image.Image:
         marked = picture.copy()

@@ -50,13 +50,14 @@ class VoxelExplorer(Explorer):
         self.threshold = slider("threshold (0–1)", 0, 1, 0.05, 0.35, ".2f")
         self.threshold.tooltip = "voxels below this share of the way from the least to the largest value are not drawn"
         self.plane = choice("slice across", list(PLANES))
+        self.cut = widgets.Checkbox(True, description="cut open at the slice", layout=SLIDER, style=STYLE)
         self.layer = widgets.IntSlider(own // 2, 1, own, description="slice (number)", layout=SLIDER, style=STYLE)
         self.cubes = Stage(width=380, turnable=True, label="the voxel grid",
                            caption="drag to look from elsewhere, or use the arrow keys")  # fmt: skip
         self.pictures = Stage(width=620, label="a slice of the grid, and the rendering")
         self._live = self._make_pictures()
         left = [self.person, self.yaw, self.target_yaw, self.target_pitch, self.target_roll]
-        right = [self.resolution, self.quantity, self.threshold, self.plane, self.layer]
+        right = [self.resolution, self.quantity, self.threshold, self.plane, self.layer, self.cut]
         super().__init__([widgets.HBox([widgets.VBox(left), widgets.VBox(right)]),
                           widgets.HBox([self.cubes, self.pictures])])  # fmt: skip
         self.resolution.observe(self._fit_layer, "value")
@@ -121,13 +122,19 @@ class VoxelExplorer(Explorer):
         grid = self.volume().features[0].flatten(1)  # (C, R^3)
         basis = torch.linalg.eigh(grid @ grid.T).eigenvectors[:, -3:].flip(1)  # (C, 3), the largest first
         basis = basis * basis.sum(0).sign()  # a principal component has no sign of its own
-        scale = (basis.T @ grid).abs().amax(1).clamp_min(1e-12)
-        parts = torch.tensordot(basis / scale, features, ([0], [0]))
-        return (0.5 + 0.5 * parts).clamp(0, 1).movedim(0, -1).numpy()
+        parts = torch.tensordot(basis, features, ([0], [0]))
+        scale = parts.flatten(1).abs().amax(1).clamp_min(1e-12).view(3, *[1] * (parts.dim() - 1))
+        return (0.5 + 0.5 * parts / scale).movedim(0, -1).numpy()
 
     def _scene(self) -> dict:
         values, cut = self.values()
         shown = cut >= cut.min() + self.threshold.value * np.ptp(cut)
+        if self.cut.value:
+            axis, at = PLANES[self.plane.value][0], self.layer.value - 1
+            kept = slice(None, at + 1) if self.plane.value == "width" else slice(at, None)  # away from the first camera
+            behind = np.zeros_like(shown)
+            behind[(slice(None),) * axis + (kept,)] = True
+            shown &= behind
         if values.ndim == 4:
             colours = values
         else:
@@ -171,4 +178,6 @@ class VoxelExplorer(Explorer):
                  f"drawn: from {self.threshold.value:.0%} of the range")  # fmt: skip
         axes[1, 1].text(0, 0.9, about, va="top", fontsize=9)
         axes[1, 1].axis("off")
+        for ax in axes.flat:
+            ax.set_anchor("W")
         return fig

@@ -1,0 +1,138 @@
+"""The shipped turntable, and one of two people that is made here with a stand-in for the recogniser."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_build import Averages
+
+from viewdiff_nb.faces import load_face_views, split_by_person
+from viewdiff_nb.faces.build import Studio
+from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE, euler_angles, face_rotation
+from viewdiff_nb.faces.rows import FaceDataError
+from viewdiff_nb.faces.shoot_turntable import TurntableConfig, shoot_turntable
+from viewdiff_nb.faces.turntable import load_turntable
+from viewdiff_nb.paths import HEADS, TURNTABLE
+
+
+@pytest.fixture(scope="module")
+def turntable():
+    return load_turntable()
+
+
+@pytest.fixture(scope="module")
+def shot(tmp_path_factory):
+    """A small turntable, and the studio that made it."""
+    folder, studio = tmp_path_factory.mktemp("turntable"), Studio()
+    config = TurntableConfig(people=(0, 3), pitches=(-10, 10), yaws=(-60, 0, 60), picture_size=64)
+    shoot_turntable(folder, studio, Averages(), config)
+    return load_turntable(folder), studio
+
+
+def test_its_people_are_test_people_of_the_shipped_set(turntable):
+    test = split_by_person(load_face_views(HEADS), val=200, test=300).test
+    assert set(turntable.names) <= set(test.names)
+    for i, name in enumerate(turntable.names):  # a near-frontal view is closest to the own front
+        front = turntable.row(i).src[turntable.closest(i, 0, 0)]
+        cosine = torch.cosine_similarity(front, test.front)
+        assert cosine.argmax() == test.names.index(name)
+
+
+def test_poses_are_those_of_the_keypoints(turntable):
+    """The pose read off the keypoints agrees but for the tilt between the keypoints' plane and the face's, and
+    for perspective."""
+    for pitch, roll in ((-20, 0), (0, 25), (20, -10)):
+        row = turntable.row(2, pitch, roll)
+        found = euler_angles(face_rotation(row.keypoints_3d)).rad2deg()
+        assert (found[:, 1] - torch.tensor(turntable.yaws)).abs().max() < 12
+        torch.testing.assert_close(row.angles[:, 2].rad2deg(), torch.full((37,), float(roll)))
+
+
+def test_roll_turns_keypoints_clockwise_about_the_middle_of_the_photo(turntable):
+    upright, rolled = (turntable.row(0, 0, roll).keypoints_3d[18] for roll in (0, 90))
+    middle = torch.tensor([128.0, 128.0, 0.0])
+    x, y, z = (upright - middle).unbind(-1)
+    torch.testing.assert_close(rolled - middle, torch.stack((-y, x, z), -1), atol=1e-4, rtol=0)
+
+
+def test_the_view_closest_to_a_pose(turntable):
+    assert turntable.closest(0, 0, 62.4) == turntable.yaws.index(60)
+    assert turntable.closest(0, 0, -200) == 0
+    torch.testing.assert_close(turntable.row(0, 4.9).angles[0, 0].rad2deg(), torch.tensor(0.0))
+    torch.testing.assert_close(turntable.row(0, 5.1).angles[0, 0].rad2deg(), torch.tensor(10.0))
+
+
+def test_the_crop_has_the_keypoints_where_the_recogniser_wants_them(turntable):
+    """Marks painted at the keypoints of the picture lie on the template in the crop."""
+    for pose in ((0, 0, 0), (0, 40, 15)):
+        points = turntable.picture_keypoints(1, *pose)
+        assert ((points > 20) & (points < 172)).all()
+        crop = np.asarray(turntable.crop(1, *pose, size=112)).astype(int)
+        assert crop.shape == (112, 112, 3)
+    nose = turntable.picture_keypoints(1, 0, 0)[2]
+    assert abs(nose[0] - 96) < 4  # a frontal nose is in the middle
+    frontal = turntable.picture_keypoints(1, 0, 0)
+    scale = np.linalg.norm(frontal[1] - frontal[0]) / (ARCFACE_TEMPLATE[1][0] - ARCFACE_TEMPLATE[0][0])
+    assert 0.6 < scale < 1.6
+
+
+def test_roll_turns_the_picture_clockwise(turntable):
+    upright, rolled = (np.asarray(turntable.picture(0, 0, 0, roll)).astype(int) for roll in (0, 90))
+    inside = slice(20, 172)
+    difference = np.abs(np.rot90(upright, -1) - rolled)[inside, inside]
+    assert np.median(difference) <= 1
+
+
+def test_a_turntable_is_what_the_studio_shows(shot):
+    table, studio = shot
+    renderer = studio.renderer(0, 3)
+    angles = np.deg2rad([10.0, 60.0, 0.0])
+    crop, keypoints = renderer.crop(angles)
+    row, at = table.row(1, 10), table.closest(1, 10, 60)
+    np.testing.assert_allclose(row.keypoints_3d[at], keypoints, atol=1e-3)
+    np.testing.assert_allclose(row.src[at], Averages().embed(crop[None])[0], atol=1e-3)
+    picture, in_picture = renderer.picture(angles, size=64, field=0.34)
+    shown = np.asarray(table.picture(1, 10, 60)).astype(int)
+    assert np.abs(shown - picture).mean() < 6  # the sheet is compressed
+    np.testing.assert_allclose(table.picture_keypoints(1, 10, 60), in_picture[:, :2], atol=0.01)
+    cut = np.asarray(table.crop(1, 10, 60)).astype(int)
+    assert np.corrcoef(cut.ravel(), crop.ravel())[0, 1] > 0.9  # the same face at the same place
+
+
+def test_the_sheet_shows_people_by_row_and_yaws_by_column(turntable):
+    sheet = turntable.sheet([0, 3], (-30, 30))
+    assert sheet.size == (384, 384)
+    np.testing.assert_array_equal(np.asarray(sheet)[192:, 192:], np.asarray(turntable.picture(3, 0, 30)))
+
+
+def test_what_does_not_fit_together_is_named(tmp_path):
+    folder = tmp_path / "table"
+    shutil.copytree(TURNTABLE, folder)
+    (folder / "person_0012.webp").unlink()
+    with pytest.raises(FileNotFoundError, match=r"person_0012\.webp"):
+        load_turntable(folder)
+    about = json.loads((folder / "metadata.json").read_text())
+    (folder / "metadata.json").write_text(json.dumps(about | {"yaws": about["yaws"][1:]}))
+    with pytest.raises(FaceDataError, match=r"features\.npy must be \(8, 5, 36, 512\).*got \(8, 5, 37, 512\)"):
+        load_turntable(folder)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"yaws": (0, 0)}, "yaws must rise"),
+    ({"yaws": (-95, 0)}, "within ±90"),
+    ({"pitches": ()}, "pitches must rise"),
+    ({"people": ()}, "people must be indices"),
+])  # fmt: skip
+def test_senseless_grids_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TurntableConfig(**options)
+
+
+def test_pictures_are_small():
+    """A clone should stay quick."""
+    assert sum(path.stat().st_size for path in TURNTABLE.iterdir()) < 6e6
+    with Image.open(TURNTABLE / "person_0007.webp") as sheet:
+        assert sheet.size == (37 * 192, 5 * 192)

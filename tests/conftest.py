@@ -1,5 +1,7 @@
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,3 +111,25 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(adaptation, "SMALL_OPTIONS", sizes | {"weight_decay": 1.0})
     monkeypatch.setattr(adaptation.Store.__init__, "__defaults__", (tmp_path,))
     return split_by_person(people(110, views=12), val=40, test=40)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from lab import launch  # of tests/browser, which alone asks for this
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = launch(playwright)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, request):
+    """A page; with SCREENSHOTS=folder in the environment, what it showed at the test's end is kept there."""
+    page = browser.new_page(viewport={"width": 1500, "height": 1000})
+    yield page
+    if folder := os.environ.get("SCREENSHOTS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=Path(folder) / f"{request.node.name}.png")
+    page.close()

@@ -98,7 +98,7 @@ def projection_steps(model: EnhancedTransformerDecoderOnly3D, view: FaceViews, y
     middle = found.density.shape[2] // 2
     colours = sns.color_palette("colorblind", len(KEYPOINT_NAMES))
     for i, row in enumerate(axes):
-        points = found.keypoints[i]
+        points = found.keypoints[i].numpy()
         row[0].scatter(points[:, 0], points[:, 1], c=colours, s=30)
         row[0].set(xlim=(-1, 1), ylim=(1, -1), aspect="equal")
         row[0].set_ylabel(f"target yaw {yaws[i]:.0f}°", fontsize=9)
@@ -106,7 +106,7 @@ def projection_steps(model: EnhancedTransformerDecoderOnly3D, view: FaceViews, y
                  found.weights[i, 0].sum(0))  # fmt: skip
         for ax, values, limits in zip(row[1:], shown, (None, None, None, (0, 1)), strict=True):
             low, high = limits or (float(values.min()), float(values.max()))
-            drawn = ax.imshow(values, extent=(-1, 1, 1, -1), vmin=low, vmax=high)
+            drawn = ax.imshow(values.numpy(), extent=(-1, 1, 1, -1), vmin=low, vmax=high)
             bar = fig.colorbar(drawn, ax=ax, shrink=0.75, pad=0.02)
             bar.ax.tick_params(labelsize=6)
         for ax, title in zip(row, titles, strict=True):

@@ -73,7 +73,7 @@ class Lab:
         page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', state="attached", timeout=60_000)
 
     def run_all(self, page: Page, timeout: float = 300) -> None:
-        """Run all cells; none may fail or complain."""
+        """Run all cells; none may fail, nor write to stderr."""
         menu(page, "Run", "runmenu:run-all")
         page.wait_for_function(ALL_RUN, timeout=1000 * timeout)
         page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', state="attached")

@@ -1,14 +1,21 @@
 """The explorers in a real JupyterLab and Notebook 7, by keyboard and by mouse: the right picture must change."""
 
-import os
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from lab import Lab, choose, handle, launch, menu, pixels, stage, wait_for_picture, write_notebook
-from playwright.sync_api import expect, sync_playwright
+from lab import (
+    Lab,
+    choose,
+    handle,
+    menu,
+    pixels,
+    stage,
+    wait_for_picture,
+    write_notebook,
+)
+from playwright.sync_api import expect
 
 from viewdiff_nb.faces.turntable import load_turntable
 
@@ -29,7 +36,6 @@ config = TrainConfig(d_model=32, nhead=4, num_layers=1, dim_feedforward=32, epoc
                      batch_size=64, device="cpu", val_every=50)
 TrainingMonitor(config, split.train.select(torch.arange(40)), split.val.select(torch.arange(30)))
 """
-SHOTS = Path(os.environ.get("SCREENSHOTS", "")) if os.environ.get("SCREENSHOTS") else None
 
 
 @pytest.fixture(scope="module")
@@ -42,24 +48,6 @@ def lab(tmp_path_factory):
     lab = Lab(root, tmp_path_factory.mktemp("config"), {})
     yield lab
     lab.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        browser = launch(playwright)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(browser, request):
-    page = browser.new_page(viewport={"width": 1500, "height": 1000})
-    yield page
-    if SHOTS:
-        SHOTS.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=SHOTS / f"{request.node.name}.png")
-    page.close()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from ..faces.turntable import load_turntable
 from ..modules.transformer import MEMORY_TOKENS, EnhancedTransformerDecoderOnly3D
 from .drawings import AttentionMaps
-from .explorer import Explorer, choice, drag_moves, pose_sliders
+from .explorer import Explorer, choice, drag_moves, pose_sliders, side_by_side
 from .live_figure import LiveFigure, png_bytes
 from .pose import People
 from .stage import Stage
@@ -47,7 +47,7 @@ class AttentionExplorer(Explorer):
         self._live = LiveFigure(fig, self._maps.moving)
         a, b = (self.yaw_a, self.pitch_a, self.roll_a), (self.yaw_b, self.pitch_b, self.roll_b)
         boxes = [widgets.VBox([self.person, *a]), self.head_a, widgets.VBox([widgets.HTML("&nbsp;"), *b]), self.head_b]
-        super().__init__([widgets.HBox(boxes), self.maps])
+        super().__init__([side_by_side(*boxes), self.maps])
         self.follow(self.person, *a, *b)
         drag_moves(self.head_a, self.yaw_a, self.pitch_a, self)
         drag_moves(self.head_b, self.yaw_b, self.pitch_b, self)

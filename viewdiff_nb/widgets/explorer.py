@@ -81,6 +81,11 @@ def slider(name: str, low: float, high: float, step: float, value: float, form: 
                                layout=SLIDER, style=STYLE)  # fmt: skip
 
 
+def side_by_side(*parts: widgets.Widget) -> widgets.HBox:
+    """In a row, or below each other where the page is narrow."""
+    return widgets.HBox(parts, layout=widgets.Layout(flex_flow="row wrap"))
+
+
 def choice(name: str, options, value=None) -> widgets.Dropdown:
     """A list to choose from; the first by default."""
     value = value if value is not None else widgets.Dropdown(options=options).value

@@ -14,7 +14,7 @@ from ..plots import learning_curves
 from ..training.config import TrainConfig
 from ..training.interrupt import StopRequest
 from ..training.trainer import TrainResult, train
-from .explorer import DPI, SLIDER, STYLE, Explorer
+from .explorer import DPI, SLIDER, STYLE, Explorer, side_by_side
 from .live_figure import figure_png
 from .stage import Stage
 
@@ -46,7 +46,7 @@ class TrainingMonitor(Explorer):
         self.status = widgets.HTML("not started")
         self.curves = Stage(width=760, label="loss, rank-1 and TAR over epochs")
         self._fig = Figure((9, 3.2), DPI, layout="constrained")
-        super().__init__([widgets.HBox([self.start_button, self.stop_button, self.progress, self.status]), self.curves])
+        super().__init__([side_by_side(self.start_button, self.stop_button, self.progress, self.status), self.curves])
         self.start_button.on_click(self._pressed)
         self.stop_button.on_click(lambda _: self.stop())
         self.redraw()

@@ -17,7 +17,7 @@ from ..faces.turntable import Turntable, load_turntable
 from ..faces.views import FaceViews
 from ..training.evaluation import predict
 from .drawings import KeypointFace, YawCurves
-from .explorer import DPI, SLIDER, STYLE, Explorer, choice, drag_moves, pose_sliders
+from .explorer import DPI, SLIDER, STYLE, Explorer, choice, drag_moves, pose_sliders, side_by_side
 from .live_figure import LiveFigure, png_bytes
 from .stage import Stage
 
@@ -91,7 +91,7 @@ class PoseExplorer(Explorer):
         controls = widgets.VBox([self.person, self.yaw, self.pitch, self.roll, self.keypoints])
         # Without pictures the keypoints are all there is to see.
         shown = [self.head, self.side, self.front] if self.people.pitches else [self.head]
-        super().__init__([widgets.HBox([controls, *shown]), widgets.HBox([self.curves, self.readout])])
+        super().__init__([side_by_side(controls, *shown), side_by_side(self.curves, self.readout)])
         self.follow(self.person, self.yaw, self.pitch, self.roll, self.keypoints)
         drag_moves(self.head, self.yaw, self.pitch, self)
         self.redraw()

@@ -13,7 +13,7 @@ from ..modules.transformer import EnhancedTransformerDecoderOnly3D
 from ..modules.volume import rotate
 from .cubes import draw_cubes
 from .drawings import PLANES, Rendering, Slice, colour_scale
-from .explorer import DPI, SLIDER, STYLE, Explorer, choice, on_drag, pose_sliders, slider
+from .explorer import DPI, SLIDER, STYLE, Explorer, choice, on_drag, pose_sliders, side_by_side, slider
 from .live_figure import LiveFigure, png_bytes
 from .pose import People
 from .stage import Stage
@@ -58,8 +58,8 @@ class VoxelExplorer(Explorer):
         self._live = self._make_pictures()
         left = [self.person, self.yaw, self.target_yaw, self.target_pitch, self.target_roll]
         right = [self.resolution, self.quantity, self.threshold, self.plane, self.layer, self.cut]
-        super().__init__([widgets.HBox([widgets.VBox(left), widgets.VBox(right)]),
-                          widgets.HBox([self.cubes, self.pictures])])  # fmt: skip
+        super().__init__([side_by_side(widgets.VBox(left), widgets.VBox(right)),
+                          side_by_side(self.cubes, self.pictures)])  # fmt: skip
         self.resolution.observe(self._fit_layer, "value")
         self.follow(*left, *right)
         on_drag(self.cubes, self._draw_cubes)

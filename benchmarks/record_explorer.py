@@ -1,0 +1,94 @@
+"""The pictures of the README: explorers of a trained model in a real JupyterLab, recorded by a headless Chromium.
+
+    python benchmarks/record_explorer.py [FOLDER]        by default figures/; needs the extra test, and a Chromium
+"""
+
+import io
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "browser"))
+from lab import Lab, handle, launch, write_notebook
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+from viewdiff_nb.paths import FIGURES
+
+SMALL = """
+from viewdiff_nb.faces import load_face_views, split_by_person
+from viewdiff_nb.paths import HEADS
+from viewdiff_nb.studies.adaptation import SMALL_OPTIONS
+from viewdiff_nb.training.config import TrainConfig
+from viewdiff_nb.training.trainer import train
+from viewdiff_nb.widgets import PoseExplorer
+split = split_by_person(load_face_views(HEADS), val=200, test=300)
+config = TrainConfig(**SMALL_OPTIONS, dropout=0.2, batch_size=128, mixup=True, epochs=8)
+model = train(config, split.train, split.val, progress=False).model
+"""
+ADAPTED = """
+from dataclasses import replace
+from viewdiff_nb.studies.adaptation import ADAPTATIONS, COMMON, FULL, base_model, load_split
+from viewdiff_nb.studies.store import Store
+from viewdiff_nb.training.trainer import train
+from viewdiff_nb.widgets import AttentionExplorer, VoxelExplorer
+split = load_split(FULL)
+base, _ = base_model(Store(split), split, FULL, seed=0)
+options = ADAPTATIONS["LoRA r=8 + 3-D projection"]
+config = replace(COMMON, epochs=FULL.adapt_epochs, base_model_path=str(base), **options)
+model = train(config, split.train, split.val, progress=False).model
+"""
+STEP, PAUSE = 5, 12  # degrees a frame; frames that the ends are held
+GIF_WIDTH, COLOURS, FRAME_MS = 900, 96, 90
+
+
+def shot(page: Page) -> Image.Image:
+    return Image.open(io.BytesIO(page.locator(".vd-explorer").screenshot())).convert("RGB")
+
+
+def turn(page: Page) -> list[Image.Image]:
+    """Frames of a head that turns from one profile to the other by key presses."""
+    slider, frames = handle(page, "yaw (°)"), []
+    slider.focus()
+    for _ in range(180 // STEP + 1):
+        frames.append(shot(page))
+        page.keyboard.press("ArrowRight")
+        page.wait_for_timeout(250)
+    return frames
+
+
+def write_gif(frames: list[Image.Image], path: Path) -> None:
+    """There and back, with one palette, so that still parts stay still."""
+    height = round(frames[0].height * GIF_WIDTH / frames[0].width)
+    small = [frame.resize((GIF_WIDTH, height), Image.Resampling.LANCZOS) for frame in frames]
+    palette = small[len(small) // 2].quantize(COLOURS, dither=Image.Dither.NONE)
+    few = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in small]
+    shown = [few[0]] * PAUSE + few + [few[-1]] * PAUSE + few[::-1]
+    shown[0].save(path, save_all=True, append_images=shown[1:], duration=FRAME_MS, loop=0, optimize=True)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FIGURES
+    root, config = Path(tempfile.mkdtemp()), Path(tempfile.mkdtemp())
+    write_notebook(root / "pose.ipynb", SMALL, "PoseExplorer(model, split.test, yaw=-90, person='person_0103')")
+    write_notebook(root / "voxels.ipynb", ADAPTED, "VoxelExplorer(model, yaw=45, resolution=16)")
+    write_notebook(root / "attention.ipynb", ADAPTED, "AttentionExplorer(model, yaws=(0, 75))")
+    lab = Lab(root, config, {})
+    try:
+        with sync_playwright() as playwright:
+            page = launch(playwright).new_page(viewport={"width": 1700, "height": 1300})
+            for name in ("pose", "voxels", "attention"):
+                lab.open(page, f"{name}.ipynb")
+                lab.run_all(page, timeout=600)
+                page.locator(".vd-picture").first.wait_for()
+                page.wait_for_timeout(1500)
+                if name == "pose":
+                    write_gif(turn(page), folder / "explorer_pose.gif")
+                shot(page).quantize(256).save(folder / f"explorer_{name}.png", optimize=True)
+    finally:
+        lab.close()
+
+
+if __name__ == "__main__":
+    main()

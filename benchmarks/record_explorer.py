@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "browser"))
 from lab import Lab, handle, launch, write_notebook
-from PIL import Image
+from PIL import Image, ImageChops
 from playwright.sync_api import Page, sync_playwright
 
 from viewdiff_nb.paths import FIGURES
@@ -40,11 +40,18 @@ config = replace(COMMON, epochs=FULL.adapt_epochs, base_model_path=str(base), **
 model = train(config, split.train, split.val, progress=False).model
 """
 STEP, PAUSE = 5, 12  # degrees a frame; frames that the ends are held
-GIF_WIDTH, COLOURS, FRAME_MS = 900, 96, 90
+GIF_WIDTH, COLOURS, FRAME_MS, MARGIN = 900, 96, 90, 12
 
 
 def shot(page: Page) -> Image.Image:
     return Image.open(io.BytesIO(page.locator(".vd-explorer").screenshot())).convert("RGB")
+
+
+def trimmed(frames: list[Image.Image]) -> list[Image.Image]:
+    """Without the empty page on the right."""
+    paper = Image.new("RGB", frames[0].size, "white")
+    right = max(ImageChops.difference(frame, paper).getbbox()[2] for frame in frames)
+    return [frame.crop((0, 0, min(right + MARGIN, frame.width), frame.height)) for frame in frames]
 
 
 def turn(page: Page) -> list[Image.Image]:
@@ -84,8 +91,8 @@ def main() -> None:
                 page.locator(".vd-picture").first.wait_for()
                 page.wait_for_timeout(1500)
                 if name == "pose":
-                    write_gif(turn(page), folder / "explorer_pose.gif")
-                shot(page).quantize(256).save(folder / f"explorer_{name}.png", optimize=True)
+                    write_gif(trimmed(turn(page)), folder / "explorer_pose.gif")
+                trimmed([shot(page)])[0].quantize(256).save(folder / f"explorer_{name}.png", optimize=True)
     finally:
         lab.close()
 

@@ -32,8 +32,9 @@ def test_adapters_are_those_of_separate_runs(base_path, changes, device):
         assert result.history["val_rank1"].iloc[-1] == pytest.approx(alone.history["val_rank1"].iloc[-1], abs=0.02)
 
 
-def test_mixed_precision_trains_to_about_the_same(base_path):
-    whole, mixed = (train_together(cells(base_path, use_amp=amp), *sets()) for amp in (False, True))
+@pytest.mark.parametrize("mixup", [False, True])
+def test_mixed_precision_trains_to_about_the_same(base_path, mixup):
+    whole, mixed = (train_together(cells(base_path, use_amp=amp, mixup=mixup), *sets()) for amp in (False, True))
     for a, b in zip(whole, mixed, strict=True):
         assert b.history["train_loss"].iloc[-1] == pytest.approx(a.history["train_loss"].iloc[-1], rel=0.05)
 

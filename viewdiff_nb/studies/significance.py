@@ -143,10 +143,10 @@ def _impostor_counts(
     pair = person[:, None] * people + torch.arange(people)
     impostor = person[:, None] != torch.arange(people)
     where = torch.stack((cell[impostor], pair[impostor]))
-    counts = torch.sparse_coo_tensor(where, torch.ones(where.shape[1]), (groups * cells, people * people),
-                                     check_invariants=False)  # fmt: skip
+    size = groups * cells, people * people
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
+        counts = torch.sparse_coo_tensor(where, torch.ones(where.shape[1]), size, check_invariants=False)
         counts = counts.to_sparse_csr()  # its products use all cores
     drawn = weights.float()
     of_pairs = (drawn[:, :, None] * drawn[:, None]).view(len(weights), -1).T  # (P P, B)

@@ -76,9 +76,9 @@ def mean_loss(
     weight: Tensor | None = None,
 ) -> Tensor:
     """Mean of a loss over a batch; with mix-up, of weight * loss(person) + (1 - weight) * loss(partner)."""
-    values = loss(predicted.float(), gallery, person)
+    values = loss(predicted.float(), gallery, person).float()  # autocast under vmap leaves it in half the bits
     if partner is not None:
-        values = torch.lerp(loss(predicted.float(), gallery, partner), values, weight)
+        values = torch.lerp(loss(predicted.float(), gallery, partner).float(), values, weight)
     return values.mean()
 
 

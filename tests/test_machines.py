@@ -1,0 +1,50 @@
+import pandas as pd
+import pytest
+import torch
+from conftest import people
+
+from viewdiff_nb.modules.baselines import RawEmbedding
+from viewdiff_nb.studies.adaptation import score_model
+from viewdiff_nb.studies.machines import gpu_note, recognition_on_both, speed_on_both
+from viewdiff_nb.studies.tables import recognition_table
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Results of a GPU: one model's rates, and steps of two configurations."""
+    pd.DataFrame({"model": ["full", "raw"], "all": ["0.9 ± 0.1", "0.6"], "75-90": ["0.7 ± 0.2", "0.1"]}).to_csv(
+        tmp_path / "table4_rank1.csv", index=False)  # fmt: skip
+    rows = [("bf16", mode, name, attention, ms) for mode, name, attention, ms in (
+        ("eager", "full", "products", 20.0), ("graph", "full", "products", 2.0), ("eager", "LoRA", "products", 25.0),
+        ("graph", "LoRA", "products", 1.6), ("eager", "LoRA", "fused", 99.0), ("graph", "16³", "fused", 99.0))]
+    table = pd.DataFrame(rows, columns=["precision", "mode", "name", "attention", "ms"])
+    table.assign(batch_size=32, machine="some GPU").to_csv(tmp_path / "speed.csv", index=False)
+    return tmp_path
+
+
+def test_rates_stand_side_by_side(stored):
+    faces = people(40, views=12)
+
+    class Split:
+        val = test = faces
+
+    results = {("raw", 0): score_model(RawEmbedding(), Split, 0.0), ("new", 0): score_model(RawEmbedding(), Split, 0.0)}
+    table = recognition_on_both(results, "rank1", folder=stored)
+    assert list(table) == ["all, here", "all, GPU", "75-90, here", "75-90, GPU"]
+    assert table.loc["raw"].tolist()[1::2] == ["0.6", "0.1"] and table.loc["new", "all, GPU"] == "–"
+    assert table["all, here"].tolist() == recognition_table(results, "rank1")["all"].tolist()
+
+
+def test_steps_stand_side_by_side(stored):
+    measured = pd.DataFrame({"batch_size": [32, 32, 32, 32, 128], "amp": [True, True, True, False, True],
+                             "name": ["full", "LoRA", "16³", "LoRA", "LoRA"], "ms": [40.0, 32.0, 50.0, 1.0, 1.0]})  # fmt: skip
+    table = speed_on_both(measured, 32, stored)
+    assert list(table.index) == ["full", "LoRA"]
+    assert table.loc["LoRA"].tolist() == ["32", "1.25x", "25", "0.80x", "1.6", "1.25x"]
+
+
+def test_the_shipped_results_can_be_read():
+    assert "seeds" in gpu_note() and "H200" in gpu_note()
+    measured = pd.DataFrame({"batch_size": 128, "amp": True, "name": ["full fine-tuning", "LoRA r=8"], "ms": [2.0, 1.0]})
+    assert speed_on_both(measured, 128).loc["LoRA r=8", "here, speed"] == "2.00x"
+    assert torch.tensor([float(v) for v in speed_on_both(measured, 128)["GPU, graph, ms"]]).gt(0).all()

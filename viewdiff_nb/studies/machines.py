@@ -1,0 +1,52 @@
+"""What was measured here, beside what was measured on a GPU (data/results/h200)."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from ..paths import GPU_RESULTS
+from .tables import Results, recognition_table
+
+MODES = ("eager", "graph")  # a CUDA graph replays a whole step
+
+
+def recognition_on_both(
+    results: Results, rate: str, where: tuple[str, ...] = ("all", "75-90"), folder: Path = GPU_RESULTS
+) -> pd.DataFrame:
+    """A rate of every model on both machines: "mean ± interval" here, and on the GPU with its own seeds.
+
+    Args:
+        rate: as in `recognition_table`. where: yaw bins.
+    """
+    here, there = recognition_table(results, rate), pd.read_csv(folder / f"table4_{rate}.csv", index_col="model")
+    both = {}
+    for name in where:
+        both[f"{name}, here"], both[f"{name}, GPU"] = here[name], there[name]
+    return pd.DataFrame(both).reindex(here.index).fillna("–")
+
+
+def speed_on_both(measured: pd.DataFrame, batch_size: int, folder: Path = GPU_RESULTS) -> pd.DataFrame:
+    """Milliseconds of a mixed-precision step on both machines, and the speed against the first configuration.
+
+    Args:
+        measured: of `benchmark.speed_and_memory`.
+
+    Returns:
+        one row per configuration of measured that was measured on the GPU with the attention that the kit has now.
+    """
+    here = measured[(measured["batch_size"] == batch_size) & measured["amp"]].set_index("name")["ms"]
+    stored = pd.read_csv(folder / "speed.csv")
+    stored = stored[(stored["batch_size"] == batch_size) & (stored["precision"] == "bf16")]
+    stored = stored[(stored["attention"] == "products") & stored["mode"].isin(MODES)]
+    there = stored.pivot(index="name", columns="mode", values="ms").reindex(here.index).dropna(how="all")
+    columns = {"here": here[there.index]} | {f"GPU, {mode}": there[mode] for mode in MODES}
+    table = {}
+    for name, ms in columns.items():
+        table[f"{name}, ms"] = [f"{value:.3g}" for value in ms]
+        table[f"{name}, speed"] = [f"{ms.iloc[0] / value:.2f}x" for value in ms]
+    return pd.DataFrame(table, index=there.index.rename("configuration"))
+
+
+def gpu_note(folder: Path = GPU_RESULTS) -> str:
+    """Seeds, interval and machine of what was measured on the GPU, in words."""
+    return (folder / "claims.md").read_text().strip().splitlines()[-1]

@@ -5,24 +5,24 @@ from pathlib import Path
 import pandas as pd
 
 from ..paths import GPU_RESULTS
-from .tables import Results, recognition_table
 
 MODES = ("eager", "graph")  # a CUDA graph replays a whole step
 
 
 def recognition_on_both(
-    results: Results, rate: str, where: tuple[str, ...] = ("all", "75-90"), folder: Path = GPU_RESULTS
+    here: Path, rate: str, where: tuple[str, ...] = ("all", "75-90"), folder: Path = GPU_RESULTS
 ) -> pd.DataFrame:
     """A rate of every model on both machines: "mean ± interval" here, and on the GPU with its own seeds.
 
     Args:
-        rate: as in `recognition_table`. where: yaw bins.
+        here: folder with the table4_RATE.csv that notebook 04 wrote.
+        where: yaw bins.
     """
-    here, there = recognition_table(results, rate), pd.read_csv(folder / f"table4_{rate}.csv", index_col="model")
+    ours, theirs = (pd.read_csv(path / f"table4_{rate}.csv", index_col="model", dtype=str) for path in (here, folder))
     both = {}
     for name in where:
-        both[f"{name}, here"], both[f"{name}, GPU"] = here[name], there[name]
-    return pd.DataFrame(both).reindex(here.index).fillna("–")
+        both[f"{name}, here"], both[f"{name}, GPU"] = ours[name], theirs[name]
+    return pd.DataFrame(both).reindex(ours.index).fillna("–")
 
 
 def speed_on_both(measured: pd.DataFrame, batch_size: int, folder: Path = GPU_RESULTS) -> pd.DataFrame:

@@ -159,6 +159,19 @@ def test_a_dead_kernel_is_said(pose):
     expect(gone).to_have_text("The kernel is gone: run this cell again.")
 
 
+def test_a_page_that_is_loaded_again_shows_the_explorer_where_it_was(pose):
+    handle(pose, "yaw (°)").press("ArrowRight")
+    wait_for_picture(stage(pose, "the head"), is_pose(0, 65))
+    menu(pose, "File", "docmanager:save")
+    expect(pose.locator(".jp-mod-dirty")).to_have_count(0)
+    pose.reload()
+    head = stage(pose, "the head")
+    head.wait_for(timeout=60_000)
+    wait_for_picture(head, is_pose(0, 65))
+    handle(pose, "yaw (°)").press("ArrowLeft")
+    wait_for_picture(head, is_pose(0, 60))
+
+
 def test_notebook_7(lab, page):
     lab.open(page, "pose.ipynb", "notebook")
     lab.run_all(page)

@@ -15,7 +15,7 @@ class RecordedPeople:
     pitches = yaws = None  # no grid: any pose may have been recorded
 
     def __init__(self, faces: FaceViews) -> None:
-        self.faces, self.names = faces, faces.names
+        self.faces, self.names = faces.to("cpu"), faces.names
 
     def row(self, person: int, pitch: float = 0.0, roll: float = 0.0) -> FaceViews:
         """All views of a person, by rising yaw; pitch and roll are as recorded."""

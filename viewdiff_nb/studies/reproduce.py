@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+WIDGET = "application/vnd.jupyter.widget-view+json"  # a progress bar: nothing to see without its kernel
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,6 +40,8 @@ def main() -> None:
             sys.exit(f"{path.name} failed:\n{error}")
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)  # time stamps, new with every run
+            if cell.cell_type == "code":
+                cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
         target = RUNS / "fast" / "notebooks" / path.name if arguments.fast else path
         target.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook, target)

@@ -2,13 +2,12 @@
 
 import ipywidgets as widgets
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 
 from ..faces.turntable import load_turntable
 from ..modules.transformer import MEMORY_TOKENS, EnhancedTransformerDecoderOnly3D
 from .drawings import AttentionMaps
-from .explorer import Explorer, choice, drag_moves, pose_sliders, side_by_side
+from .explorer import Explorer, choice, drag_moves, evaluation_mode, pose_sliders, side_by_side
 from .live_figure import LiveFigure, png_bytes
 from .pose import People
 from .stage import Stage
@@ -80,7 +79,6 @@ class AttentionExplorer(Explorer):
         a, b = (self._known[key] for key in keys)
         return [a, b, [after - before for before, after in zip(a, b, strict=True)]]
 
-    @torch.no_grad()
     def _weights_at(self, pitch: float, yaw: float, roll: float) -> list[np.ndarray]:
         model, person = self.model, self.people.names.index(self.person.value)
         row, at = self.people.row(person, pitch, roll), self.people.closest(person, pitch, yaw, roll)
@@ -90,17 +88,12 @@ class AttentionExplorer(Explorer):
         src, angles, points = (v[index].to(device) for v in (row.src, row.angles, row.keypoints_3d))
         hooks = [layer.register_forward_pre_hook(lambda _, inputs, name=name: across.update({name: inputs[0]}))
                  for name, layer in (model.cross_view or {}).items()]  # fmt: skip
-        was_training = model.training
-        model.eval()
-        _, weights = model(src, angles, points, return_attention=True)
-        for hook in hooks:
-            hook.remove()
-        found = list(weights[0, :, :, 0].cpu().numpy())
-        for name, tokens in across.items():
-            _, of_views = model.cross_view[name](tokens, return_attention=True)
-            found.append(of_views[0, :, 0].cpu().numpy())
-        model.train(was_training)
-        return found
+        with evaluation_mode(model):
+            _, weights = model(src, angles, points, return_attention=True)
+            for hook in hooks:
+                hook.remove()
+            of_views = [model.cross_view[name](tokens, return_attention=True)[1] for name, tokens in across.items()]
+        return [*weights[0, :, :, 0].cpu().numpy(), *(w[0, :, 0].cpu().numpy() for w in of_views)]
 
     def _draw(self) -> None:
         self._maps.show(self.weights())

@@ -42,10 +42,10 @@ def search(model: nn.Module, views: FaceViews, gallery: torch.Tensor, person: in
     """Raw and predicted embeddings of one person's views against a gallery.
 
     Args:
-        views: Y views. gallery: (P, D) fronts. person: the right row.
+        views: Y views, on the CPU. gallery: (P, D) fronts. person: the right row.
     """
     probes = F.normalize(torch.stack((views.src, predict(model, views))), dim=-1)
-    cosine = probes @ F.normalize(gallery, dim=1).T  # (2, Y, P)
+    cosine = probes @ F.normalize(gallery.cpu(), dim=1).T  # (2, Y, P)
     own = cosine[..., person].clone()
     cosine[..., person] = -2
     best, other = cosine.max(-1)
@@ -88,8 +88,9 @@ class PoseExplorer(Explorer):
         self._face = KeypointFace(face.add_subplot())
         self._live_face = LiveFigure(face, self._face.moving)
         self._known: tuple = (None, None)
+        self._front_of: int | None = None
         controls = widgets.VBox([self.person, self.yaw, self.pitch, self.roll, self.keypoints])
-        # Without pictures the keypoints are all there is to see.
+        # without pictures the keypoints are all there is to see
         shown = [self.head, self.side, self.front] if self.people.pitches else [self.head]
         super().__init__([side_by_side(controls, *shown), side_by_side(self.curves, self.readout)])
         self.follow(self.person, self.yaw, self.pitch, self.roll, self.keypoints)
@@ -131,7 +132,8 @@ class PoseExplorer(Explorer):
         else:
             self.head.picture = png_bytes(self._with_keypoints(picture) if self.keypoints.value else picture)
             self.side.picture = png_bytes(self.people.crop(*shown))
-            self.front.picture = png_bytes(self.people.crop(shown[0], 0, 0))
+            if self._front_of != shown[0]:
+                self._front_of, self.front.picture = shown[0], png_bytes(self.people.crop(shown[0], 0, 0))
         pitch, yaw, roll = self.pose
         where = f"pitch {pitch:.0f}°, yaw {yaw:.0f}°, roll {roll:.0f}°"
         self.head.label, self.side.label = f"the head at {where}", f"the aligned crop at {where}"

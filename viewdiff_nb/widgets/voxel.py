@@ -13,7 +13,7 @@ from ..modules.transformer import EnhancedTransformerDecoderOnly3D
 from ..modules.volume import rotate
 from .cubes import draw_cubes
 from .drawings import PLANES, Rendering, Slice, colour_scale
-from .explorer import DPI, SLIDER, STYLE, Explorer, choice, on_drag, pose_sliders, side_by_side, slider
+from .explorer import DPI, SLIDER, STYLE, Explorer, choice, evaluation_mode, on_drag, pose_sliders, side_by_side, slider
 from .live_figure import LiveFigure, png_bytes
 from .pose import People
 from .stage import Stage
@@ -81,7 +81,6 @@ class VoxelExplorer(Explorer):
             self.layer.value = self.resolution.value // 2
             self.layer.max = self.resolution.value
 
-    @torch.no_grad()
     def volume(self) -> FaceVolume:
         """The grid as the controls say, of one view; on the CPU."""
         target = self._target()
@@ -91,10 +90,8 @@ class VoxelExplorer(Explorer):
             row, device = self.people.row(person), self.model.input.weight.device
             at = [self.people.closest(person, 0, self.yaw.value)]
             src, angles, points = (v[at].to(device) for v in (row.src, row.angles, row.keypoints_3d))
-            was_training = self.model.training
-            self.model.eval()
-            found = self.model.face_volume(src, angles, points, target.to(device), self.resolution.value)
-            self.model.train(was_training)
+            with evaluation_mode(self.model):
+                found = self.model.face_volume(src, angles, points, target.to(device), self.resolution.value)
             self._known = key, FaceVolume(**{name: value.cpu() for name, value in vars(found).items()})
         return self._known[1]
 
@@ -118,10 +115,10 @@ class VoxelExplorer(Explorer):
         return values, values
 
     def _colours(self, features: torch.Tensor) -> np.ndarray:
-        """(C, ...) features to (..., 3) RGB: principal components of what the grid holds."""
+        """(C, ...) features to (..., 3) RGB: principal components of what the grid holds, each scaled to its range."""
         grid = self.volume().features[0].flatten(1)  # (C, R^3)
         basis = torch.linalg.eigh(grid @ grid.T).eigenvectors[:, -3:].flip(1)  # (C, 3), the largest first
-        basis = basis * basis.sum(0).sign()  # a principal component has no sign of its own
+        basis = torch.where(basis.sum(0) < 0, -basis, basis)  # a principal component has no sign of its own
         parts = torch.tensordot(basis, features, ([0], [0]))
         scale = parts.flatten(1).abs().amax(1).clamp_min(1e-12).view(3, *[1] * (parts.dim() - 1))
         return (0.5 + 0.5 * parts / scale).movedim(0, -1).numpy()

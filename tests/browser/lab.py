@@ -61,8 +61,14 @@ class Lab:
                 time.sleep(0.1)
 
     def close(self) -> None:
-        os.killpg(self.server.pid, signal.SIGTERM)
-        self.server.wait(20)
+        """Stop the server and its kernels; one that is just restarting may need to be killed."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            os.killpg(self.server.pid, number)
+            try:
+                self.server.wait(15)
+                return
+            except subprocess.TimeoutExpired:
+                continue
 
     def open(self, page: Page, notebook: str, app: str = "lab") -> None:
         """Open a notebook and wait for its kernel; before it is there, Run All would be lost."""

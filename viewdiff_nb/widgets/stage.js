@@ -15,7 +15,8 @@ function render({ model, el }) {
   const image = node("img", "vd-picture", frame);
   const tip = node("div", "vd-tip", frame);
   const caption = node("div", "vd-caption", el);
-  node("div", "vd-gone", el).textContent = "The kernel is gone: run this cell again.";
+  const gone = node("div", "vd-gone vd-first", el);
+  gone.textContent = "The kernel is gone: run this cell again.";
   image.draggable = false;
 
   // ---- the picture
@@ -116,12 +117,14 @@ function render({ model, el }) {
   }
   frame.addEventListener("pointerleave", () => (tip.style.display = "none"));
 
-  // ---- Jupyter would take the arrow keys of the stage, and of the sliders beside it, to move between cells
+  // ---- once it is in the page
 
-  const placed = new MutationObserver(leaveKeys);
-  function leaveKeys() {
+  const placed = new MutationObserver(join);
+  function join() {
     const explorer = el.closest(".vd-explorer");
     if (!explorer) return;
+    gone.classList.toggle("vd-first", explorer.querySelector(".vd-stage") === el); // said once is enough
+    // Jupyter would take the arrow keys of the stage, and of the sliders beside it, to move between cells
     explorer.addEventListener("focusin", (event) => event.target.setAttribute("data-lm-suppress-shortcuts", "true"));
     placed.disconnect();
   }
@@ -131,7 +134,7 @@ function render({ model, el }) {
   for (const name of ["label", "caption", "turnable", "width"]) model.on(`change:${name}`, describe);
   describe();
   showPicture();
-  leaveKeys();
+  join();
   return () => {
     placed.disconnect();
     if (url) URL.revokeObjectURL(url);

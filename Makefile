@@ -45,7 +45,7 @@ data: $(VENV)/.heads
 	$(VENV)/bin/python -m viewdiff_nb.faces.build --sheet figures/heads_contact_sheet.png
 
 clean:
-	rm -rf runs/study runs/fast runs/interrupted build
+	rm -rf runs/study runs/fast runs/interrupted runs/monitored build
 
 # torch comes first, so that the build asked for is the one that everything else finds.
 $(VENV)/.torch:

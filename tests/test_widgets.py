@@ -89,6 +89,10 @@ def test_values_set_together_make_one_picture(gallery, model):
     assert len(drawn) == 1
     with pytest.raises(AttributeError, match="no control named 'jaw'"):
         explorer.set(jaw=3)
+    voxels, drawn = VoxelExplorer(model), []
+    voxels.pictures.observe(lambda change: drawn.append(change), "picture")
+    voxels.set(layer=3, yaw=-30, resolution=16)
+    assert len(drawn) == 1 and (voxels.layer.value, voxels.layer.max) == (3, 16)
 
 
 def test_dragging_moves_sliders_by_whole_steps_and_forgets_nothing(gallery, model):
@@ -100,8 +104,11 @@ def test_dragging_moves_sliders_by_whole_steps_and_forgets_nothing(gallery, mode
     assert explorer.pitch.value == -10  # down
     explorer.head.turned = [500.0, 12.0]
     assert explorer.yaw.value == 90
-    explorer.yaw.value = -30.0  # by hand
-    explorer.head.turned = [505.0, 12.0]
+    explorer.yaw.value = 85.0  # by hand, a single step
+    explorer.head.turned = [500.0, 11.0]
+    assert explorer.yaw.value == 85
+    explorer.yaw.value = -30.0
+    explorer.head.turned = [505.0, 11.0]
     assert explorer.yaw.value == -25
 
 
@@ -118,6 +125,14 @@ def test_recorded_people_are_shown_by_their_keypoints(model):
 def test_people_outside_the_gallery_are_refused(model):
     with pytest.raises(ValueError, match="6 people are not in the gallery, e.g. 'person_0040'"):
         PoseExplorer(model, people(30, width=512), load_turntable())  # which has person_0000 .. person_0029
+
+
+def test_people_of_the_same_names_are_not_taken_for_those_of_the_turntable(gallery, model):
+    assert PoseExplorer(model, gallery).people.pitches
+    strangers = replace(gallery, front=gallery.front.roll(1, 0), person=(gallery.person + 1) % len(gallery.names))
+    assert isinstance(PoseExplorer(model, strangers).people, RecordedPeople)
+    with pytest.raises(ValueError, match="the gallery's embeddings have 32 numbers, those of the people 512"):
+        PoseExplorer(model, people(30), load_turntable())
 
 
 def test_raw_embeddings_are_not_changed_by_a_model_that_returns_them(gallery):
@@ -253,6 +268,29 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path):
     assert result.stopped == "finished" and result.steps == whole.steps
     for mine, theirs in zip(result.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_a_stop_in_the_last_epoch_comes_too_late(tmp_path):
+    config = replace(CONFIG, save_dir=str(tmp_path))
+    monitor = TrainingMonitor(config, *sets())
+    show = monitor.show
+
+    def stop_at_the_end(history):
+        show(history)
+        if history["epoch"].iloc[-1] == config.epochs:
+            monitor.stop()
+
+    monitor.show = stop_at_the_end
+    assert monitor.start().wait().stopped == "finished" and monitor.start_button.description == "Start"
+
+
+def test_a_monitor_shows_a_run_that_was_started_elsewhere():
+    monitor = TrainingMonitor(CONFIG, *sets())
+    monitor.stop()  # there is nothing to stop
+    assert monitor.status.value == "not started"
+    run(on_epoch=monitor.show)
+    assert monitor.status.value == f"epoch {CONFIG.epochs} of {CONFIG.epochs}"
+    assert monitor.progress.value == CONFIG.epochs
 
 
 def test_what_ends_a_run_is_shown_and_raised():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -68,6 +69,18 @@ class Turntable:
     def closest(self, person: int, pitch: float, yaw: float, roll: float = 0.0) -> int:
         """Which view of `row` is closest to a pose in degrees."""
         return _closest(self.yaws, yaw)
+
+    def shows(self, gallery: FaceViews) -> bool:
+        """Whether these people are in the gallery, under the same names and by the same recogniser.
+
+        Other sets may use the same names for other people, so a frontal view must be closest to the front of its name.
+        """
+        if not set(self.names) <= set(gallery.names) or gallery.feature_dim != self.features.shape[-1]:
+            return False
+        own = torch.tensor([gallery.names.index(name) for name in self.names])
+        frontal = self.features[:, _closest(self.pitches, 0), _closest(self.yaws, 0)]
+        similarity = F.normalize(frontal, dim=1) @ F.normalize(gallery.front.cpu(), dim=1).T
+        return bool((similarity.argmax(1) == own).all())
 
     def picture(self, person: int, pitch: float, yaw: float, roll: float = 0.0) -> Image.Image:
         """The head at a pose in degrees: RGB, picture_size square, the pivot in the middle.

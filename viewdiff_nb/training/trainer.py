@@ -177,22 +177,26 @@ class _Run:
                 row = {"epoch": 0} | evaluate(state.model, self.val_faces, LOSSES[config.loss])
                 state.history.append(row)
                 self._tell(row)
-            while True:
-                if config.patience and state.stale >= config.patience:
-                    return self._result("early")
-                if state.epoch == config.epochs:
-                    return self._result("finished")
+            ended = self._ended()
+            while not ended:
                 whole = self._epoch(stop)
                 if whole:
                     self._finish_epoch()
-                if not whole or self._agreed(stop.asked):
+                ended = self._ended()
+                if not ended and (not whole or self._agreed(stop.asked)):
                     if whole:  # else it was saved within the epoch
                         self._save_last()
-                    break
-        result = self._result("interrupted")
+                    ended = "interrupted"
+        result = self._result(ended)
         if self._agreed(stop.to_end):
             raise TrainingInterrupted(result)
         return result
+
+    def _ended(self) -> Literal["early", "finished"] | None:
+        """Why there is no further epoch; None if there is one."""
+        if self.config.patience and self.state.stale >= self.config.patience:
+            return "early"
+        return "finished" if self.state.epoch == self.config.epochs else None
 
     def _epoch(self, stop: StopRequest) -> bool:
         """The batches of an epoch, or what is left of them; False if it was interrupted."""

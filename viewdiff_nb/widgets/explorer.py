@@ -26,10 +26,12 @@ class Explorer(widgets.VBox):
     explorer, and keeps the picture of `figure` beside it for readers without a kernel.
     """
 
+    FIRST: tuple[str, ...] = ()  # controls that limit others, for `set`
+
     def __init__(self, children: list[widgets.Widget]) -> None:
         super().__init__(children)
         self.add_class("vd-explorer")
-        self._held = False
+        self._held = 0  # how many contexts hold the drawing back
 
     def figure(self) -> Figure:
         """What is seen now, as a static figure."""
@@ -51,21 +53,21 @@ class Explorer(widgets.VBox):
     @contextmanager
     def together(self) -> Iterator[None]:
         """Controls that change in this context lead to one picture, at its end."""
-        self._held = True
+        self._held += 1
         try:
             yield
         finally:
-            self._held = False
+            self._held -= 1
         self.redraw()
 
     def set(self, **values) -> None:
         """Move controls by name, e.g. set(yaw=-60, pitch=10): what a user does by hand."""
         with self.together():
-            for name, value in values.items():
+            for name in sorted(values, key=lambda name: name not in self.FIRST):
                 control = getattr(self, name, None)
                 if not isinstance(control, widgets.ValueWidget):
                     raise AttributeError(f"{type(self).__name__} has no control named {name!r}")
-                control.value = value
+                control.value = values[name]
 
     def _repr_mimebundle_(self, **options) -> dict:
         static = {"image/png": base64.b64encode(figure_png(self.figure())).decode(), "text/plain": repr(self)}
@@ -132,7 +134,7 @@ def drag_moves(stage: Stage, right: widgets.FloatSlider, down: widgets.FloatSlid
     seen = list(stage.turned)
 
     def forget(change: dict) -> None:
-        if abs(change["new"] - wanted[change["owner"]]) > change["owner"].step:
+        if abs(change["new"] - wanted[change["owner"]]) > change["owner"].step / 2 + 1e-9:  # rounding is at most that
             wanted[change["owner"]] = change["new"]  # moved by hand
 
     def moved(change: dict) -> None:

@@ -71,9 +71,10 @@ class TrainingMonitor(Explorer):
         return self
 
     def stop(self) -> None:
-        """End the run after the step it is in; the checkpoint is written."""
-        self._stop.asked = True
-        self.status.value = "stopping …"
+        """End the run after the step it is in, if there is one; the checkpoint is written."""
+        if self._running:
+            self._stop.asked = True
+            self.status.value = "stopping …"
 
     def wait(self) -> TrainResult:
         """The result, when the run has ended; an interrupt of the cell stops the run.
@@ -97,10 +98,11 @@ class TrainingMonitor(Explorer):
         self.history = history
         epoch = int(history["epoch"].iloc[-1])
         self.progress.value = epoch
-        seconds = time.monotonic() - self._started
-        done = epoch - self._first
-        left = f", about {seconds / done * (self.config.epochs - epoch):.0f} s left" if done > 0 else ""
-        self.status.value = f"epoch {epoch} of {self.config.epochs}, {seconds:.0f} s{left}"
+        left = ""
+        if self._running and epoch > self._first:
+            spent = time.monotonic() - self._started
+            left = f", about {spent / (epoch - self._first) * (self.config.epochs - epoch):.0f} s left"
+        self.status.value = f"epoch {epoch} of {self.config.epochs}{left}"
         self.redraw()
 
     def _pressed(self, _: widgets.Button) -> None:

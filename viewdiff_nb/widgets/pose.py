@@ -15,6 +15,7 @@ from ..faces.geometry import normalise_keypoints
 from ..faces.recorded import RecordedPeople
 from ..faces.turntable import Turntable, load_turntable
 from ..faces.views import FaceViews
+from ..paths import TURNTABLE
 from ..training.evaluation import predict
 from .drawings import KeypointFace, YawCurves
 from .explorer import DPI, SLIDER, STYLE, Explorer, choice, drag_moves, pose_sliders, side_by_side
@@ -64,12 +65,15 @@ class PoseExplorer(Explorer):
         person: a name; the first by default. yaw, pitch, roll: degrees.
 
     Raises:
-        ValueError: if the people are not in the gallery.
+        ValueError: if the people are not in the gallery, or their embeddings have another width.
     """
 
     def __init__(self, model: nn.Module, gallery: FaceViews, people: People | None = None, person: str | None = None,
                  yaw: float = 60.0, pitch: float = 0.0, roll: float = 0.0) -> None:  # fmt: skip
         self.model, self.gallery, self.people = model, gallery, people or people_of(gallery)
+        if gallery.feature_dim != self.people.row(0).feature_dim:
+            raise ValueError(f"the gallery's embeddings have {gallery.feature_dim} numbers, those of the people "
+                             f"{self.people.row(0).feature_dim}")  # fmt: skip
         if missing := set(self.people.names) - set(gallery.names):
             raise ValueError(f"{len(missing)} people are not in the gallery, e.g. {min(missing)!r}; give a gallery "
                              "that holds their fronts")  # fmt: skip
@@ -188,9 +192,10 @@ class PoseExplorer(Explorer):
 
 
 def people_of(gallery: FaceViews) -> People:
-    """The shipped turntable if its people are in the gallery, else the gallery's recorded views."""
-    turntable = load_turntable()
-    return turntable if set(turntable.names) <= set(gallery.names) else RecordedPeople(gallery)
+    """The shipped turntable if it is there and shows people of the gallery, else the gallery's recorded views."""
+    if TURNTABLE.is_dir() and (turntable := load_turntable()).shows(gallery):
+        return turntable
+    return RecordedPeople(gallery)
 
 
 def mark_points(picture: Image.Image, pixels: np.ndarray) -> None:

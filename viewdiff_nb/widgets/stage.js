@@ -1,4 +1,4 @@
-// A picture that can be dragged and asked for its values; see Stage in __init__.py.
+// A picture that can be dragged and asked for its values; see Stage in stage.py.
 
 const KEYS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
@@ -57,15 +57,17 @@ function render({ model, el }) {
 
   // ---- turning it: sums, at most one message a frame; ipywidgets holds back while the kernel is busy
 
-  let turned = [...model.get("turned")];
-  let waiting = false;
+  let pending = null; // not yet in the sums, which another view of the same stage adds to as well
   function turn(right, down) {
-    turned = [turned[0] + right, turned[1] + down];
-    if (waiting) return;
-    waiting = true;
+    if (pending) {
+      pending = [pending[0] + right, pending[1] + down];
+      return;
+    }
+    pending = [right, down];
     requestAnimationFrame(() => {
-      waiting = false;
-      model.set("turned", [...turned]);
+      const sums = model.get("turned");
+      model.set("turned", [sums[0] + pending[0], sums[1] + pending[1]]);
+      pending = null;
       model.save_changes();
     });
   }

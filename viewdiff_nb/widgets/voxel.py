@@ -33,6 +33,7 @@ class VoxelExplorer(Explorer):
 
     DENSITY, WEIGHT, OCCUPANCY = "density, per unit of length", "weight in its ray", "occupancy, what goes in"
     FEATURES = "features, 3 principal components"
+    FIRST = ("resolution",)
     SHARES = tuple(f"share of {name}" for name in KEYPOINT_NAMES)
 
     def __init__(self, model: EnhancedTransformerDecoderOnly3D, people: People | None = None, person: str | None = None,
@@ -61,7 +62,7 @@ class VoxelExplorer(Explorer):
         super().__init__([side_by_side(widgets.VBox(left), widgets.VBox(right)),
                           side_by_side(self.cubes, self.pictures)])  # fmt: skip
         self.resolution.observe(self._fit_layer, "value")
-        self.follow(*left, *right)
+        self.follow(*left, *right[1:])  # the resolution also moves the slice, see _fit_layer
         on_drag(self.cubes, self._draw_cubes)
         self._known: tuple = (None, None)
         self._fit_layer()

@@ -12,6 +12,7 @@ from torch import nn
 from .faces.geometry import KEYPOINT_NAMES
 from .faces.views import FaceViews
 from .modules.lora import lora_layers
+from .modules.modes import evaluation_mode
 from .modules.transformer import EnhancedTransformerDecoderOnly3D
 
 FLAT = 1e-6  # singular values below this share of the largest are rounding
@@ -79,7 +80,6 @@ def spectra_figure(spectrum: pd.DataFrame, rank: int) -> Figure:
     return fig
 
 
-@torch.no_grad()
 def projection_steps(model: EnhancedTransformerDecoderOnly3D, view: FaceViews, yaws: tuple[float, ...]) -> Figure:
     """The 3-D projection of one view, step by step, a row a target yaw.
 
@@ -93,8 +93,8 @@ def projection_steps(model: EnhancedTransformerDecoderOnly3D, view: FaceViews, y
               "light stopped")  # fmt: skip
     target = torch.tensor([[0.0, yaw, 0.0] for yaw in yaws]).deg2rad()
     each = [v.expand(len(yaws), *v.shape[1:]) for v in (view.src, view.angles, view.keypoints_3d)]
-    model.eval()
-    found = model.face_volume(*each, target)
+    with evaluation_mode(model):
+        found = model.face_volume(*each, target)
     middle = found.density.shape[2] // 2
     colours = sns.color_palette("colorblind", len(KEYPOINT_NAMES))
     for i, row in enumerate(axes):

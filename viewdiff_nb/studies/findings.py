@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..paths import PROJECT
+from ..paths import GPU_RESULTS
 from .tables import mean_interval
 
-SHIPPED = PROJECT / "data" / "results" / "h200" / "ablation_cells.csv"  # the whole default grid, on one GPU
+SHIPPED = GPU_RESULTS / "ablation_cells.csv"  # the whole default grid, on one GPU
 GUIDE = {"rank": 8, "voxel_resolution": 16, "lambda_prior": 0.1}  # and lora_alpha = rank
 CHOICE = ["rank", "voxel_resolution"]
 

@@ -5,35 +5,34 @@ from torch import Tensor, nn
 
 from ..faces.views import FaceViews
 from ..metrics import recognition_by_yaw
+from ..modules.modes import evaluation_mode
 from ..modules.transformer import fuse_views
 from .batches import feed, padded_groups, place, view_groups
 from .losses import Loss
 
 
-@torch.no_grad()
 def predict(model: nn.Module, faces: FaceViews, batch_size: int = 1024) -> Tensor:
     """Predicted frontal embeddings (M, D) of all side views, in evaluation mode, on the device of faces.
 
     With cross-view attention, the views of a person are seen in random groups of n_views; the last group
     of a person may be smaller.
     """
-    was_training, home = model.training, faces.device
-    model.eval()
+    home = faces.device
     device = next(iter((*model.parameters(), *model.buffers())), faces.src).device
     faces = place(faces, device)
     out = torch.empty(faces.src.shape, device=device)
-    if getattr(model, "cross_view", None) is None:
-        rows = torch.arange(len(faces), device=faces.device).split(batch_size)
-        for index, batch in zip(rows, feed(faces, rows, device), strict=True):
-            out[index] = model(batch.src, **batch.conditions(), return_residual=False).float()
-    else:
-        groups, mask = padded_groups(faces.person, model.n_views, torch.Generator().manual_seed(0))
-        size = max(1, batch_size // model.n_views) * model.n_views
-        rows, masks = groups.flatten().split(size), mask.flatten().to(device).split(size)
-        for index, there, batch in zip(rows, masks, feed(faces, rows, device), strict=True):
-            predicted = model(batch.src, **batch.conditions(), return_residual=False, view_mask=there)
-            out[index.to(device)[there]] = predicted[there].float()
-    model.train(was_training)
+    with evaluation_mode(model):
+        if getattr(model, "cross_view", None) is None:
+            rows = torch.arange(len(faces), device=faces.device).split(batch_size)
+            for index, batch in zip(rows, feed(faces, rows, device), strict=True):
+                out[index] = model(batch.src, **batch.conditions(), return_residual=False).float()
+        else:
+            groups, mask = padded_groups(faces.person, model.n_views, torch.Generator().manual_seed(0))
+            size = max(1, batch_size // model.n_views) * model.n_views
+            rows, masks = groups.flatten().split(size), mask.flatten().to(device).split(size)
+            for index, there, batch in zip(rows, masks, feed(faces, rows, device), strict=True):
+                predicted = model(batch.src, **batch.conditions(), return_residual=False, view_mask=there)
+                out[index.to(device)[there]] = predicted[there].float()
     return out.to(home)
 
 

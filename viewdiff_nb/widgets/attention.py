@@ -5,9 +5,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..faces.turntable import load_turntable
+from ..modules.modes import evaluation_mode
 from ..modules.transformer import MEMORY_TOKENS, EnhancedTransformerDecoderOnly3D
 from .drawings import AttentionMaps
-from .explorer import Explorer, choice, drag_moves, evaluation_mode, pose_sliders, side_by_side
+from .explorer import Explorer, choice, drag_moves, pose_sliders, side_by_side
 from .live_figure import LiveFigure, png_bytes
 from .pose import People
 from .stage import Stage

@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ipywidgets as widgets
-import torch
 from matplotlib.figure import Figure
-from torch import nn
 
 from .live_figure import figure_png
 from .stage import Stage
@@ -77,18 +75,6 @@ class Explorer(widgets.VBox):
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: run the cell to move its sliders>"
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients; afterwards the model is in the mode it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def slider(name: str, low: float, high: float, step: float, value: float, form: str = ".0f") -> widgets.FloatSlider:

@@ -128,13 +128,13 @@ class PoseExplorer(Explorer):
 
     def _draw_head(self) -> None:
         shown = self._shown()
-        picture = self.people.picture(*shown)
+        picture = self._head()
         if picture is None:
             row, at = self.people.row(shown[0]), self.people.closest(*shown)
             self._face.show(normalise_keypoints(row.keypoints_3d[at]).numpy())
             self.head.picture = self._live_face.png()
         else:
-            self.head.picture = png_bytes(self._with_keypoints(picture) if self.keypoints.value else picture)
+            self.head.picture = png_bytes(picture)
             self.side.picture = png_bytes(self.people.crop(*shown))
             if self._front_of != shown[0]:
                 self._front_of, self.front.picture = shown[0], png_bytes(self.people.crop(shown[0], 0, 0))
@@ -145,11 +145,13 @@ class PoseExplorer(Explorer):
     def _shown(self) -> tuple[int, float, float, float]:
         return self.people.names.index(self.person.value), self.pitch.value, self.yaw.value, self.roll.value
 
-    def _with_keypoints(self, picture: Image.Image) -> Image.Image:
-        marked = picture.copy()
-        pixels = np.asarray(self.people.picture_keypoints(*self._shown()))
-        mark_points(marked, pixels)
-        return marked
+    def _head(self) -> Image.Image | None:
+        """The picture of the head, with its keypoints if they are wanted; None if there are no pictures."""
+        picture = self.people.picture(*self._shown())
+        if picture is not None and self.keypoints.value:
+            picture = picture.copy()
+            mark_points(picture, self.people.picture_keypoints(*self._shown()))
+        return picture
 
     def _table(self, found: Search, at: int) -> str:
         lines = []
@@ -169,9 +171,7 @@ class PoseExplorer(Explorer):
         title = f"{self.person.value}: pitch {pitch:.0f}°, yaw {yaw:.0f}°, roll {roll:.0f}°"
         if self.people.pitches:
             shown = self._shown()
-            head = self.people.picture(*shown)
-            pictures = (self._with_keypoints(head) if self.keypoints.value else head, self.people.crop(*shown),
-                        self.people.crop(shown[0], 0, 0))  # fmt: skip
+            pictures = self._head(), self.people.crop(*shown), self.people.crop(shown[0], 0, 0)
             names = (title, "side view, as the recogniser sees it", "frontal view: its embedding is the target")
             for ax, picture, name in zip(top.subplots(1, 3), pictures, names, strict=True):
                 ax.imshow(picture)

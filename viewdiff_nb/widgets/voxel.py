@@ -8,12 +8,13 @@ from matplotlib.figure import Figure
 
 from ..faces.geometry import KEYPOINT_NAMES, rotation_matrix
 from ..faces.turntable import load_turntable
+from ..modules.modes import evaluation_mode
 from ..modules.projection import FaceVolume
 from ..modules.transformer import EnhancedTransformerDecoderOnly3D
 from ..modules.volume import rotate
 from .cubes import draw_cubes
 from .drawings import PLANES, Rendering, Slice, colour_scale
-from .explorer import DPI, SLIDER, STYLE, Explorer, choice, evaluation_mode, on_drag, pose_sliders, side_by_side, slider
+from .explorer import DPI, SLIDER, STYLE, Explorer, choice, on_drag, pose_sliders, side_by_side, slider
 from .live_figure import LiveFigure, png_bytes
 from .pose import People
 from .stage import Stage

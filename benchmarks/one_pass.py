@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--alone", type=int, default=8, help="runs trained one by one, to know the price of one")
     parser.add_argument("--use_amp", action="store_true")
+    parser.add_argument("--use_cuda_graph", action="store_true", help="both ways; with many --batches")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     split, device = load_split(FULL), choose_device()
@@ -69,7 +70,8 @@ def main() -> None:
         torch.save(TrainConfig().build_model(faces.feature_dim, base=True).state_dict(), base)
         for name, options in CASES.items():
             config = TrainConfig(epochs=1, batch_size=arguments.batch_size, val_every=10**6, dropout=0.2, mixup=True,
-                                 base_model_path=base, use_amp=arguments.use_amp)  # fmt: skip
+                                 base_model_path=base, use_amp=arguments.use_amp,
+                                 use_cuda_graph=arguments.use_cuda_graph)  # fmt: skip
             config = replace(config, **options)
             for count in arguments.adapters:
                 configs = [replace(config, seed=seed, rank=(4, 8, 16)[seed % 3]) for seed in range(count)]

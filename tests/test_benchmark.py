@@ -7,7 +7,7 @@ from torch import nn
 
 from viewdiff_nb.studies import benchmark
 from viewdiff_nb.studies.adaptation import ADAPTATIONS
-from viewdiff_nb.studies.benchmark import CapturedStep, PriorRows, TrainingStep, machine, side_by_side, speed_and_memory
+from viewdiff_nb.studies.benchmark import CapturedStep, TrainingStep, machine, side_by_side, speed_and_memory
 from viewdiff_nb.training.config import TrainConfig
 
 SMALL = TrainConfig(d_model=32, nhead=4, num_layers=1, dim_feedforward=48, voxel_resolution=4)
@@ -93,7 +93,7 @@ def test_float16_comes_with_a_gradient_scaler_and_still_learns():
 
 
 WAYS = {  # ways to do the same step, and the configurations that are done so
-    "cpu": {"rows beforehand": ["prior"], "compiled": ["full", "lora", "projection"]},
+    "cpu": {"compiled": ["full", "lora", "projection"]},
     "cuda": {"captured": list(CONFIGS), "compiled": ["projection"], "compiled, captured": ["projection"]},
 }
 CASES = [(device, way, name) for device in DEVICES for way, names in WAYS[device].items() for name in names]
@@ -105,10 +105,6 @@ def other_way(step, way):
         step.compile(backend="aot_eager" if step.device.type == "cpu" else "inductor")
     if "captured" in way:
         return CapturedStep(step, warmup=3)
-    if way == "rows beforehand":
-        rows = step.objective.prior = PriorRows(step.objective.prior, step.objective.config.prior_count(16))
-        alone = step.forward
-        step.forward = lambda: rows.draw(step.generator) or alone()
     for _ in range(3):
         step()
     return step
@@ -139,7 +135,7 @@ def test_a_step_takes_the_next_batch_and_learning_rate(device):
     config = replace(CONFIGS["prior"], dropout=0.0)
     faces = people(40).to(device)
     step = TrainingStep(config, faces, 16, amp=False)
-    run = CapturedStep(step, warmup=1) if device == "cuda" else other_way(step, "rows beforehand")
+    run = CapturedStep(step, warmup=1) if device == "cuda" else step
     before = [p.detach().clone() for p in step.trainable]
     rates = [group["lr"] for group in step.optimizer.param_groups]
     for group in step.optimizer.param_groups:
@@ -149,10 +145,10 @@ def test_a_step_takes_the_next_batch_and_learning_rate(device):
     for group, rate in zip(step.optimizer.param_groups, rates, strict=True):
         group["lr"] = group["lr"].fill_(1e-2) if torch.is_tensor(rate) else 1e-2
     step.batch.src.copy_(faces.src[-16:])
-    rows = step.objective.prior.rows.clone()
+    rows = step.prior_rows.clone()
     run()
     assert any(not torch.equal(a, b) for a, b in zip(before, step.trainable, strict=True))
-    assert not torch.equal(rows, step.objective.prior.rows)  # prior samples are drawn anew every time
+    assert not torch.equal(rows, step.prior_rows)  # prior samples are drawn anew every time
 
 
 def test_the_machine_is_named():

@@ -148,9 +148,9 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
     """Not even within the second before anybody looks at it."""
     model = Overflowing(3)
     seen = []
-    original = trainer._Run._step
+    original = trainer._Run._update
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer._Run, "_step", lambda run: (original(run), seen.append(model.scale.weight.clone()))[0])
+        patch.setattr(trainer._Run, "_update", lambda run: (original(run), seen.append(model.scale.weight.clone()))[0])
         patch.setattr(trainer, "LOOK", 1e9)
         with pytest.raises(TrainingDiverged, match="batch 3 of epoch 1"):
             run(model=model)

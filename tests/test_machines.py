@@ -7,13 +7,12 @@ from viewdiff_nb.studies.machines import gpu_note, recognition_on_both, speed_on
 
 @pytest.fixture
 def stored(tmp_path):
-    """Results of a GPU: one model's rates, and steps of two configurations."""
+    """Results of a GPU: one model's rates, and steps of three configurations."""
     pd.DataFrame({"model": ["full", "raw"], "all": ["0.9 ± 0.1", "0.6"], "75-90": ["0.7 ± 0.2", "0.1"]}).to_csv(
         tmp_path / "table4_rank1.csv", index=False)  # fmt: skip
-    rows = [("bf16", mode, name, attention, ms) for mode, name, attention, ms in (
-        ("eager", "full", "products", 20.0), ("graph", "full", "products", 2.0), ("eager", "LoRA", "products", 25.0),
-        ("graph", "LoRA", "products", 1.6), ("eager", "LoRA", "fused", 99.0), ("graph", "16³", "fused", 99.0))]
-    table = pd.DataFrame(rows, columns=["precision", "mode", "name", "attention", "ms"])
+    rows = [("bf16", "eager", "full", 20.0), ("bf16", "graph", "full", 2.0), ("bf16", "eager", "LoRA", 25.0),
+            ("bf16", "graph", "LoRA", 1.6), ("fp16", "eager", "LoRA", 99.0), ("bf16", "compiled", "16³", 99.0)]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["precision", "mode", "name", "ms"])
     table.assign(batch_size=32, machine="some GPU").to_csv(tmp_path / "speed.csv", index=False)
     return tmp_path
 

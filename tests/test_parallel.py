@@ -35,7 +35,7 @@ def gradients(machines, config: TrainConfig) -> dict[str, torch.Tensor]:
     objective = Objective(config, machines.share(model, config.views_together), faces.front, torch.device("cpu"))
     index = torch.arange((2 if config.mixup else 1) * config.batch_size)
     batch = FaceBatch(faces.src[index], faces.angles[index], faces.keypoints_3d[index], faces.person[index])
-    objective(batch, torch.rand(config.batch_size, generator=generator) if config.mixup else None, generator).loss.backward()
+    objective(batch, torch.rand(config.batch_size, generator=generator) if config.mixup else None).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

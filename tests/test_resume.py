@@ -80,8 +80,8 @@ class After:
     """Sends a signal to this process at the n-th batch."""
 
     def __init__(self, monkeypatch, batch: int, number: int = signal.SIGINT) -> None:
-        self.left, self.number, original = batch, number, trainer._Run._step
-        monkeypatch.setattr(trainer._Run, "_step", lambda run: self.count() or original(run))
+        self.left, self.number, original = batch, number, trainer._Run._update
+        monkeypatch.setattr(trainer._Run, "_update", lambda run: self.count() or original(run))
 
     def count(self) -> None:
         self.left -= 1

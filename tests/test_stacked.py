@@ -110,7 +110,8 @@ def test_stacked_adamw_is_adamw_row_by_row(weight_decay, rates):
         factor = 1 / (step + 1)
         for parameter, gradient in zip(stacks, gradients, strict=True):
             parameter.grad = gradient.clone()
-        norms = optimiser.step(factor)
+        optimiser.begin(factor)
+        norms = optimiser.step()
         for i, (row, reference, rate) in enumerate(zip(rows, references, rates, strict=True)):
             for parameter, gradient in zip(row, gradients, strict=True):
                 parameter.grad = gradient[i].clone()
@@ -127,9 +128,11 @@ def test_a_row_whose_gradient_is_not_finite_is_not_updated_by_it(rates, bad):
     stack = nn.Parameter(torch.ones(2, 3))
     optimiser = StackedAdamW([stack], torch.tensor(rates), 0.0, clip_norm=1.0)
     stack.grad = torch.tensor([[1.0, 1.0, 1.0], [1.0, bad, 1.0]])
-    norms = optimiser.step(1.0)
+    optimiser.begin(1.0)
+    norms = optimiser.step()
     assert norms[0].isfinite() and not norms[1].isfinite()
     assert (stack[0] < 1).all() and (stack[1] == 1).all()
     stack.grad = torch.ones(2, 3)
-    optimiser.step(1.0)
+    optimiser.begin(1.0)
+    optimiser.step()
     assert stack.isfinite().all() and (stack[1] < 1).all()

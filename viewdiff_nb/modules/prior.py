@@ -95,7 +95,8 @@ class PriorPreservationDataset(Dataset):
     def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """(count,) random rows, with replacement, on the device of the samples."""
         device = self.src.device if generator is None else generator.device
-        return torch.randint(len(self), (count,), generator=generator, device=device).to(self.src.device)
+        rows = torch.randint(len(self), (count,), generator=generator, device=device)
+        return rows.to(self.src.device, non_blocking=True)
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> dict[str, Any]:
         """A random batch with replacement."""

@@ -5,7 +5,7 @@ import platform
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 
 import pandas as pd
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..faces.views import FaceViews
-from ..modules.prior import PriorPreservationDataset
 from ..training.batches import take
+from ..training.capture import WARMUP, Captured, set_capturable
 from ..training.config import TrainConfig, choose_device
 from ..training.objective import Objective
 from ..training.optimiser import build_optimizer
@@ -65,11 +65,22 @@ class TrainingStep:
         scaled = self.objective.amp_dtype is torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         self.generator = torch.Generator().manual_seed(config.seed)
+        self.prior_rows = self.objective.draw(batch_size, self.generator)  # written over by every draw
 
     def forward(self) -> Tensor:
-        return self.objective(self.batch, None, self.generator).loss
+        return self.objective(self.batch, kept=self.prior_rows).loss
+
+    def draw(self) -> None:
+        """Draw the next prior samples, which is no part of the work on the device."""
+        if self.prior_rows is not None:
+            self.prior_rows.copy_(self.objective.draw(len(self.batch.person), self.generator))
 
     def __call__(self) -> None:
+        self.draw()
+        self.work()
+
+    def work(self) -> None:
+        """Forward, backward, clipping and the optimiser."""
         self.scaler.scale(self.forward()).backward()
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.trainable, 1.0)
@@ -143,76 +154,36 @@ def _nbytes(parameters) -> int:
     return sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters}.values())
 
 
-class PriorRows:
-    """Prior samples whose rows lie in a buffer on the device, so that drawing them is no part of a captured step.
-
-    It stands in for the `PriorPreservationDataset` of an `Objective`.
-    """
-
-    def __init__(self, dataset: PriorPreservationDataset, count: int) -> None:
-        self.dataset = dataset
-        self.rows = torch.zeros(count, dtype=torch.long, device=dataset.src.device)
-
-    def draw(self, generator: torch.Generator) -> None:
-        self.rows.copy_(self.dataset.draw(len(self.rows), generator))
-
-    def sample(self, count: int, generator: torch.Generator) -> dict:
-        """The samples of the rows drawn last; count and generator are the buffer's affair."""
-        return self.dataset[self.rows]
-
-
 class CapturedStep:
-    """A training step as one CUDA graph: forward, backward, clipping and optimiser are one launch.
+    """A training step as one CUDA graph, as the trainer does it with use_cuda_graph.
 
     Another batch is trained on by copying it into `step.batch`, another learning rate by writing to the tensors
-    group["lr"] of the optimiser. `warmup` steps are done eagerly first, and they are training steps; the capture itself
-    computes nothing.
+    group["lr"] of the optimiser. `warmup` steps are done eagerly first, and they are training steps; the recording
+    itself computes nothing.
 
     Args:
-        step: to capture; it is no longer called by itself.
+        step: to record; it is no longer called by itself.
         warmup: at least one, so that the optimiser's state exists.
     """
 
-    def __init__(self, step: TrainingStep, warmup: int = 3) -> None:
+    def __init__(self, step: TrainingStep, warmup: int = WARMUP) -> None:
         self.step, self.device = step, step.device
-        for group in step.optimizer.param_groups:
-            group["capturable"] = True
-            group["lr"] = torch.tensor(group["lr"], device=self.device)
-        self.rows = None
-        if (objective := step.objective).prior is not None:
-            self.rows = PriorRows(objective.prior, objective.config.prior_count(len(step.batch.person)))
-            objective.prior = self.rows
-        aside = _side_stream(self.device)
-        aside.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(aside):
-            for _ in range(warmup):
-                self._draw()
-                step()
-        torch.cuda.current_stream(self.device).wait_stream(aside)
+        set_capturable(step.optimizer, self.device, True)
+        self.captured = Captured(step.work, self.device, warmup)
+        for _ in range(warmup):
+            self()
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, stream=aside):
-            step()
+        self.captured.record()
         self.peak = torch.cuda.max_memory_allocated(self.device) - step.allocated_before
 
     def __call__(self) -> None:
-        self._draw()
-        self.graph.replay()
+        self.step.draw()
+        self.captured()
 
     def memory(self) -> int:
-        """Bytes: the peak that was allocated during the capture, beyond what was there before the step was built."""
+        """Bytes: the peak that was allocated during the recording, beyond what was there before the step was built."""
         return self.peak
-
-    def _draw(self) -> None:
-        if self.rows is not None:
-            self.rows.draw(self.step.generator)
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: the matrix library keeps a workspace for every stream."""
-    return torch.cuda.Stream(device)
 
 
 @dataclass

@@ -50,12 +50,16 @@ class Objective:
             self.task = EnhancedTransformerWithPrior(model, base, config.lambda_prior, PriorPreservationLoss(front))
             self.prior = PriorPreservationDataset(base, prior_faces.src, prior_faces.conditions())
 
-    def __call__(self, batch: FaceBatch, weight: Tensor | None, generator: torch.Generator) -> Cost:
+    def draw(self, count: int, generator: torch.Generator) -> Tensor | None:
+        """Rows of the prior samples that go with count samples; None without prior preservation."""
+        return None if self.prior is None else self.prior.draw(self.config.prior_count(count), generator)
+
+    def __call__(self, batch: FaceBatch, weight: Tensor | None = None, kept: Tensor | None = None) -> Cost:
         """
         Args:
             batch: of B samples, or of 2 B with
             weight: (B,) of their first half, for mix-up.
-            generator: draws the prior samples.
+            kept: the prior samples' rows, from `draw`.
         """
         partner = None
         if weight is not None:
@@ -64,8 +68,8 @@ class Objective:
         loss_of = partial(mean_loss, LOSSES[self.config.loss], self.front, partner=partner, weight=weight)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             if self.task is not None:
-                kept = self.prior.sample(self.config.prior_count(len(person)), generator)
-                loss, terms = self.task.compute_loss(batch.src, batch.conditions(), person, loss_of, prior=kept)
+                loss, terms = self.task.compute_loss(batch.src, batch.conditions(), person, loss_of,
+                                                     prior=self.prior[kept])  # fmt: skip
                 return Cost(loss, terms["prior_loss"])
             predicted = self.model(batch.src, **batch.conditions(), return_residual=False)
             if self.config.use_cross_view:  # several views, one frontal embedding

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .config import TrainConfig
 
 FINAL_LR = 0.01  # of the learning rate, at the end of the cosine
+BETAS, EPS = (0.9, 0.999), 1e-8  # AdamW's, torch's defaults
 FAST_ROLES = ("lora", "projection")  # trained with lora_lr
 
 
@@ -62,10 +63,25 @@ class StackedAdamW:
             self.fused = torch.optim.AdamW(self.parameters, lr=self.rate, weight_decay=weight_decay, fused=True)
         else:
             self.mean, self.square = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))
+            self.factor, self.correct1, self.correct2 = torch.ones(3, device=self.lr.device)  # of the step that begins
+
+    def begin(self, factor: float) -> None:
+        """Begin a step with learning rates factor * lr."""
+        if self.fused is not None:
+            [group] = self.fused.param_groups
+            if torch.is_tensor(group["lr"]):
+                group["lr"].fill_(factor * self.rate)
+            else:
+                group["lr"] = factor * self.rate
+            return
+        self.steps += 1
+        self.factor.fill_(factor)
+        self.correct1.fill_(1 - BETAS[0] ** self.steps)
+        self.correct2.fill_(math.sqrt(1 - BETAS[1] ** self.steps))
 
     @torch.no_grad()
-    def step(self, factor: float) -> Tensor:
-        """Update with learning rates factor * lr; returns the norms (A,) of the gradients before clipping."""
+    def step(self) -> Tensor:
+        """Update as `begin` said; returns the norms (A,) of the gradients before clipping."""
         gradients = [p.grad for p in self.parameters]
         norm = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
         fine = norm.isfinite()
@@ -76,24 +92,21 @@ class StackedAdamW:
             if not safe:
                 gradient.nan_to_num_(0.0, 0.0, 0.0)  # 0 times infinity
         if self.fused is not None:
-            self.fused.param_groups[0]["lr"] = factor * self.rate
             self.fused.step()
         else:
-            self._update(gradients, factor * self.lr * fine, fine)
+            self._update(gradients, fine)
         for p in self.parameters:
             p.grad = None
         return norm
 
-    def _update(self, gradients: Sequence[Tensor], rate: Tensor, fine: Tensor) -> None:
-        self.steps += 1
-        (beta1, beta2), eps = (0.9, 0.999), 1e-8
-        correct1, correct2 = 1 - beta1**self.steps, math.sqrt(1 - beta2**self.steps)
+    def _update(self, gradients: Sequence[Tensor], fine: Tensor) -> None:
+        (beta1, beta2), rate = BETAS, self.factor * self.lr * fine
         for p, g, m, v in zip(self.parameters, gradients, self.mean, self.square, strict=True):
             m.lerp_(g, _rows((1 - beta1) * fine, p))
             v.lerp_(g * g, _rows((1 - beta2) * fine, p))
             r = _rows(rate, p)
             p.mul_(1 - r * self.weight_decay)
-            p.addcdiv_(m * (-r / correct1), v.sqrt().div_(correct2).add_(eps))
+            p.addcdiv_(m * (-r / self.correct1), v.sqrt().div_(self.correct2).add_(EPS))
 
 
 def _rows(values: Tensor, stack: Tensor) -> Tensor:

@@ -129,11 +129,13 @@ def connect(config: TrainConfig) -> OneProcess | SeveralProcesses:
 
     Raises:
         ImportError: if several are wanted and Lightning Fabric is not installed.
-        ValueError: if the devices are not there.
+        ValueError: if the devices are not there, or a CUDA graph is wanted where there is none.
     """
     if config.devices > 1 or started_by_torchrun():
+        if config.use_cuda_graph:
+            raise ValueError("use_cuda_graph is for one process, and this run has several; leave it out")
         return SeveralProcesses(config)
-    return OneProcess(choose_device(config.device))
+    return OneProcess(config.one_device())
 
 
 def started_by_torchrun() -> bool:

@@ -17,6 +17,7 @@ from ..faces.views import FaceViews
 from ..modules.prior import PriorPreservationDataset, PriorPreservationLoss
 from ..modules.stacked import StackedAdapters
 from .batches import count_batches, place, take, views_to_train
+from .capture import Captured, set_capturable
 from .config import TrainConfig, choose_device
 from .evaluation import evaluate
 from .losses import LOSSES, mean_loss
@@ -68,7 +69,7 @@ def train_together(
 class _Pass:
     def __init__(self, configs: Sequence[TrainConfig], train_faces: FaceViews, val_faces: FaceViews) -> None:
         self.configs, config = list(configs), configs[0]
-        self.device = choose_device(config.device)
+        self.device = config.one_device()
         faces, self.val_faces = place(train_faces, self.device), place(val_faces, self.device)
         self.faces = views_to_train(faces, config)
         self.front = self.faces.front.to(self.device)
@@ -80,6 +81,8 @@ class _Pass:
         self.parameters = list(self.model.trainable().values())
         rates = torch.tensor([c.lora_lr for c in self.configs])
         self.optimiser = StackedAdamW(self.parameters, rates, config.weight_decay, config.clip_norm)
+        if self.optimiser.fused is not None:
+            set_capturable(self.optimiser.fused, self.device, config.use_cuda_graph)
         self.schedule = warmup_cosine(config.warmup, config.epochs * self.batches)
         self.generators = [torch.Generator().manual_seed(c.seed) for c in self.configs]
         self.lambdas = torch.tensor([c.lambda_prior for c in self.configs], device=self.device)
@@ -89,6 +92,8 @@ class _Pass:
             self.prior = PriorPreservationDataset(prepared[0][1].to(self.device), kept.src, kept.conditions())
             self.prior_loss = PriorPreservationLoss(self.front)
         self.amp_dtype = amp_dtype_for(self.device) if config.use_amp else None
+        self.diverged = torch.zeros(len(self.configs), dtype=torch.bool, device=self.device)
+        self.learn = Captured(self._learn, self.device) if config.use_cuda_graph else self._learn
 
     def run(self) -> list[TrainResult]:
         config, count = self.configs[0], len(self.configs)
@@ -97,18 +102,15 @@ class _Pass:
             start = [{"epoch": 0} | evaluate(self.model.models[0], self.val_faces, LOSSES[config.loss])]
         histories: list[list[dict]] = [list(start) for _ in self.configs]
         torch.manual_seed(config.seed)  # dropout
-        seconds, diverged = 0.0, torch.zeros(count, dtype=torch.bool, device=self.device)
+        seconds = 0.0
         for epoch in range(config.epochs):
             self.model.train()
             started = time.perf_counter()
             losses = torch.zeros(self.batches, count, device=self.device)
             rows, weights = self._draw()
             for i in range(self.batches):
-                loss = self._losses(rows[i], weights[i] if weights else None)
-                loss.sum().backward()
-                losses[i] = loss.detach()
-                norm = self.optimiser.step(self.schedule(epoch * self.batches + i))
-                diverged |= ~(norm.isfinite() & losses[i].isfinite())
+                self.optimiser.begin(self.schedule(epoch * self.batches + i))
+                losses[i] = self.learn(rows[i], weights and weights[i], self._draw_prior(rows[i]))
             means = losses.mean(0).tolist()
             seconds += time.perf_counter() - started
             rate = self.schedule((epoch + 1) * self.batches)
@@ -118,7 +120,7 @@ class _Pass:
             if (epoch + 1) % config.val_every == 0 or epoch + 1 == config.epochs:
                 for history, model in zip(histories, self.model.unstack(), strict=True):
                     history[-1] |= evaluate(model, self.val_faces, LOSSES[config.loss])
-        ended = ["diverged" if bad else "finished" for bad in diverged.tolist()]
+        ended = ["diverged" if bad else "finished" for bad in self.diverged.tolist()]
         return [TrainResult(model, pd.DataFrame(history), seconds / count, config.epochs * self.batches, how, None)
                 for model, history, how in zip(self.model.unstack(), histories, ended, strict=True)]  # fmt: skip
 
@@ -130,7 +132,22 @@ class _Pass:
             return rows, None
         return rows, [torch.stack(weight).to(self.device) for weight in zip(*(w for _, w in drawn), strict=True)]
 
-    def _losses(self, rows: Tensor, weight: Tensor | None) -> Tensor:
+    def _draw_prior(self, rows: Tensor) -> Tensor | None:
+        """For each run the rows (A, K) of the prior samples that go with a batch; None without prior preservation."""
+        if self.prior is None:
+            return None
+        count = self.configs[0].prior_count(rows.shape[1] // (2 if self.mixup else 1))
+        return torch.stack([self.prior.draw(count, generator) for generator in self.generators])
+
+    def _learn(self, rows: Tensor, weight: Tensor | None, kept: Tensor | None) -> Tensor:
+        """One step of all runs; returns their losses (A,) before it."""
+        loss = self._losses(rows, weight, kept)
+        loss.sum().backward()
+        norm = self.optimiser.step()
+        self.diverged |= ~(norm.isfinite() & loss.detach().isfinite())
+        return loss.detach()
+
+    def _losses(self, rows: Tensor, weight: Tensor | None, kept_rows: Tensor | None) -> Tensor:
         """(A,) what is minimised by each run."""
         runs, partner = len(rows), None
         if weight is not None:  # first halves of all runs, then second halves, as mix wants them
@@ -142,9 +159,8 @@ class _Pass:
         src, conditions = batch.src, batch.conditions()
         size = len(src) // runs
         kept = None
-        if self.prior is not None:
-            amount = self.configs[0].prior_count(size)
-            kept = self.prior[torch.stack([self.prior.draw(amount, g) for g in self.generators])]
+        if kept_rows is not None:
+            kept = self.prior[kept_rows]
             src = _join(src, kept["inputs"])
             conditions = {name: _join(value, kept["conditions"][name]) for name, value in conditions.items()}
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):

@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,8 @@ from ..metrics import FAR
 from ..modules.transformer import EnhancedTransformerDecoderOnly3D
 from ..paths import writable_folder
 from . import checkpoint
-from .batches import count_batches, feed, place, views_to_train
+from .batches import FaceBatch, count_batches, feed, place, views_to_train
+from .capture import Captured, set_capturable
 from .config import TrainConfig
 from .diagnosis import TrainingAdvice, TrainingDiverged, advice, divergence_advice, find_cause, memory_advice
 from .evaluation import evaluate
@@ -165,6 +167,8 @@ class _Run:
             self._make_room()
         done = self.state.epoch * self.batches + self.state.batch
         self.log = TrainingLog(log_dir, config.epochs, self.batches, done, progress and first)
+        set_capturable(optimizer, self.device, config.use_cuda_graph)
+        self.captured = Captured(self._learn, self.device) if config.use_cuda_graph else None
         self.good = [p.detach().clone() for p in self.trainable]  # after the last epoch that ended well
         self.saved_at = self.looked_at = time.monotonic()
 
@@ -211,15 +215,12 @@ class _Run:
             first = i // self.window * self.window
             count = min(self.window, self.batches - first)  # the last window may be shorter
             ends = i + 1 == first + count
-            with machines.accumulating(self.forward, more=not ends):
-                cost = self.objective(batch, weights and weights[i].to(self.device), state.generator)
-                state.scaler.scale(cost.loss / count).backward()
-            state.trace[i, 0] = cost.loss.detach()
-            if cost.prior is not None:
-                state.trace[i, 2] = cost.prior
+            learn = self.captured or partial(self._learn, count=count, ends=ends)
+            state.trace[i] = learn(*batch, *self._beside(batch, weights and weights[i]))
             if not ends:
                 continue
-            state.trace[i, 1] = self._step()
+            state.scheduler.step()
+            state.steps += 1
             state.batch = i + 1
             self.log.batch(state.epoch + 1, count)
             if machines.count > 1:
@@ -251,7 +252,31 @@ class _Run:
             state.generator.set_state(now)
         return drawn
 
-    def _step(self) -> Tensor:
+    def _beside(self, batch: FaceBatch, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """What a batch is trained with, on the device: weights for mix-up, and rows of prior samples."""
+        if weight is not None:
+            weight = weight.to(self.device, non_blocking=True)
+        count = len(batch.person if weight is None else weight)
+        return weight, self.objective.draw(count, self.state.generator)
+
+    def _learn(self, *tensors: Tensor | None, count: int = 1, ends: bool = True) -> Tensor:
+        """A batch forward and backward, and where a window of count batches ends, the update.
+
+        Args:
+            tensors: those of the batch, and what `_beside` gives.
+
+        Returns:
+            (3,) its row of the trace.
+        """
+        *fields, weight, kept = tensors
+        with self.machines.accumulating(self.forward, more=not ends):
+            cost = self.objective(FaceBatch(*fields), weight, kept)
+            self.state.scaler.scale(cost.loss / count).backward()
+        loss = cost.loss.detach()
+        nothing = torch.zeros_like(loss)
+        return torch.stack((loss, self._update() if ends else nothing, nothing if cost.prior is None else cost.prior))
+
+    def _update(self) -> Tensor:
         """Clip the gradient and update; returns its norm before. A gradient that is not finite changes nothing."""
         state = self.state
         state.scaler.unscale_(state.optimizer)
@@ -261,8 +286,6 @@ class _Run:
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
-        state.scheduler.step()
-        state.steps += 1
         return norm
 
     def _check(self, rows: Sequence[Tensor], weights: list[Tensor] | None) -> None:
@@ -277,8 +300,8 @@ class _Run:
             return
         i = int(bad.float().argmax())
         [batch] = feed(self.faces, rows[i : i + 1], self.device)
-        weight = weights and weights[i].to(self.device)
-        cause = find_cause(self.forward, batch, lambda b: self.objective(b, weight, state.generator).loss)
+        beside = self._beside(batch, weights and weights[i])
+        cause = find_cause(self.forward, batch, lambda b: self.objective(b, *beside).loss)
         with torch.no_grad():
             torch._foreach_copy_(self.trainable, self.good)
         message = (f"batch {i} of epoch {state.epoch + 1} has loss {state.trace[i, 0].item():g} and gradient norm "
@@ -294,8 +317,9 @@ class _Run:
         state, config = self.state, self.config
         loss, norm, prior = state.trace.sum(0).tolist()
         windows = math.ceil(self.batches / self.window)
-        row = {"epoch": state.epoch + 1, "train_loss": loss / self.batches, "lr": state.scheduler.get_last_lr()[0],
-               "grad_norm": norm / windows, "seconds": state.seconds}  # fmt: skip
+        row = {"epoch": state.epoch + 1, "train_loss": loss / self.batches,
+               "lr": float(state.scheduler.get_last_lr()[0]), "grad_norm": norm / windows,
+               "seconds": state.seconds}  # fmt: skip
         if self.objective.task is not None:
             row["prior_loss"] = prior / self.batches
         validated = (state.epoch + 1) % config.val_every == 0 or state.epoch + 1 == config.epochs

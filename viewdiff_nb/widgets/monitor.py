@@ -31,11 +31,12 @@ class TrainingMonitor(Explorer):
     run that was started elsewhere.
 
     Args:
-        config: with a save_dir, or there is nothing to go on from.
+        config: with a save_dir, or there is nothing to go on from. Its use_cuda_graph is left out.
     """
 
     def __init__(self, config: TrainConfig, train_faces: FaceViews, val_faces: FaceViews) -> None:
-        self.config, self.faces = config, (train_faces, val_faces)
+        # the recording of a graph fails if another thread, a cell's say, uses the GPU meanwhile
+        self.config, self.faces = replace(config, use_cuda_graph=False), (train_faces, val_faces)
         self.result: TrainResult | None = None
         self.error: BaseException | None = None
         self.history, self._first = pd.DataFrame(), 0  # epochs that an earlier start has done

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What a GPU is asked, step by step; results go to the folder OUT. Without steps all of them.
-#   OUT=folder bash benchmarks/gpu/run.sh [tests] [speed] [compiled] [quality] [one_pass] [loop] [grid]
+#   OUT=folder bash benchmarks/gpu/run.sh [tests] [speed] [compiled] [training] [quality] [one_pass] [loop] [grid]
 # Time limits in seconds: SPEED_SECONDS, COMPILED_SECONDS, QUALITY_SECONDS. What was not reached is said so in the tables;
 # quality goes on where it was when it is started again. Trainings side by side: WORKERS.
 set -uo pipefail
@@ -9,14 +9,14 @@ cd "$(dirname "$0")/../.."
 mkdir -p "$OUT"
 export PYTHONPATH=$PWD:${PYTHONPATH:-} PYTHONUNBUFFERED=1 VIEWDIFF_NB_RUNS=${VIEWDIFF_NB_RUNS:-$OUT/runs}
 PYTHON=${PYTHON:-python3}
-for step in "${@:-tests speed compiled quality one_pass loop grid}"; do
+for step in "${@:-tests speed compiled training quality one_pass loop grid}"; do
     for part in $step; do
         echo "== $part"
         case $part in
         tests)
-            timeout 150 $PYTHON -m pytest -q -p no:cacheprovider -k "cuda or float16" tests/test_behaviour.py \
+            timeout 400 $PYTHON -m pytest -q -p no:cacheprovider tests/test_capture.py tests/test_behaviour.py \
                 tests/test_stacked.py tests/test_together.py tests/test_resume.py tests/test_benchmark.py \
-                2>&1 | tee "$OUT/tests.txt" | tail -25
+                tests/test_transformer.py tests/test_attention.py -k "capture or cuda or float16" 2>&1 | tee "$OUT/tests.txt" | tail -25
             ;;
         speed)
             timeout $((${SPEED_SECONDS:-900} + 60)) $PYTHON benchmarks/gpu/speed.py "$OUT/speed.csv" \
@@ -28,6 +28,7 @@ for step in "${@:-tests speed compiled quality one_pass loop grid}"; do
                 --modes eager graph compiled "compiled graph" \
                 --names "full fine-tuning" "LoRA r=8" "LoRA r=8 + 3-D projection"
             ;;
+        training) timeout 240 $PYTHON benchmarks/gpu/training.py "$OUT/training.csv" --rounds 2 ;;
         quality)
             timeout $((${QUALITY_SECONDS:-3600} + 60)) $PYTHON benchmarks/gpu/quality.py "$OUT/quality" --seeds 20 \
                 --module-seeds 0 --recipe-seeds 0 --workers "${WORKERS:-8}" --seconds "${QUALITY_SECONDS:-3600}"
@@ -37,6 +38,8 @@ for step in "${@:-tests speed compiled quality one_pass loop grid}"; do
                 flag=$([ $precision = bf16 ] && echo --use_amp)
                 timeout 240 $PYTHON benchmarks/one_pass.py --adapters 8 32 128 --alone 2 --rounds 2 $flag \
                     --out "$OUT/one_pass_$precision.csv"
+                timeout 240 $PYTHON benchmarks/one_pass.py --adapters 8 32 --alone 2 --rounds 2 --batches 100 $flag \
+                    --use_cuda_graph --out "$OUT/one_pass_${precision}_graph.csv"
             done
             ;;
         loop) timeout 240 $PYTHON benchmarks/loop_profile.py --epochs 1 --batch_size 32 | tee "$OUT/loop.txt" ;;

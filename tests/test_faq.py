@@ -12,7 +12,7 @@ from torch import nn
 from viewdiff_nb.faces import FaceViews
 from viewdiff_nb.training import trainer
 from viewdiff_nb.training.config import TrainConfig
-from viewdiff_nb.training.diagnosis import MUCH_PRIOR_LOSS, TrainingAdvice, TrainingDiverged, advice
+from viewdiff_nb.training.diagnosis import MUCH_PRIOR_LOSS, TrainingAdvice, TrainingDiverged, advice, memory_advice
 from viewdiff_nb.training.evaluation import predict
 from viewdiff_nb.training.trainer import train
 
@@ -60,6 +60,9 @@ def test_q2_on_a_gpu(monkeypatch):
     monkeypatch.setattr(trainer.Objective, "__call__", full)
     with pytest.raises(MemoryError, match=r"try batch_size 8 .*CUDA out of memory"):
         run(replace(CONFIG, use_amp=True))
+    graph = replace(CONFIG, use_cuda_graph=True)
+    with pytest.raises(MemoryError, match="accumulation_steps 2 and without use_cuda_graph"), memory_advice(graph):
+        full()
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):

@@ -62,10 +62,10 @@ class Captured:
         try:
             with torch.cuda.graph(graph, self.pool, _side_stream(self.device), capture_error_mode="thread_local"):
                 result = self.function(*buffers)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
             generator.graphsafe_set_state(drawn)  # its own waits for the end of a recording that has none
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             cause = str(error).partition("\n")[0]
             raise RuntimeError("this step cannot be recorded as a CUDA graph: something in it waits for the device, or "
                                "is done on the CPU, or another thread uses the device; train without use_cuda_graph "

@@ -97,10 +97,11 @@ def memory_advice(config: TrainConfig) -> Iterator[None]:
         if config.use_projection_layer and config.voxel_resolution > 4:
             smaller = max(4, config.voxel_resolution // 2)
             tries.append(f"voxel_resolution {smaller} instead of {config.voxel_resolution}")
-        if config.use_cuda_graph:
-            tries.append("use_cuda_graph switched off, which the next may need, too")
-        tries.append(f"batch_size {max(1, config.batch_size // 2)} with gradient_accumulation_steps "
-                     f"{2 * config.gradient_accumulation_steps}, which is the same to the optimiser")  # fmt: skip
+        windows = 2 * config.gradient_accumulation_steps
+        without = " and without use_cuda_graph" if config.use_cuda_graph else ""
+        smaller = max(1, config.batch_size // 2)
+        tries.append(f"batch_size {smaller} with gradient_accumulation_steps {windows}{without}, "
+                     "which is the same to the optimiser")  # fmt: skip
         if not config.use_amp:
             tries.append("use_amp")
         raise MemoryError(f"a training step does not fit in memory; try {', or '.join(tries)} ({error})") from error

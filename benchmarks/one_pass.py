@@ -80,10 +80,10 @@ def main() -> None:
                     spent = [train(c, faces, few, progress=False).train_seconds for c in configs[: arguments.alone]]
                     alone.append(sum(spent) / len(spent) * count)
                     together.append(sum(r.train_seconds for r in train_together(configs, faces, few)))
-                ratio = torch.tensor([t / a for t, a in zip(together[1:], alone[1:], strict=True)]).median().item()
+                ratio = torch.tensor([t / a for t, a in zip(together[1:], alone[1:], strict=True)]).quantile(0.5).item()
                 samples = count * arguments.batch_size * arguments.batches
                 floor = samples * frozen_operations(config, faces.feature_dim) / rate
-                spent = torch.tensor(together[1:]).median().item()
+                spent = torch.tensor(together[1:]).quantile(0.5).item()
                 rows.append({"case": name, "adapters": count, "ratio": ratio, "seconds": spent,
                              "roofline_seconds": floor, "cell_steps_per_second": count * arguments.batches / spent,
                              "machine": machine()})  # fmt: skip

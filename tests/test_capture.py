@@ -1,5 +1,8 @@
 """Runs whose steps are CUDA graphs; what needs a GPU is a test only where there is one."""
 
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -7,10 +10,12 @@ import torch
 from conftest import CONFIG, DEVICES, run, sets
 
 from viewdiff_nb.faces import load_face_views
+from viewdiff_nb.training import together, trainer
 from viewdiff_nb.training.capture import Captured, set_capturable
 from viewdiff_nb.training.config import TrainConfig
 from viewdiff_nb.training.diagnosis import TrainingDiverged
 from viewdiff_nb.training.losses import LOSSES
+from viewdiff_nb.training.parallel import with_cuda_graph
 from viewdiff_nb.training.together import train_together
 from viewdiff_nb.training.trainer import train
 
@@ -30,7 +35,7 @@ def test_it_needs_one_gpu():
 
 
 def test_it_takes_whole_steps():
-    with pytest.raises(ValueError, match=r"without gradient_accumulation_steps, got 2"):
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps is 2; give --no-use_cuda_graph"):
         TrainConfig(use_cuda_graph=True, gradient_accumulation_steps=2)
 
 
@@ -41,6 +46,111 @@ def test_an_optimiser_is_made_capturable_and_back():
     assert torch.is_tensor(group["lr"]) and group["lr"] == 0.25 and group["capturable"]
     set_capturable(optimiser, torch.device("cpu"), False)
     assert group["lr"] == 0.25 and isinstance(group["lr"], float) and not group["capturable"]
+
+
+def test_studies_use_it_where_this_process_can_record(monkeypatch):
+    config = replace(CONFIG, device="auto")
+    assert not with_cuda_graph(replace(config, device="cpu")).use_cuda_graph
+    monkeypatch.setattr("viewdiff_nb.training.parallel.choose_device", lambda name: torch.device("cuda"))
+    assert with_cuda_graph(config).use_cuda_graph
+    for other in (replace(config, devices=2), replace(config, gradient_accumulation_steps=2)):
+        assert with_cuda_graph(other) == other
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(with_cuda_graph, config).result() == config
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert with_cuda_graph(config) == config
+
+
+class Replay:
+    """Does as a recording does, on any device: it reads from fixed places, and every result lies where the last did."""
+
+    def __init__(self, function, device):
+        self.function, self.places = function, {}
+
+    def __call__(self, *arguments):
+        shapes = tuple(None if a is None else a.shape for a in arguments)
+        buffers = self.places.setdefault(shapes, [None if a is None else a.clone() for a in arguments])
+        for buffer, argument in zip(buffers, arguments, strict=True):
+            if buffer is not None:
+                buffer.copy_(argument)
+        result = self.function(*buffers)
+        return self.places.setdefault("result", result.clone()).copy_(result)
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """Runs with use_cuda_graph on the CPU, by `Replay`, or by what it is called with."""
+
+    def stand_in(kind=Replay):
+        monkeypatch.setattr(trainer, "Captured", kind)
+        monkeypatch.setattr(together, "Captured", kind)
+
+    stand_in()
+    monkeypatch.setattr(TrainConfig, "one_device", lambda self: torch.device("cpu"))
+    return stand_in
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"mixup": True, "use_lora_attention": True}, {"use_cross_view": True, "n_views": 2}, {"use_amp": True},
+], ids=str)  # fmt: skip
+def test_a_step_reads_nothing_but_its_arguments(replayed, changes):
+    config = replace(CONFIG, batch_size=14, dropout=0.3, use_cuda_graph=True, **changes)
+    one = run(config)
+    replayed(lambda function, device: function)
+    assert_same_runs(one, run(config), tolerance=0)
+
+
+def test_nor_does_one_with_prior_samples_or_of_a_pass(replayed, base_path):
+    config = replace(CONFIG, base_model_path=base_path, use_prior_preservation=True, mixup=True, use_lora_attention=True,
+                     use_cuda_graph=True)  # fmt: skip
+    passes = [[replace(config, seed=i, lora_lr=lr) for i, lr in enumerate(rates)] for rates in ((1e-3,) * 2, (1e-3, 0.1))]
+    one = [run(config)] + [result for configs in passes for result in train_together(configs, *sets())]
+    replayed(lambda function, device: function)
+    other = [run(config)] + [result for configs in passes for result in train_together(configs, *sets())]
+    for a, b in zip(one, other, strict=True):
+        assert_same_runs(a, b, tolerance=0)
+
+
+def test_rates_on_the_device_are_the_rates(replayed, base_path):
+    """But for the rounding to float32."""
+    config = replace(CONFIG, mixup=True, use_lora_attention=True, base_model_path=base_path)
+    configs = [replace(config, seed=seed) for seed in range(2)]
+    with_graph = [replace(c, use_cuda_graph=True) for c in configs]
+    assert_same_runs(run(with_graph[0]), run(config))
+    for one, other in zip(train_together(with_graph, *sets()), train_together(configs, *sets()), strict=True):
+        assert_same_runs(one, other)
+
+
+@pytest.mark.parametrize(("first", "then"), [(True, False), (False, True)])
+def test_a_checkpoint_serves_runs_with_and_without(replayed, tmp_path, first, then):
+    config = replace(CONFIG, epochs=4, save_every=1, dropout=0.3)
+    whole = run(replace(config, use_cuda_graph=first, save_dir=str(tmp_path)))
+    start = str(tmp_path / "checkpoint_epoch_2_enhanced.pth")
+    assert_same_runs(whole, run(replace(config, use_cuda_graph=then, resume=start)))
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_run_that_ended_holds_no_memory(replayed, base_path, monkeypatch, graph):
+    """Not even until the garbage is collected: a GPU's memory would be short for the next run."""
+    alive = []
+    for module, name in ((trainer, "_Run"), (together, "_Pass")):
+        kind = getattr(module, name)
+        monkeypatch.setattr(kind, "run", lambda self, run=kind.run: (alive.append(weakref.ref(self)), run(self))[1])
+    config = replace(CONFIG, use_lora_attention=True, base_model_path=base_path, epochs=1, use_cuda_graph=graph)
+    gc.disable()
+    try:
+        run(config)
+        train_together([config, replace(config, seed=1)], *sets())
+        assert [ref() for ref in alive] == [None, None]
+    finally:
+        gc.enable()
+
+
+def assert_same_runs(one, other, tolerance=1e-5):
+    assert one.steps == other.steps and one.stopped == other.stopped
+    for (name, a), b in zip(one.model.state_dict().items(), other.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
 if "cuda" in DEVICES:
@@ -123,7 +233,7 @@ if "cuda" in DEVICES:
         captured = Captured(lambda x: x * x.sum().item(), torch.device("cuda"), warmup=1)
         x = torch.ones(2, device="cuda")
         assert captured(x).tolist() == [2, 2]
-        with pytest.raises(RuntimeError, match="cannot be recorded as a CUDA graph.*train without use_cuda_graph"):
+        with pytest.raises(RuntimeError, match="cannot be recorded as a CUDA graph.*give --no-use_cuda_graph"):
             captured(x)
         assert (x + 1).tolist() == [2, 2]  # the device goes on, and its random numbers do
         assert torch.nn.functional.dropout(x.expand(100, 2), 0.5).sum() > 0

@@ -61,7 +61,7 @@ def test_q2_on_a_gpu(monkeypatch):
     with pytest.raises(MemoryError, match=r"try batch_size 8 .*CUDA out of memory"):
         run(replace(CONFIG, use_amp=True))
     graph = replace(CONFIG, use_cuda_graph=True)
-    with pytest.raises(MemoryError, match="accumulation_steps 2 and without use_cuda_graph"), memory_advice(graph):
+    with pytest.raises(MemoryError, match="accumulation_steps 2 and --no-use_cuda_graph"), memory_advice(graph):
         full()
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/quality.py OUT [--seeds 20] [--module-seeds 5] [--recipe-seeds 3] [--workers 8] [--fast]
 
-A step of this model is bound by kernel launches, so processes that share the GPU hardly disturb each other.
+A step of this model leaves most of the GPU idle, so processes that share it get more done than one.
 OUT gets the tables as CSV and PNG, of the seeds of which every training is done. Finished trainings are kept in
 VIEWDIFF_NB_RUNS, by default OUT/runs: started again, after --seconds or an interrupt, it goes on where it was. Training
 times of such a run are not comparable with those of one run at a time.

@@ -1,8 +1,9 @@
 """Speed, memory and roofline of a training step:  python benchmarks/gpu/speed.py OUT.csv [--batches 32 128 ...]
 
-Every batch size and precision is a group, whose configurations take turns. Modes: eager, as the trainer runs it; graph,
-the whole step captured as one CUDA graph; compiled, model and loss by torch.compile; and both. Names: the kit's
-configurations, "PEFT LoRA r=8" (peft's LoRA on the same linear layers of the same base), and "plain ..." (plain.py).
+Every batch size and precision is a group, whose configurations take turns. Modes: eager; graph, the whole step
+captured as one CUDA graph, as the trainer does with use_cuda_graph; compiled, model and loss by torch.compile; and
+both. Names: the kit's configurations, "PEFT LoRA r=8" (peft's LoRA on the same linear layers of the same base), and
+"plain ..." (plain.py).
 
 Rows are written as they come. A step that does not fit, or fails, is a row with its error; so is a group that the time
 did not reach. tflops and gbytes_per_s are what a step achieves: its matrix products and convolutions, and the bytes

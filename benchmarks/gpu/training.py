@@ -51,7 +51,7 @@ def main() -> None:
                         faces = split.train.where(torch.arange(batch_size * steps) % len(split.train))
                         run = train(replace(config, use_cuda_graph=graph), faces, few, progress=False)
                         spent.setdefault((graph, steps), []).append(run.train_seconds)
-                seconds = {key: torch.tensor(values[1:]).median().item() for key, values in spent.items()}
+                seconds = {key: torch.tensor(values[1:]).quantile(0.5).item() for key, values in spent.items()}
                 pace = (seconds[True, long] - seconds[True, short]) / (long - short)
                 row = {"batch_size": batch_size, "name": name, "eager_ms": 1e3 * seconds[False, short] / short,
                        "graph_ms": 1e3 * seconds[True, long] / long, "pace_ms": 1e3 * pace,

@@ -23,6 +23,7 @@ from ..faces.splits import Split
 from ..metrics import recognition_by_yaw
 from ..training.config import TrainConfig, choose_device
 from ..training.evaluation import predict
+from ..training.parallel import with_cuda_graph
 from ..training.together import refusal, shared_part, train_together
 from ..training.trainer import TrainResult, train
 from .adaptation import BOUNDARY, COMMON, FAST, FULL, Profile, base_model, default_workers, load_split, parameter_counts
@@ -161,9 +162,9 @@ def _work(store: Store, split: Split, job: list[TrainConfig]) -> dict[str, str]:
 
 def _train_job(split: Split, job: list[TrainConfig]) -> list[dict]:
     if len(job) == 1:
-        results = [train(job[0], split.train, split.val, progress=False)]
+        results = [train(with_cuda_graph(job[0]), split.train, split.val, progress=False)]
     else:
-        results = train_together(job, split.train, split.val)
+        results = train_together([with_cuda_graph(config) for config in job], split.train, split.val)
         if any(result.stopped == "diverged" for result in results):
             raise FloatingPointError("a run of the pass has no finite loss")
     memory: dict[tuple, float] = {}

@@ -25,6 +25,7 @@ from ..paths import HEADS
 from ..training.checkpoint import save_checkpoint
 from ..training.config import TrainConfig
 from ..training.evaluation import predict
+from ..training.parallel import with_cuda_graph
 from ..training.trainer import train
 from .significance import FARS, resampled_people, resampled_rates
 from .store import FinishedStore, NotFinishedError, Store
@@ -54,8 +55,7 @@ FAST = Profile("fast", 1, 300, base_epochs=2, adapt_epochs=2, wide_base_epochs=1
                baseline_epochs=2, recipe_epochs=2)  # fmt: skip
 
 # scored at the end; the recipe (loss, mix-up) was chosen on validation people, see recipe_study.py
-COMMON = TrainConfig(batch_size=128, dropout=0.2, lr=5e-4, mixup=True, val_every=1000,
-                     use_cuda_graph=torch.cuda.is_available())  # fmt: skip
+COMMON = TrainConfig(batch_size=128, dropout=0.2, lr=5e-4, mixup=True, val_every=1000)
 FINE_TUNING = {"min_yaw": BOUNDARY, "lr": 2e-4, "lora_lr": 1e-2}  # chosen among three each on validation people
 LORA = FINE_TUNING | {"use_lora_attention": True, "freeze_base": True}
 LORA_8 = LORA | {"rank": 8, "lora_alpha": 8.0}
@@ -99,7 +99,7 @@ def base_model(
     config = replace(COMMON, seed=seed, **domain | (recipe or {}))
 
     def make(path: Path) -> dict:
-        run = train(config, split.train, split.val, progress=False)
+        run = train(with_cuda_graph(config), split.train, split.val, progress=False)
         save_checkpoint(path.with_suffix(".pth"), {"model": run.model.state_dict()})
         return score_model(run.model, split, run.train_seconds)
 
@@ -127,7 +127,8 @@ def adaptation(
     config = replace(COMMON, seed=seed, base_model_path=base.name, **options)
 
     def make(path: Path) -> dict:
-        run = train(replace(config, base_model_path=str(base)), split.train, split.val, progress=False)
+        here = with_cuda_graph(replace(config, base_model_path=str(base)))
+        run = train(here, split.train, split.val, progress=False)
         return score_model(run.model, split, run.train_seconds)
 
     return store.get({"name": "adaptation", "config": config.to_dict()}, make)
@@ -153,7 +154,7 @@ def baseline(store: Store, split: Split, profile: Profile, name: str, seed: int)
             model = BASELINES[name](split.train)
         if not list(model.parameters()):
             return score_model(model, split, 0.0)
-        run = train(config, split.train, split.val, model, progress=False)
+        run = train(with_cuda_graph(config), split.train, split.val, model, progress=False)
         return score_model(run.model, split, run.train_seconds)
 
     return store.get({"name": name, "config": config.to_dict()}, make)
@@ -196,7 +197,7 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
 
 
 def _train_and_score(config: TrainConfig, split: Split, path: Path) -> dict:
-    run = train(config, split.train, split.val, progress=False)
+    run = train(with_cuda_graph(config), split.train, split.val, progress=False)
     return score_model(run.model, split, run.train_seconds)
 
 

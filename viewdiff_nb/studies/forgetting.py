@@ -29,6 +29,7 @@ from ..plots import MARKERS
 from ..training.config import TrainConfig
 from ..training.diagnosis import TrainingAdvice
 from ..training.evaluation import predict
+from ..training.parallel import with_cuda_graph
 from ..training.prepare import prepare_model
 from ..training.together import train_together
 from ..training.trainer import train
@@ -106,9 +107,9 @@ def _train_and_keep(store: Store, split: Split, configs: list[TrainConfig]) -> N
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TrainingAdvice)  # a prior that is too weak is here on purpose
         if configs[0].use_lora_attention:
-            runs = train_together(configs, split.train, split.val)
+            runs = train_together([with_cuda_graph(config) for config in configs], split.train, split.val)
         else:
-            runs = [train(config, split.train, split.val, progress=False) for config in configs]
+            runs = [train(with_cuda_graph(config), split.train, split.val, progress=False) for config in configs]
     for config, run in zip(configs, runs, strict=True):
         if run.stopped == "diverged":
             raise FloatingPointError(f"lambda {config.lambda_prior:g}, seed {config.seed}: the loss is not finite")

@@ -22,6 +22,7 @@ from ..plots import save_table
 from ..training.batches import view_groups
 from ..training.checkpoint import save_checkpoint
 from ..training.config import TrainConfig
+from ..training.parallel import with_cuda_graph
 from ..training.trainer import train
 from .adaptation import (
     ADAPTATIONS,
@@ -166,7 +167,8 @@ def _single_view(store: Store, split: Split, profile: Profile, seed: int) -> tup
                      base_model_path=base.name, epochs=profile.adapt_epochs)  # fmt: skip
 
     def make(path: Path) -> dict:
-        run = train(replace(config, base_model_path=str(base)), split.train, split.val, progress=False)
+        here = with_cuda_graph(replace(config, base_model_path=str(base)))
+        run = train(here, split.train, split.val, progress=False)
         save_checkpoint(path.with_suffix(".pth"), {"model": run.model.state_dict()})
         return score_views(run.model, split, run.train_seconds)
 
@@ -174,7 +176,8 @@ def _single_view(store: Store, split: Split, profile: Profile, seed: int) -> tup
 
 
 def _cross_view(config: TrainConfig, checkpoint: Path, split: Split, path: Path) -> dict:
-    run = train(replace(config, base_model_path=str(checkpoint)), split.train, split.val, progress=False)
+    here = with_cuda_graph(replace(config, base_model_path=str(checkpoint)))
+    run = train(here, split.train, split.val, progress=False)
     return score_views(run.model, split, run.train_seconds)
 
 

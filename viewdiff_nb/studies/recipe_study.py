@@ -24,6 +24,7 @@ from ..modules.baselines import DREAM, MLP
 from ..plots import save_table
 from ..training.config import TrainConfig
 from ..training.evaluation import predict
+from ..training.parallel import with_cuda_graph
 from ..training.prepare import prepare_model
 from ..training.trainer import train
 from .adaptation import COMMON, FAST, FULL, WIDE_OPTIONS, Profile, Store, base_model, load_split, score
@@ -117,7 +118,7 @@ def _try(name: str, config: TrainConfig, base: Path | None, split: Split, path: 
         faces, config = with_mirrored(faces), replace(config, epochs=max(1, config.epochs // 2))
     if base:
         config = replace(config, base_model_path=str(base))
-    run = train(config, faces, split.val, model, progress=False)
+    run = train(with_cuda_graph(config), faces, split.val, model, progress=False)
     predicted = predict(run.model, split.val)
     result = score(predicted, split.val, "val") | {"train_seconds": run.train_seconds}
     if (name == RECIPE or base) and split.val.flip_halves:

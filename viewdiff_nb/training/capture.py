@@ -5,6 +5,7 @@ graph is recorded once and replayed: the same kernels in the same order, dropout
 https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 
@@ -18,7 +19,7 @@ class Captured:
     """A function of tensors that is replayed as a CUDA graph, one for each set of shapes it is called with.
 
     The first calls with new shapes run the function as it is; then it is recorded, which computes nothing. Arguments
-    are copied to where the recording reads them; the result lies where the next call puts its own.
+    are copied to where the recording reads them. A result is to be read before the next call, which may write over it.
 
     The function must not wait for the device, and whatever changes from call to call must be among its arguments or
     in tensors that are changed in place.
@@ -33,7 +34,8 @@ class Captured:
     """
 
     def __init__(self, function: Callable[..., Tensor | None], device: torch.device, warmup: int = WARMUP) -> None:
-        self.function, self.device, self.warmup = function, device, warmup
+        self.function, self.warmup = function, warmup
+        self.device = torch.device(device.type, torch.cuda.current_device() if device.index is None else device.index)
         self.pool = torch.cuda.graph_pool_handle()  # of all graphs: only one runs at a time
         self.calls: dict[Hashable, int] = {}
         self.recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, Sequence[Tensor], Tensor | None]] = {}
@@ -55,20 +57,20 @@ class Captured:
     def record(self, *arguments: Tensor | None) -> None:
         """Record the function for arguments of these shapes. Computes nothing."""
         buffers = [None if a is None else a.clone() for a in arguments]
-        graph = torch.cuda.CUDAGraph()
-        index = torch.cuda.current_device() if self.device.index is None else self.device.index
-        generator = torch.cuda.default_generators[index]
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        generator = torch.cuda.default_generators[self.device.index]
         drawn = generator.clone_state()
         try:
             with torch.cuda.graph(graph, self.pool, _side_stream(self.device), capture_error_mode="thread_local"):
                 result = self.function(*buffers)
         except RuntimeError as error:
-            generator.graphsafe_set_state(drawn)  # its own waits for the end of a recording that has none
+            torch.cuda.set_stream(stream)  # a recording that fails does not end, and leaves its stream and the
+            generator.graphsafe_set_state(drawn)  # generator's own state behind
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             cause = str(error).partition("\n")[0]
             raise RuntimeError("this step cannot be recorded as a CUDA graph: something in it waits for the device, or "
-                               "is done on the CPU, or another thread uses the device; train without use_cuda_graph "
+                               "is done on the CPU, or another thread uses the device; give --no-use_cuda_graph "
                                f"({cause})") from error  # fmt: skip
         self.recorded[_shapes(arguments)] = graph, buffers, result
 
@@ -76,7 +78,8 @@ class Captured:
         """The function itself, on the stream that records: what it leaves behind must belong to that one."""
         current, aside = torch.cuda.current_stream(self.device), _side_stream(self.device)
         aside.wait_stream(current)
-        with torch.cuda.stream(aside):
+        with torch.cuda.stream(aside), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*capturable=True", UserWarning)  # it is not recorded yet
             result = self.function(*arguments)
         current.wait_stream(aside)
         return result

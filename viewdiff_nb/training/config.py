@@ -146,8 +146,8 @@ class TrainConfig:
             raise ValueError("mixup mixes single views, not groups of views of a person; "
                              "use either mixup or use_cross_view")  # fmt: skip
         if self.use_cuda_graph and self.gradient_accumulation_steps > 1:
-            raise ValueError("use_cuda_graph replays whole steps of one batch; use it without "
-                             f"gradient_accumulation_steps, got {self.gradient_accumulation_steps}")  # fmt: skip
+            raise ValueError("use_cuda_graph replays whole steps of one batch, and gradient_accumulation_steps is "
+                             f"{self.gradient_accumulation_steps}; give --no-use_cuda_graph")  # fmt: skip
         if self.pose_dim not in (0, 3):
             raise ValueError(f"pose_dim must be 3 (the data has pitch, yaw, roll) or 0, got {self.pose_dim}")
         if self.freeze_base and not self.base_model_path:
@@ -189,7 +189,8 @@ class TrainConfig:
         """
         device = choose_device(self.device)
         if self.use_cuda_graph and device.type != "cuda":
-            raise ValueError(f"use_cuda_graph needs a GPU, and this run is on device {device}; leave it out")
+            raise ValueError(f"use_cuda_graph needs a GPU, and this run is on device {device}; give "
+                             "--no-use_cuda_graph")  # fmt: skip
         return device
 
     def to_dict(self) -> dict:

@@ -98,7 +98,7 @@ def memory_advice(config: TrainConfig) -> Iterator[None]:
             smaller = max(4, config.voxel_resolution // 2)
             tries.append(f"voxel_resolution {smaller} instead of {config.voxel_resolution}")
         windows = 2 * config.gradient_accumulation_steps
-        without = " and without use_cuda_graph" if config.use_cuda_graph else ""
+        without = " and --no-use_cuda_graph" if config.use_cuda_graph else ""
         smaller = max(1, config.batch_size // 2)
         tries.append(f"batch_size {smaller} with gradient_accumulation_steps {windows}{without}, "
                      "which is the same to the optimiser")  # fmt: skip

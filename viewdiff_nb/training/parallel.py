@@ -7,8 +7,10 @@ processes: `batch_size` counts the samples of all of them together.
 
 import os
 import tempfile
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,9 +135,20 @@ def connect(config: TrainConfig) -> OneProcess | SeveralProcesses:
     """
     if config.devices > 1 or started_by_torchrun():
         if config.use_cuda_graph:
-            raise ValueError("use_cuda_graph is for one process, and this run has several; leave it out")
+            raise ValueError("use_cuda_graph is for one process, and this run has several; give --no-use_cuda_graph")
         return SeveralProcesses(config)
     return OneProcess(config.one_device())
+
+
+def with_cuda_graph(config: TrainConfig) -> TrainConfig:
+    """The config with use_cuda_graph where this process can record: on one GPU, in the main thread.
+
+    To be asked where a run is trained, which may be on another machine than the one that describes it.
+    """
+    alone = config.devices == config.gradient_accumulation_steps == 1 and not started_by_torchrun()
+    if not alone or threading.current_thread() is not threading.main_thread():
+        return config
+    return replace(config, use_cuda_graph=choose_device(config.device).type == "cuda")
 
 
 def started_by_torchrun() -> bool:

@@ -93,10 +93,10 @@ class _Pass:
             self.prior_loss = PriorPreservationLoss(self.front)
         self.amp_dtype = amp_dtype_for(self.device) if config.use_amp else None
         self.diverged = torch.zeros(len(self.configs), dtype=torch.bool, device=self.device)
-        self.learn = Captured(self._learn, self.device) if config.use_cuda_graph else self._learn
 
     def run(self) -> list[TrainResult]:
         config, count = self.configs[0], len(self.configs)
+        learn = Captured(self._learn, self.device) if config.use_cuda_graph else self._learn
         start = []
         if config.val_every <= config.epochs:  # as in `train`; before the first step all are their base
             start = [{"epoch": 0} | evaluate(self.model.models[0], self.val_faces, LOSSES[config.loss])]
@@ -110,7 +110,7 @@ class _Pass:
             rows, weights = self._draw()
             for i in range(self.batches):
                 self.optimiser.begin(self.schedule(epoch * self.batches + i))
-                losses[i] = self.learn(rows[i], weights and weights[i], self._draw_prior(rows[i]))
+                losses[i] = learn(rows[i], weights and weights[i], self._draw_prior(rows[i]))
             means = losses.mean(0).tolist()
             seconds += time.perf_counter() - started
             rate = self.schedule((epoch + 1) * self.batches)

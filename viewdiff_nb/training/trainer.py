@@ -107,6 +107,7 @@ def _train(machines: OneProcess | SeveralProcesses, config: TrainConfig, *argume
         try:
             return run.run()
         finally:
+            run.captured = run.state.optimizer.found_inf = None
             run.log.close()
 
 
@@ -168,7 +169,8 @@ class _Run:
         done = self.state.epoch * self.batches + self.state.batch
         self.log = TrainingLog(log_dir, config.epochs, self.batches, done, progress and first)
         set_capturable(optimizer, self.device, config.use_cuda_graph)
-        self.captured = Captured(self._learn, self.device) if config.use_cuda_graph else None
+        self.captured: Captured | None = None  # while it runs: both know each other, and hold memory of the GPU
+        optimizer.zero_grad(set_to_none=True)  # what a model that was given may have of earlier steps
         self.good = [p.detach().clone() for p in self.trainable]  # after the last epoch that ended well
         self.saved_at = self.looked_at = time.monotonic()
 
@@ -176,6 +178,8 @@ class _Run:
         """Epochs, until they are done or something else ends the run."""
         state, config = self.state, self.config
         often = config.val_every <= config.epochs
+        if config.use_cuda_graph:
+            self.captured = Captured(self._learn, self.device)
         with self.stop as stop:
             if config.base_model_path and often and not state.history:  # where the adaptation starts from
                 row = {"epoch": 0} | evaluate(state.model, self.val_faces, LOSSES[config.loss])

@@ -29,6 +29,7 @@ def test_conventions(path):
     assert "image/png" in shown and "application/vnd.jupyter.widget-view+json" not in shown
     assert not [output for output in outputs if output.output_type == "error"]
     text = path.read_text()
+    assert not re.search(r"/\w+/viewdiff_nb/[\w/]+\.py:\d+", text), "a warning with a path of the machine it ran on"
     assert str(PROJECT) not in text and "pip install" not in "".join(cell.source for cell in code)
 
 

@@ -7,6 +7,7 @@ that made it, so a second run only does what is missing.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -24,6 +25,7 @@ from ..modules.baselines import DREAM, MLP, MeanFace, PoseRidge, RawEmbedding
 from ..paths import HEADS
 from ..training.checkpoint import save_checkpoint
 from ..training.config import TrainConfig
+from ..training.diagnosis import TrainingAdvice
 from ..training.evaluation import predict
 from ..training.parallel import with_cuda_graph
 from ..training.trainer import train
@@ -245,7 +247,9 @@ def run_study(
             for job in progress(stage):
                 if job in running:
                     running[job].result()
-                results[job] = run_job(store, split, profile, *job)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", TrainingAdvice)
+                    results[job] = run_job(store, split, profile, *job)
     return results
 
 
@@ -273,6 +277,7 @@ def _start_worker(split: Split, threads: int) -> None:
     global _of_worker
     torch.set_num_threads(threads)
     _of_worker = Store(split), split
+    warnings.simplefilter("ignore", TrainingAdvice)  # a study compares settings, bad ones too
 
 
 def _work(profile: Profile, name: str, seed: int) -> None:

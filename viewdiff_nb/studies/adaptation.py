@@ -247,8 +247,7 @@ def run_study(
             for job in progress(stage):
                 if job in running:
                     running[job].result()
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", TrainingAdvice)
+                with warnings.catch_warnings(action="ignore", category=TrainingAdvice):
                     results[job] = run_job(store, split, profile, *job)
     return results
 

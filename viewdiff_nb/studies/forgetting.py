@@ -104,8 +104,8 @@ def _key(config: TrainConfig) -> dict:
 
 def _train_and_keep(store: Store, split: Split, configs: list[TrainConfig]) -> None:
     """Train configs, several in one pass; score and store each."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TrainingAdvice)  # a prior that is too weak is here on purpose
+    # a prior that is too weak is here on purpose
+    with warnings.catch_warnings(action="ignore", category=TrainingAdvice):
         if configs[0].use_lora_attention:
             runs = train_together([with_cuda_graph(config) for config in configs], split.train, split.val)
         else:

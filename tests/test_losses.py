@@ -72,3 +72,27 @@ def test_mixed_loss_is_weighted_by_sample(batch):
     mixed = mean_loss(losses.identity, gallery.float(), predicted, PERSON, partner, weight)
     torch.testing.assert_close(mixed, (weight * own + (1 - weight) * other).mean())
     torch.testing.assert_close(mean_loss(losses.identity, gallery.float(), predicted, PERSON), own.mean())
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_within_autocast_the_gradient_is_that_of_float64(name, half):
+    predicted, gallery = torch.randn(24, 64), torch.randn(40, 64)
+    person, partner, weight = torch.randint(40, (24,)), torch.randint(40, (24,)), torch.rand(24)
+    found, exact = predicted.clone().requires_grad_(), predicted.double().requires_grad_()
+    with torch.autocast("cpu", half):
+        loss = mean_loss(LOSSES[name], gallery, found, person, partner, weight)
+    loss.backward()
+    one, other = (LOSSES[name](exact, gallery.double(), who) for who in (person, partner))
+    (weight * one + (1 - weight) * other).mean().backward()
+    difference = (found.grad.double() - exact.grad).norm() / exact.grad.norm()
+    assert difference < 1e-5
+
+
+def test_within_vmap_and_autocast_too():
+    """As many adapters at once are trained."""
+    predicted, gallery, person = torch.randn(3, 8, 16), torch.randn(9, 16), torch.randint(9, (3, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.func.vmap(lambda p, who: mean_loss(losses.two_way, gallery, p, who))(predicted, person)
+    exact = [losses.two_way(p.double(), gallery.double(), who).mean() for p, who in zip(predicted, person, strict=True)]
+    torch.testing.assert_close(found.double(), torch.stack(exact), rtol=1e-6, atol=1e-6)

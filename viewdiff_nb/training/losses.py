@@ -75,11 +75,16 @@ def mean_loss(
     partner: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Mean of a loss over a batch; with mix-up, of weight * loss(person) + (1 - weight) * loss(partner)."""
-    values = loss(predicted.float(), gallery, person).float()  # autocast under vmap leaves it in half the bits
-    if partner is not None:
-        values = torch.lerp(loss(predicted.float(), gallery, partner).float(), values, weight)
-    return values.mean()
+    """Mean of a loss over a batch; with mix-up, of weight * loss(person) + (1 - weight) * loss(partner).
+
+    In float32, also within autocast: a product of cosines in bfloat16, divided by `TEMPERATURE`, is off by .1 and more.
+    """
+    predicted = predicted.float()
+    with torch.autocast(predicted.device.type, enabled=False):
+        values = loss(predicted, gallery, person)
+        if partner is not None:
+            values = torch.lerp(loss(predicted, gallery, partner), values, weight)
+        return values.mean()
 
 
 def _partners(person: Tensor) -> Tensor:

@@ -22,12 +22,20 @@ REACH = 0.01  # partners are at most this share of the set away when its views a
 class Mixup:
     """Draws partners for the views of a set and mixes their batches.
 
+    A partner is one of the next views in the order of yaw; where that is a view of the same person, the nearest view
+    of somebody else behind it takes its place.
+
     Args:
         faces: the training set.
+
+    Raises:
+        ValueError: if all views are of one person.
     """
 
     def __init__(self, faces: FaceViews) -> None:
         self.by_yaw = faces.angles[:, 1].argsort()
+        self.person = faces.person
+        self.somebody_else = _next_other(self.person[self.by_yaw])
         self.place = torch.empty_like(self.by_yaw)
         self.place[self.by_yaw] = torch.arange(len(faces), device=faces.device)
         self.reach = max(1, round(REACH * len(faces)))
@@ -39,10 +47,25 @@ class Mixup:
         step = torch.randint(1, self.reach + 1, (count,), generator=generator).to(index.device)
         weight = torch.rand(count, generator=generator).to(index.device)
         place = self.place[index] + step
-        partner = self.by_yaw[torch.where(place < total, place, place - 2 * step)]
+        place = torch.where(place < total, place, place - 2 * step)
+        same = self.person[self.by_yaw[place]] == self.person[index]
+        partner = self.by_yaw[torch.where(same, self.somebody_else[place], place)]
         sizes = [len(batch) for batch in batches]
         pairs = [torch.cat(pair) for pair in zip(index.split(sizes), partner.split(sizes), strict=True)]
         return pairs, list(weight.split(sizes))
+
+
+def _next_other(person: Tensor) -> Tensor:
+    """(M,) to (M,): for each entry the next one that differs; for the last ones, the nearest one before that does.
+
+    >>> _next_other(torch.tensor([7, 7, 4, 9, 9])).tolist()
+    [2, 2, 3, 2, 2]
+    """
+    run = torch.cat((person.new_zeros(1), (person[1:] != person[:-1]).cumsum(0)))  # of equal neighbours
+    starts = torch.cat((person.new_zeros(1), run.diff().nonzero()[:, 0] + 1))
+    if len(starts) == 1:
+        raise ValueError("mixup needs views of 2 people or more, and these are all of one; give --no-mixup")
+    return torch.cat((starts[1:], starts[-1:] - 1))[run]
 
 
 def draw_epoch(

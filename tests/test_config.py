@@ -1,14 +1,15 @@
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import get_args
 
 import pytest
 import torch
 from conftest import CONFIG
 
-from viewdiff_nb.training.config import ARCHITECTURE, TrainConfig, choose_device
+from viewdiff_nb.training.config import ARCHITECTURE, LIMITS, TrainConfig, choose_device
 
 
 @pytest.mark.parametrize("bad,message", [
-    ({"epochs": 0}, "epochs must be positive, got 0"), ({"loss": "l1"}, "loss must be one of mse, cosine"),
+    ({"epochs": 0}, "epochs must be from 1 to .*, got 0"), ({"loss": "l1"}, "loss must be one of mse, cosine"),
     ({"epochs": 2.5}, "epochs must be a whole number, got 2.5"), ({"lr": float("nan")}, "lr must be a finite number"),
     ({"lora_lr": float("inf")}, "lora_lr must be a finite number, got inf"),
     ({"min_yaw": 50.0, "max_yaw": 40.0}, "min_yaw must be below"), ({"dropout": 1.0}, "dropout"),
@@ -16,14 +17,29 @@ from viewdiff_nb.training.config import ARCHITECTURE, TrainConfig, choose_device
     ({"use_cross_view": True, "n_views": 5, "batch_size": 32}, "multiple of n_views=5"),
     ({"pose_dim": 6}, "pose_dim must be 3"),
     ({"use_prior_preservation": True, "base_model_path": "b", "use_cross_view": True, "n_views": 4}, "single views"),
-    ({"use_lora_attention": True, "rank": 999}, "rank must not exceed d_model=32"), ({"lambda_prior": -1.0}, "lambda"),
-    ({"use_lora_attention": True, "lora_targets": ()}, "adapts nothing"), ({"devices": 0}, "devices must be positive"),
-    ({"patience": 0}, "patience must be at least 1"), ({"monitor": "val_lss"}, "monitor must be one of val_loss"),
-    ({"resume": "auto"}, "give save_dir"), ({"save_minutes": -1.0}, "save_minutes must not be negative"),
+    ({"use_lora_attention": True, "rank": 999}, "rank must not exceed 32.* got 999"), ({"lambda_prior": -1.0}, "lambda"),
+    ({"use_lora_attention": True, "lora_targets": ()}, "adapts nothing"), ({"devices": 0}, "devices must be from 1"),
+    ({"patience": 0}, "patience must be from 1"), ({"monitor": "val_lss"}, "monitor must be one of val_loss"),
+    ({"resume": "auto"}, "give save_dir"), ({"save_minutes": -1.0}, "save_minutes must be 0 or more, got -1"),
+    ({"d_model": 0}, "d_model must be from 1"), ({"num_layers": 0}, "num_layers must be from 1"),
+    ({"num_layers": -1}, "num_layers must be from 1"), ({"num_layers": 10**6}, "num_layers .*, got 1000000"),
+    ({"dim_feedforward": 0}, "dim_feedforward must be from 1"), ({"nhead": 5}, "d_model must be a multiple of nhead=5"),
+    ({"use_lora_attention": True, "lora_targets": ("feed_forward",), "dim_feedforward": 2}, "rank must not exceed 2"),
+    ({"seed": 2**70}, "seed must be from 0"), ({"batch_size": 2**70}, "batch_size must be from 1"),
+    ({"epochs": 10**30}, "epochs must be from 1"), ({"seed": -1}, "seed must be from 0 to"),
+    ({"resume": ""}, "resume must be a name or a path, got ''"), ({"save_dir": ""}, "save_dir must be a name or a path"),
+    ({"val_people": 1}, "val_people must be from 2"), ({"use_amp": "no"}, "use_amp must be true or false, got 'no'"),
 ])  # fmt: skip
 def test_contradictory_configs_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **bad)
+
+
+def test_every_number_has_limits():
+    """So that no flag reaches torch, which would not name it."""
+    free = {"max_yaw", "prior_max_yaw", "pose_dim"}  # any number is an angle; pose_dim is 0 or 3
+    numbers = {f.name for f in fields(TrainConfig) if {int, float} & {f.type, *get_args(f.type)}}
+    assert numbers - free == set(LIMITS)
 
 
 def test_every_size_of_the_model_comes_from_the_config():

@@ -156,3 +156,20 @@ def test_a_split_of_another_set_is_refused(tmp_path):
     for other in (people(20, first=5), people(30), people(10)):
         with pytest.raises(FaceDataError, match="a split of another set"):
             load_split_file(tmp_path / "split.json", other)
+
+
+@pytest.mark.parametrize("count,views,expected", [
+    (1800, 16, (180, 270)), (400, 16, (40, 60)), (100, 6, (14, 15)),  # 14 * 13 * 6 >= 1000 > 13 * 12 * 6
+    (40, 6, (10, 10)), (12, 5, (3, 3)), (6, 5, (2, 2)),
+])  # fmt: skip
+def test_by_default_shares_are_held_out(count, views, expected):
+    faces = people(count, views=views)
+    split = split_by_person(faces)
+    assert (len(split.val.names), len(split.test.names)) == expected
+    assert split.val.names == split_by_person(faces, *expected).val.names
+    assert len(split_by_person(faces, val=2).val.names) == 2  # and what is said counts
+
+
+def test_five_people_are_too_few():
+    with pytest.raises(ValueError, match="of 5 people, val=2 and test=2 must be at least 2 each and leave 2 to train"):
+        split_by_person(people(5))

@@ -1,12 +1,74 @@
+import shlex
+import subprocess
+import sys
+from datetime import date
+
 import pytest
 from conftest import people, write_set
 
 from viewdiff_nb import train_enhanced
 from viewdiff_nb.faces import save_split, split_by_person
 from viewdiff_nb.train_enhanced import main
+from viewdiff_nb.training.evaluation import predict
+from viewdiff_nb.training.prepare import load_model
 
 SMALL = ["--d_model", "32", "--nhead", "4", "--num_layers", "1", "--dim_feedforward", "48", "--epochs", "1",
          "--device", "cpu"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """A run that is given no save_dir makes a folder where it is started."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("count", [8, 60, 501])
+def test_the_plain_command_trains_with_any_number_of_people_and_keeps_the_model(tmp_path, capsys, count):
+    faces = people(count)
+    write_set(tmp_path / "set", faces)
+    main(["--data_dir", "set", *SMALL])
+    said = capsys.readouterr().out
+    split = split_by_person(faces)
+    sizes = [len(part.names) for part in (split.train, split.val, split.test)]
+    assert sum(sizes) == count
+    assert "{} people train, {} validate, {} are kept for a test".format(*sizes) in said
+    [folder] = (tmp_path / "runs").iterdir()
+    assert folder.name[:10] == date.today().isoformat() and f"runs/{folder.name}" in said
+    assert f"runs/{folder.name}/best_model_enhanced.safetensors" in said
+    assert (folder / "checkpoint_epoch_1_enhanced.pth").exists()
+    model = load_model(folder / "best_model_enhanced.safetensors")
+    assert predict(model, faces).shape == faces.src.shape
+
+
+@pytest.mark.parametrize("told", [[], ["--save_dir", "mine"]], ids=str)
+def test_standard_output_that_takes_nothing_is_told_in_a_line(tmp_path, told):
+    write_set(tmp_path / "set", people(60))
+    command = [sys.executable, "-m", "viewdiff_nb.train_enhanced", "--data_dir", "set", *SMALL, *told]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 1
+    assert "error: cannot write to standard output: No space left on device" in ended.stderr
+    assert "Traceback" not in ended.stderr and "Exception ignored" not in ended.stderr
+
+
+def test_a_pipe_that_closes_after_a_line_is_told_in_a_line(tmp_path):
+    write_set(tmp_path / "set", people(60))
+    command = [sys.executable, "-m", "viewdiff_nb.train_enhanced", "--data_dir", "set", *SMALL, "--save_dir", "mine"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert "people train" in process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 1 and "Traceback" not in errors and "Exception ignored" not in errors
+    assert "error: cannot write to standard output: Broken pipe" in errors
+    assert (tmp_path / "mine/checkpoint_epoch_1_enhanced.pth").exists()
+
+
+@pytest.mark.parametrize("redirected", ["2>&-", ">&-", ">&- 2>&-"])
+def test_streams_that_are_closed_do_not_matter(tmp_path, redirected):
+    write_set(tmp_path / "set", people(60))
+    command = shlex.join([sys.executable, "-m", "viewdiff_nb.train_enhanced", "--data_dir", "set", *SMALL])
+    assert subprocess.run(f"{command} {redirected}", shell=True, check=False, stdin=subprocess.DEVNULL).returncode == 0
+    assert list(tmp_path.glob("runs/*/best_model_enhanced.pth"))
 
 
 def test_a_split_file_says_who_trains(tmp_path, monkeypatch):

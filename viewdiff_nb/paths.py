@@ -24,3 +24,8 @@ def writable_folder(path: str | Path) -> Path:
     except OSError as error:
         raise OSError(f"cannot write to {folder}: {error}; choose another folder") from error
     return folder
+
+
+def install_hint(extra: str) -> str:
+    """How to install an optional part; no package index has the kit."""
+    return f'pip install ".[{extra}]" in the folder of the kit'

@@ -1,22 +1,25 @@
 """Train from the shell:  python -m viewdiff_nb.train_enhanced --data_dir data/heads --use_lora_attention ..."""
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
+from datetime import datetime
+from pathlib import Path
 
 import tyro
 
-from .faces.splits import load_split_file, split_by_person
+from .faces.splits import Split, load_split_file, split_by_person
 from .faces.views import load_face_views
-from .training.checkpoint import CheckpointError, load_config
+from .training.checkpoint import BEST_WEIGHTS, CheckpointError, load_config
 from .training.config import TrainConfig
 from .training.diagnosis import TrainingAdvice
 from .training.interrupt import TrainingInterrupted
 from .training.parallel import is_first
 from .training.prepare import find_checkpoint
-from .training.trainer import train
+from .training.trainer import TrainResult, train
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 
@@ -39,33 +42,64 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the flags of `TrainConfig`, load and check the data, train, and print the last epoch."""
-    try:
-        config = parse(arguments)
-        faces = load_face_views(config.data_dir)
-        if config.split_file:
-            split = load_split_file(config.split_file, faces)
-        else:
-            split = split_by_person(faces, config.val_people, config.test_people, config.split_seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", TrainingAdvice)  # said below, without a line of this program
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TrainingAdvice)  # said at the end
+        warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)  # no line of this program
+        try:
+            config = parse(arguments)
+            if not config.save_dir:
+                config = replace(config, save_dir=str(_folder_of_its_own()))
+            split = _load_split(config)
+            sizes = [len(part.names) for part in (split.train, split.val, split.test)]
+            _say("{} people train, {} validate, {} are kept for a test (val_people, test_people); ".format(*sizes)
+                 + f"everything is kept in {config.save_dir}")  # fmt: skip
             result = train(config, split.train, split.val)
-    except TrainingInterrupted as interrupted:
-        result = interrupted.result
-    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
-        sys.exit(f"error: {error}")
+        except TrainingInterrupted as interrupted:
+            result = interrupted.result
+        except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
+            sys.exit(f"error: {error}")
+    if is_first():
+        _report(config, result)
+    if result.stopped == "interrupted":
+        sys.exit(INTERRUPTED)
+
+
+def _load_split(config: TrainConfig) -> Split:
+    faces = load_face_views(config.data_dir)
+    if config.split_file:
+        return load_split_file(config.split_file, faces)
+    return split_by_person(faces, config.val_people, config.test_people, config.split_seed)
+
+
+def _folder_of_its_own() -> Path:
+    """For a run that was given none: runs/ and the time, here."""
+    return Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def _report(config: TrainConfig, result: TrainResult) -> None:
+    """The last epoch, what it suggests, and where things are."""
+    if len(result.history):
+        _say("\n".join(f"{name:18s} {value:.4g}" for name, value in result.history.iloc[-1].items()))
+    for sentence in result.advice:
+        _say(f"advice: {sentence}")
+    if result.stopped == "interrupted":
+        print(f"interrupted; go on with --resume {result.checkpoint}", file=sys.stderr)
+        return
+    if result.stopped == "early":
+        _say(f"stopped early: {config.monitor} did not get better in {config.patience} validations")
+    if (best := Path(config.save_dir) / BEST_WEIGHTS).exists():  # a resumed run may have its best elsewhere
+        _say(f"the best model by {config.monitor}: {best}")
+
+
+def _say(text: str) -> None:
+    """Print; where that fails (a closed pipe, a full disk), end with one line instead of a traceback."""
     if not is_first():
         return
-    if len(result.history):
-        for name, value in result.history.iloc[-1].items():
-            print(f"{name:18s} {value:.4g}")
-    for sentence in result.advice:
-        print(f"advice: {sentence}")
-    if result.stopped == "interrupted":
-        onward = f"go on with --resume {result.checkpoint}" if result.checkpoint else "nothing was kept: no --save_dir"
-        print(f"interrupted; {onward}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    if result.stopped == "early":
-        print(f"stopped early: {config.monitor} did not get better in {config.patience} validations")
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again when it ends
+        sys.exit(f"error: cannot write to standard output: {error.strerror}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..paths import install_hint
 from .hair import HairStyle, hair_offset, sample_hair
 from .meshes import connected_labels, fit_into_box, read_mask, vertex_normals
 from .render import Mesh
@@ -54,7 +55,7 @@ def load_anny_model():
         import anny
     except ImportError as error:
         raise ImportError(
-            'making synthetic heads needs the package anny: run pip install "viewdiff_nb[heads]"'
+            f"making synthetic heads needs the package anny: {install_hint('heads')}"
         ) from error
     import torch
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..paths import install_hint
+
 TASKS = ("detection", "landmark_3d_68", "recognition")
 # Of the 68 points: the corners of each eye (their middle counts), the tip of the nose, the corners of the mouth.
 FIVE_OF_68 = ((36, 39), (42, 45), (30,), (48,), (54,))
@@ -43,8 +45,8 @@ def import_insightface():
         from insightface.app import FaceAnalysis
     except ImportError as error:
         raise ImportError(
-            f'embedding photos needs InsightFace: pip install "viewdiff_nb[insightface]" ({error}). If libGL is what '
-            "is missing, install it, or run: pip install --force-reinstall --no-deps opencv-python-headless"
+            f"embedding photos needs InsightFace: {install_hint('insightface')} ({error}). If libGL is what is "
+            "missing, install it, or run: pip install --force-reinstall --no-deps opencv-python-headless"
         ) from error
     return FaceAnalysis
 

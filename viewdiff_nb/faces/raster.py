@@ -5,10 +5,12 @@ Both are single-threaded and use no fast-math, so equal inputs give equal bytes.
 
 import numpy as np
 
+from ..paths import install_hint
+
 try:
     from numba import njit
 except ImportError as error:
-    raise ImportError('drawing heads needs numba: run pip install "viewdiff_nb[heads]"') from error
+    raise ImportError(f"drawing heads needs numba: {install_hint('heads')}") from error
 
 # Triangles with less than this doubled area, in square pixels, are seen edge-on and cover no pixel.
 SMALLEST_DOUBLED_AREA = 1e-9

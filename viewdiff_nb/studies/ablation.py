@@ -21,6 +21,7 @@ import torch
 from .. import __version__
 from ..faces.splits import Split
 from ..metrics import recognition_by_yaw
+from ..paths import install_hint
 from ..training.config import TrainConfig, choose_device
 from ..training.evaluation import predict
 from ..training.parallel import with_cuda_graph
@@ -228,7 +229,7 @@ def _parallel(backend: str, workers: int) -> _Parallel:
 
             register_ray()
     except ImportError as error:
-        raise ImportError(f'the {backend} backend needs more packages: pip install "viewdiff_nb[cluster]"') from error
+        raise ImportError(f"the {backend} backend needs more packages: {install_hint('cluster')}") from error
     return _Parallel(backend, workers)
 
 

@@ -57,7 +57,7 @@ FAST = Profile("fast", 1, 300, base_epochs=2, adapt_epochs=2, wide_base_epochs=1
                baseline_epochs=2, recipe_epochs=2)  # fmt: skip
 
 # scored at the end; the recipe (loss, mix-up) was chosen on validation people, see recipe_study.py
-COMMON = TrainConfig(batch_size=128, dropout=0.2, lr=5e-4, mixup=True, val_every=1000)
+COMMON = TrainConfig(val_people=200, test_people=300, batch_size=128, dropout=0.2, lr=5e-4, mixup=True, val_every=1000)
 FINE_TUNING = {"min_yaw": BOUNDARY, "lr": 2e-4, "lora_lr": 1e-2}  # chosen among three each on validation people
 LORA = FINE_TUNING | {"use_lora_attention": True, "freeze_base": True}
 LORA_8 = LORA | {"rank": 8, "lora_alpha": 8.0}

@@ -1,8 +1,9 @@
 """The one description of a training run: shell flags, notebooks and checkpoints share it."""
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -13,6 +14,50 @@ MONITORED = {"val_loss": min, "val_cosine": max, "val_rank1": max, "val_tar": ma
 ARCHITECTURE = ("use_lora_attention", "use_projection_layer", "use_cross_view", "d_model", "nhead", "num_layers",
                 "dim_feedforward", "dropout", "pose_dim", "n_views", "rank", "lora_alpha", "lora_targets",
                 "voxel_resolution")  # fmt: skip  # what `build_model` builds from
+LARGEST_INTEGER = 2**63 - 1  # that torch takes as a seed or a size
+
+
+def _between(low: float, high: float) -> tuple[Callable[[float], bool], str]:
+    return lambda value: low <= value <= high, f"from {low:,} to {high:,}"
+
+
+LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(("d_model", "dim_feedforward", "rank"), _between(1, 65_536)),
+    **dict.fromkeys(("num_layers", "nhead", "n_views", "devices"), _between(1, 1024)),
+    "voxel_resolution": _between(1, 256),
+    "num_workers": _between(0, 1024),
+    "batch_size": _between(1, 2**31 - 1),
+    **dict.fromkeys(("epochs", "gradient_accumulation_steps", "save_every", "val_every", "patience"),
+                    _between(1, 10**9)),
+    **dict.fromkeys(("val_people", "test_people"), _between(2, 2**31 - 1)),
+    **dict.fromkeys(("seed", "split_seed"), _between(0, LARGEST_INTEGER)),
+    **dict.fromkeys(("lr", "lora_lr", "lora_alpha", "clip_norm"), (lambda value: value > 0, "positive")),
+    **dict.fromkeys(("lambda_prior", "weight_decay", "save_minutes", "min_yaw"), (lambda value: value >= 0, "0 or more")),
+    **dict.fromkeys(("dropout", "warmup"), (lambda value: 0 <= value < 1, "in [0, 1)")),
+    "prior_fraction": (lambda value: 0 < value <= 1, "in (0, 1]"),
+}
+"""For each field with limits, the values that it may have, as a test and in words."""
+
+
+def _check_kind(name: str, value: object, kinds: tuple) -> None:
+    """
+    Args:
+        kinds: the types that the field may have.
+
+    Raises:
+        ValueError: if value is no whole number, no finite number, or an empty path.
+    """
+    if value is None and type(None) in kinds:
+        return
+    if int in kinds and type(value) is not int:
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    if float in kinds and (isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    if bool in kinds and not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+    if str in kinds and (not isinstance(value, str) or not value):
+        raise ValueError(f"{name} must be a name or a path, got {value!r}; leave it out for none")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -20,9 +65,10 @@ class TrainConfig:
 
     data_dir: str = "data/heads"
     """Folder with the six files of a face set."""
-    val_people: int = 200
-    test_people: int = 300
-    """People kept out of training; drawn by split_seed, so they stay the same for every --seed."""
+    val_people: int | None = None
+    test_people: int | None = None
+    """People kept out of training, by default 10 and 15 % (see `default_held_out`); drawn by split_seed, so they stay
+    the same for every --seed."""
     split_seed: int = 0
     split_file: str | None = None
     """A split written by `save_split`, instead of drawing one."""
@@ -105,59 +151,61 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is float and not math.isfinite(value):
-                raise ValueError(f"{field.name} must be a finite number, got {value}")
-            if field.type is int and (not isinstance(value, int) or isinstance(value, bool)):
-                raise ValueError(f"{field.name} must be a whole number, got {value!r}")
-        positive = ("epochs", "batch_size", "gradient_accumulation_steps", "lr", "lora_lr", "clip_norm", "n_views",
-                    "save_every", "val_every", "rank", "lora_alpha", "devices")  # fmt: skip
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience must be at least 1, got {self.patience}")
-        if self.monitor not in MONITORED:
-            raise ValueError(f"monitor must be one of {', '.join(MONITORED)}, got {self.monitor!r}")
-        if self.resume == "auto" and not self.save_dir:
-            raise ValueError("resume auto looks for the newest checkpoint in save_dir; give save_dir")
-        if self.use_lora_attention and not self.lora_targets:
-            raise ValueError("use_lora_attention without lora_targets adapts nothing; name attention or feed_forward")
-        for name in ("lambda_prior", "weight_decay", "num_workers", "save_minutes"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("dropout", "warmup"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if not 0 < self.prior_fraction <= 1:
-            raise ValueError(f"prior_fraction must be in (0, 1], got {self.prior_fraction}")
-        if not 0 <= self.min_yaw < self.max_yaw:
-            raise ValueError(f"min_yaw must be below max_yaw, got {self.min_yaw} and {self.max_yaw}")
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
-        if self.use_lora_attention and self.rank > self.d_model:
-            raise ValueError(f"rank must not exceed d_model={self.d_model}, got {self.rank}")
-        if self.use_prior_preservation and not self.base_model_path:
-            raise ValueError("prior preservation needs the base model that is to be preserved: give base_model_path")
-        if self.use_prior_preservation and self.use_cross_view:
-            raise ValueError("prior samples are single views and cannot stand in a batch of n_views views of a person; "
-                             "use either use_prior_preservation or use_cross_view")  # fmt: skip
-        if self.mixup and self.use_cross_view:
-            raise ValueError("mixup mixes single views, not groups of views of a person; "
-                             "use either mixup or use_cross_view")  # fmt: skip
-        if self.use_cuda_graph and self.gradient_accumulation_steps > 1:
-            raise ValueError("use_cuda_graph replays whole steps of one batch, and gradient_accumulation_steps is "
-                             f"{self.gradient_accumulation_steps}; give --no-use_cuda_graph")  # fmt: skip
-        if self.pose_dim not in (0, 3):
-            raise ValueError(f"pose_dim must be 3 (the data has pitch, yaw, roll) or 0, got {self.pose_dim}")
-        if self.freeze_base and not self.base_model_path:
-            raise ValueError("freeze_base without base_model_path would freeze random weights; give a base model")
-        if self.paired_views and (self.use_cross_view or self.batch_size % 2):
-            raise ValueError(f"paired_views needs an even batch_size, got {self.batch_size}, and no use_cross_view, "
-                             "which has n_views of each person")  # fmt: skip
-        if self.use_cross_view and self.batch_size % self.n_views:
-            raise ValueError(f"batch_size must be a multiple of n_views={self.n_views} "
-                             f"(批次大小必须是n_views的倍数), got {self.batch_size}")  # fmt: skip
+            _check_kind(field.name, getattr(self, field.name), get_args(field.type) or (field.type,))
+        for name, (holds, range_) in LIMITS.items():
+            value = getattr(self, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"{name} must be {range_}, got {value}")
+        for name, choices in (("monitor", MONITORED), ("loss", LOSSES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for is_wrong, what in self._contradictions():
+            if is_wrong:
+                raise ValueError(what)
+
+    def _contradictions(self) -> Iterator[tuple[bool, str]]:
+        """What must not be the case, and what to say if it is."""
+        yield self.d_model % self.nhead > 0, f"d_model must be a multiple of nhead={self.nhead}, got {self.d_model}"
+        narrowest = min(self.d_model, self.dim_feedforward) if "feed_forward" in self.lora_targets else self.d_model
+        yield self.use_lora_attention and self.rank > narrowest, (
+            f"rank must not exceed {narrowest}, the narrowest adapted layer (d_model={self.d_model}, "
+            f"dim_feedforward={self.dim_feedforward}), got {self.rank}"
+        )
+        yield self.use_lora_attention and not self.lora_targets, (
+            "use_lora_attention without lora_targets adapts nothing; name attention or feed_forward"
+        )
+        yield self.pose_dim not in (0, 3), (
+            f"pose_dim must be 3 (the data has pitch, yaw, roll) or 0, got {self.pose_dim}"
+        )
+        yield not self.min_yaw < self.max_yaw, f"min_yaw must be below max_yaw, got {self.min_yaw} and {self.max_yaw}"
+        yield self.resume == "auto" and not self.save_dir, (
+            "resume auto looks for the newest checkpoint in save_dir; give save_dir"
+        )
+        yield self.use_prior_preservation and not self.base_model_path, (
+            "prior preservation needs the base model that is to be preserved: give base_model_path"
+        )
+        yield bool(self.freeze_base) and not self.base_model_path, (
+            "freeze_base without base_model_path would freeze random weights; give a base model"
+        )
+        yield self.use_prior_preservation and self.use_cross_view, (
+            "prior samples are single views and cannot stand in a batch of n_views views of a person; "
+            "use either use_prior_preservation or use_cross_view"
+        )
+        yield self.mixup and self.use_cross_view, (
+            "mixup mixes single views, not groups of views of a person; use either mixup or use_cross_view"
+        )
+        yield self.use_cross_view and self.batch_size % self.n_views > 0, (
+            f"batch_size must be a multiple of n_views={self.n_views} (批次大小必须是n_views的倍数), "
+            f"got {self.batch_size}"
+        )
+        yield self.paired_views and (self.use_cross_view or self.batch_size % 2 > 0), (
+            f"paired_views needs an even batch_size, got {self.batch_size}, and no use_cross_view, which has n_views "
+            "of each person"
+        )
+        yield self.use_cuda_graph and self.gradient_accumulation_steps > 1, (
+            "use_cuda_graph replays whole steps of one batch, and gradient_accumulation_steps is "
+            f"{self.gradient_accumulation_steps}; give --no-use_cuda_graph"
+        )
 
     @property
     def views_together(self) -> int:

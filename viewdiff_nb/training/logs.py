@@ -16,18 +16,13 @@ class TrainingLog:
         epochs, batches: of the run, and of an epoch.
         done: batches that an earlier run did.
         progress: whether to show a bar.
-
-    Raises:
-        ImportError: if log_dir is given and TensorBoard is not installed.
     """
 
     def __init__(self, log_dir: Path | None, epochs: int, batches: int, done: int, progress: bool) -> None:
         self.writer, self.batches, self.epochs = None, batches, epochs
         if log_dir is not None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise ImportError('--log_dir needs TensorBoard: pip install "viewdiff_nb[tensorboard]"') from error
+            from torch.utils.tensorboard import SummaryWriter  # here, for it takes a second
+
             self.writer = SummaryWriter(str(log_dir))
         self.bar = tqdm(total=epochs * batches, initial=done, unit="batch", disable=not progress, dynamic_ncols=True)
         self.shown: dict[str, str] = {}

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..paths import install_hint
 from .config import TrainConfig, choose_device
 from .interrupt import at_prompt
 
@@ -54,8 +55,8 @@ class SeveralProcesses:
         try:
             from lightning_fabric import Fabric
         except ImportError as error:
-            raise ImportError('training on several devices needs Lightning Fabric: '
-                              'pip install "viewdiff_nb[multi-gpu]"') from error  # fmt: skip
+            hint = install_hint("multi-gpu")
+            raise ImportError(f"training on several devices needs Lightning Fabric: {hint}") from error
         kind = choose_device(config.device).type
         if started_by_torchrun():
             strategy, devices = "ddp", int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

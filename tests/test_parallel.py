@@ -1,10 +1,14 @@
 """Two processes (gloo, on the CPU) against one."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 from conftest import CONFIG, people, run, sets, write_set
@@ -66,6 +70,57 @@ def test_two_processes_train_and_resume_to_the_model_of_one(tmp_path, base_path)
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=name)
 
 
+def test_what_a_process_raises_is_raised_here(tmp_path, base_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write to .*file"):
+        run(replace(CONFIG, devices=2, save_dir=str(tmp_path / "file")))
+    with pytest.raises(ValueError, match="no training view has 89"):
+        run(replace(CONFIG, devices=2, min_yaw=89.0, max_yaw=89.5))
+
+
+def children(pid: int) -> list[psutil.Process]:
+    """The processes that train, of a command with --devices 2."""
+    return [c for c in psutil.Process(pid).children(recursive=True) if "spawn_main" in " ".join(c.cmdline())]
+
+
+@pytest.fixture
+def two_processes(tmp_path):
+    """A command that trains on two devices and has finished an epoch; and its workers."""
+    write_set(tmp_path / "faces", people(60, width=64))
+    command = [sys.executable, "-m", "viewdiff_nb.train_enhanced", "--data_dir", str(tmp_path / "faces"), "--d_model", "64",
+               "--device", "cpu", "--devices", "2", "--epochs", "1000", "--save_every", "1", "--val_every", "1000",
+               "--save_dir", str(tmp_path / "runs")]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    while not list(tmp_path.glob("runs/checkpoint_epoch_*.pth")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    workers = children(process.pid)
+    assert len(workers) >= 2
+    yield process, workers
+    process.kill()
+    for worker in workers:
+        if worker.is_running():
+            worker.kill()
+
+
+def test_workers_end_with_their_parent(two_processes):
+    process, workers = two_processes
+    process.kill()
+    gone, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+
+
+def test_a_signal_to_the_program_stops_its_workers_with_a_checkpoint(two_processes):
+    process, workers = two_processes
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert re.search(r"interrupted; go on with --resume .*_enhanced\.pth", errors)
+    gone, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+
+
 def test_torchrun_starts_the_same_command(tmp_path):
     write_set(tmp_path / "faces", people(60, width=64))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611", "-m",
@@ -81,5 +136,5 @@ def test_torchrun_starts_the_same_command(tmp_path):
 def test_one_device_needs_no_fabric(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning_fabric", None)
     assert isinstance(connect(CONFIG), OneProcess)
-    with pytest.raises(ImportError, match=r'pip install "viewdiff_nb\[multi-gpu\]"'):
+    with pytest.raises(ImportError, match=r'pip install "\.\[multi-gpu\]"'):
         connect(replace(CONFIG, devices=2))

@@ -5,6 +5,7 @@ predictions are gathered before the loss is taken. So a batch means the same, in
 processes: `batch_size` counts the samples of all of them together.
 """
 
+import multiprocessing.connection
 import os
 import tempfile
 import threading
@@ -13,14 +14,16 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import ProcessException
 
 from ..paths import install_hint
 from .config import TrainConfig, choose_device
-from .interrupt import at_prompt
+from .interrupt import StopRequest, TrainingInterrupted, at_prompt
 
 
 class OneProcess:
@@ -81,14 +84,26 @@ class SeveralProcesses:
         return self.fabric.device
 
     def launch(self, function: Callable, *arguments: Any) -> Any:
-        """function(self, *arguments) in every process; returns the first one's result, its tensors on the CPU."""
+        """function(self, *arguments) in every process; returns the first one's result, its tensors on the CPU.
+
+        What a process raises is raised here.
+        """
         if not self.started_here:
             self.fabric.launch()
             return function(self, *arguments)
-        with tempfile.TemporaryDirectory() as folder:  # a model is too much for the pipe between processes
-            result = Path(folder) / "result"
-            self.fabric.launch(_work, partial(function, self, *arguments), result)
-            return torch.load(result, map_location="cpu", weights_only=False)  # this process stays free to fork
+        with tempfile.TemporaryDirectory() as folder, _ForwardedSignals() as stop:
+            path = Path(folder) / "result"  # a model is too much for the pipe between processes
+            try:
+                self.fabric.launch(_work, partial(function, self, *arguments), path)
+            except ProcessException:
+                if stop.asked and not path.exists():
+                    raise KeyboardInterrupt from None  # it came before the training began
+                if not path.exists():  # a process was killed
+                    raise
+            result = torch.load(path, map_location="cpu", weights_only=False)  # on the CPU: free to fork
+        if isinstance(result, BaseException):
+            raise result
+        return result
 
     def share(self, model: nn.Module, group: int) -> nn.Module:
         return Shared(self.fabric, model, group)
@@ -161,9 +176,39 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _work(fabric: Any, call: Callable[[], Any], result: Path) -> None:
-    value = call()
+class _ForwardedSignals(StopRequest):
+    """Within this context an interrupt of this process, which only waits, is one of the processes that it started."""
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, number)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it ends, even if that was killed."""
+
+    def wait() -> None:
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _work(fabric: Any, call: Callable[[], Any], path: Path) -> None:
+    """In a process that was started here: leave the call's result, or what it raised, in a file."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # a terminal's Ctrl-C reaches the first process alone, which forwards it
+    _end_with_parent()
+    try:
+        result = call()
+    except TrainingInterrupted as error:  # in all processes at the same step
+        result = error
+    except Exception as error:
+        if not path.exists():  # else another process failed first, and this one misses it
+            torch.save(error, path)
+        raise
     if fabric.global_rank == 0:
-        torch.save(value, result)
+        torch.save(result, path)
     fabric.barrier()  # a process that ends while another still listens to it aborts
     torch.distributed.destroy_process_group()

@@ -87,7 +87,7 @@ def test_a_full_disk_is_found_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=300_000))
     with pytest.raises(OSError, match="0.00 GB free, and the checkpoints of this run need about .* raise save_every"):
         run(replace(CONFIG, save_dir=str(tmp_path)))
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_the_newest_usable_checkpoint_of_a_folder(tmp_path):
@@ -116,7 +116,7 @@ def test_what_a_run_leaves_behind(tmp_path):
     (tmp_path / f"{checkpoint.LAST}.77{checkpoint.PART}").write_bytes(b"a run that was killed")
     result = run(config)
     assert {p.name for p in tmp_path.iterdir()} == {
-        checkpoint.BEST, checkpoint.BEST_WEIGHTS, "checkpoint_epoch_1_enhanced.pth", "checkpoint_epoch_2_enhanced.pth"
+        ".lock", checkpoint.BEST, checkpoint.BEST_WEIGHTS, "checkpoint_epoch_1_enhanced.pth", "checkpoint_epoch_2_enhanced.pth"
     }  # fmt: skip
     assert result.checkpoint == tmp_path / "checkpoint_epoch_2_enhanced.pth"
     _, val = sets()

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -18,9 +19,10 @@ from conftest import CONFIG, DEVICES, people, run, sets, write_set
 
 from viewdiff_nb.faces import load_face_views
 from viewdiff_nb.training import checkpoint, trainer
-from viewdiff_nb.training.checkpoint import CheckpointError, DamagedCheckpoint, load_checkpoint
+from viewdiff_nb.training.checkpoint import CheckpointError, DamagedCheckpoint, load_checkpoint, save_checkpoint
 from viewdiff_nb.training.config import TrainConfig
 from viewdiff_nb.training.interrupt import TrainingInterrupted
+from viewdiff_nb.training.optimiser import warmup_cosine
 from viewdiff_nb.training.trainer import train
 
 FULL = replace(CONFIG, use_lora_attention=True, use_projection_layer=True, mixup=True, epochs=4, batch_size=8,
@@ -89,7 +91,7 @@ class After:
             os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("step", [1, 4, 10, 13])  # 10 steps an epoch
 def test_an_interrupt_stops_between_steps_and_the_run_goes_on(tmp_path, monkeypatch, step, number):
     whole = run(FULL)
@@ -214,6 +216,126 @@ def test_what_cannot_be_resumed(tmp_path, base_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint in .*empty"):
         run(replace(more, resume=str(tmp_path / "empty")))
     assert run(more).history["epoch"].tolist() == [1, 2, 3]
+
+
+@pytest.fixture
+def halfway(tmp_path):
+    """The checkpoint in the middle of a run of 4 epochs with 15 batches each."""
+    run(replace(CONFIG, epochs=4, save_dir=str(tmp_path / "first"), save_every=2))
+    return str(tmp_path / "first/checkpoint_epoch_2_enhanced.pth")
+
+
+def rates_of(monkeypatch, config: TrainConfig) -> list[float]:
+    """The learning rate of every step that a run makes."""
+    seen, original = [], trainer._Run._update
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Run, "_update", lambda run: seen.append(run.state.optimizer.param_groups[0]["lr"])
+                      or original(run))  # fmt: skip
+        run(config)
+    return seen
+
+
+def test_another_learning_rate_and_weight_decay_act(monkeypatch, halfway, caplog):
+    config = replace(CONFIG, epochs=4, resume=halfway)
+    before, after = (rates_of(monkeypatch, replace(config, lr=lr)) for lr in (1e-3, 5e-4))
+    assert after == pytest.approx([rate / 2 for rate in before]) and len(after) == 30
+    assert "goes on from" in caplog.text and "lr 0.0005 instead of 0.001" in caplog.text
+    weights = [run(replace(config, weight_decay=decay)).model.output.weight for decay in (0.01, 0.5)]
+    assert weights[1].norm() < weights[0].norm()
+    assert "weight_decay 0.5 instead of 0.01" in caplog.text
+
+
+def test_another_lora_rate_acts_on_lora_alone(tmp_path, base_path):
+    config = replace(CONFIG, epochs=2, use_lora_attention=True, base_model_path=base_path, freeze_base=False)
+    run(replace(config, save_dir=str(tmp_path / "r"), save_every=1))
+    path = str(tmp_path / "r/checkpoint_epoch_1_enhanced.pth")
+    still = run(replace(config, resume=path, lora_lr=1e-30, weight_decay=0.0)).model
+    state = load_checkpoint(path)["model"]
+    roles = still.parameter_roles()
+    moved = {roles[name] for name, value in still.named_parameters() if not torch.equal(value, state[name])}
+    assert moved == {"base"}
+
+
+@pytest.mark.parametrize("changes,batches", [({"batch_size": 32}, 8), ({"gradient_accumulation_steps": 5}, 3)], ids=str)
+def test_another_batch_size_goes_on_at_the_same_point_of_the_schedule(monkeypatch, halfway, changes, batches):
+    """Half of the epochs are done, so the cosine is where it is half-way through a run with these batches."""
+    rates = rates_of(monkeypatch, replace(CONFIG, epochs=4, resume=halfway, **changes))
+    schedule = warmup_cosine(CONFIG.warmup, 4 * batches)
+    assert rates == pytest.approx([1e-3 * schedule(2 * batches + i) for i in range(2 * batches)])
+    assert rates[0] > 4e-4  # not the schedule's floor
+
+
+def test_another_seed_draws_other_batches(halfway, caplog):
+    config = replace(CONFIG, epochs=4, resume=halfway)
+    same, again, other = run(config), run(config), run(replace(config, seed=7))
+    assert torch.equal(same.model.output.weight, again.model.output.weight)
+    assert not torch.equal(same.model.output.weight, other.model.output.weight)
+    assert "seed 7 instead of 0" in caplog.text
+
+
+@pytest.mark.parametrize("changes", [{"monitor": "val_rank1"}, {"loss": "mse"}, {"val": "others"}], ids=str)
+def test_another_goal_looks_for_the_best_model_anew(tmp_path, halfway, caplog, changes):
+    """A rank-1 rate is not less than a loss, and a squared error not less than a cross-entropy, because it is better."""
+    train_faces, val_faces = sets()
+    if changes.pop("val", None):
+        val_faces = people(30, noise=0.2, first=5000)
+    config = replace(CONFIG, epochs=4, resume=halfway, save_dir=str(tmp_path / "second"), save_every=100, **changes)
+    result = train(config, train_faces, val_faces, progress=False)
+    best = load_checkpoint(tmp_path / "second" / checkpoint.BEST)
+    new = result.history[config.monitor].iloc[2:]
+    assert best["best"] == (new.min() if config.monitor == "val_loss" else new.max())
+    assert best["epoch"] > 2 and "the best model is looked for anew" in caplog.text
+
+
+def test_the_best_model_so_far_goes_along(tmp_path, halfway):
+    """With a rate of zero nothing gets better, and the best model is still in the new folder."""
+    config = replace(CONFIG, epochs=4, resume=halfway, lr=1e-30, save_dir=str(tmp_path / "second"))
+    result = run(config)
+    best = load_checkpoint(tmp_path / "second" / checkpoint.BEST)
+    assert best["epoch"] <= 2 and best["best"] == result.history["val_loss"].iloc[:2].min()
+    assert (tmp_path / "second" / checkpoint.BEST_WEIGHTS).exists()
+
+
+def test_another_base_model_is_refused(tmp_path, base_path):
+    config = replace(CONFIG, epochs=1, use_lora_attention=True, base_model_path=base_path, save_dir=str(tmp_path / "r"))
+    run(config)
+    other = tmp_path / "other.pth"
+    save_checkpoint(other, {"model": run(replace(CONFIG, max_yaw=45.0, seed=1)).model.state_dict()})
+    onward = replace(config, epochs=2, resume="auto")
+    with pytest.raises(CheckpointError, match=r"another base model than base_model_path, .*other\.pth"):
+        run(replace(onward, base_model_path=str(other)))
+    moved = tmp_path / "moved.pth"
+    moved.write_bytes(Path(base_path).read_bytes())
+    assert run(replace(onward, base_model_path=str(moved))).stopped == "finished"
+
+
+@pytest.mark.parametrize("changes", [{"gradient_accumulation_steps": 2}, {"seed": 3}, {"mixup": True}], ids=str)
+def test_within_an_epoch_its_batches_stay(tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    After(monkeypatch, 3)
+    stopped = run(replace(CONFIG, save_dir=str(tmp_path)))
+    [name] = changes
+    with pytest.raises(CheckpointError, match=f"within an epoch, and {name} was"):
+        run(replace(CONFIG, resume=str(stopped.checkpoint), **changes))
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path, halfway):
+    """They held the scheduler's state, which follows from the epoch, and one fingerprint."""
+    content = load_checkpoint(halfway)
+    old = content | {"data": content["data"]["train"], "scheduler": {"last_epoch": 30, "base_lrs": [1e-3]}}
+    save_checkpoint(tmp_path / "old.pth", old)
+    one, other = (run(replace(CONFIG, epochs=4, resume=path)) for path in (halfway, str(tmp_path / "old.pth")))
+    assert_equal_runs(one, other)
+
+
+def test_an_early_stop_can_be_gone_on_from(tmp_path):
+    config = replace(CONFIG, epochs=50, lr=1e-30, patience=2, save_dir=str(tmp_path), save_every=100, save_minutes=1e9)
+    stopped = run(config)
+    assert stopped.stopped == "early"
+    epochs = len(stopped.history)
+    assert stopped.checkpoint == tmp_path / f"checkpoint_epoch_{epochs}_enhanced.pth"
+    onward = run(replace(config, patience=4, resume="auto"))
+    assert onward.history["epoch"].tolist() == list(range(1, epochs + 3))
 
 
 def test_another_batch_size_cannot_go_on_within_an_epoch(tmp_path, monkeypatch):

@@ -56,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             result = train(config, split.train, split.val)
         except TrainingInterrupted as interrupted:
             result = interrupted.result
+        except KeyboardInterrupt:
+            print("interrupted before the training began", file=sys.stderr)
+            sys.exit(INTERRUPTED)
         except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
             sys.exit(f"error: {error}")
     if is_first():

@@ -131,6 +131,15 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     return None
 
 
+def progress(path: Path) -> tuple[int, int] | None:
+    """Finished epochs, and batches of the next one: how far the run of a checkpoint has come; None if it is damaged."""
+    try:
+        content = load_checkpoint(path)
+    except CheckpointError:
+        return None
+    return content["epoch"], content["batch"]
+
+
 def load_base_weights(path: str | Path) -> dict[str, Tensor]:
     """The state dict of a base model, from safetensors, a checkpoint of the kit or a bare state dict.
 

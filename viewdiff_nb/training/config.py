@@ -22,9 +22,8 @@ def _between(low: float, high: float) -> tuple[Callable[[float], bool], str]:
 
 
 LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
-    **dict.fromkeys(("d_model", "dim_feedforward", "rank"), _between(1, 65_536)),
+    **dict.fromkeys(("d_model", "dim_feedforward", "rank", "voxel_resolution"), _between(1, 65_536)),
     **dict.fromkeys(("num_layers", "nhead", "n_views", "devices"), _between(1, 1024)),
-    "voxel_resolution": _between(1, 256),
     "num_workers": _between(0, 1024),
     "batch_size": _between(1, 2**31 - 1),
     **dict.fromkeys(("epochs", "gradient_accumulation_steps", "save_every", "val_every", "patience"),

@@ -20,14 +20,18 @@ class TrainingInterrupted(KeyboardInterrupt):
         super().__init__(f"training was interrupted; the last checkpoint is {result.checkpoint}")
         self.result = result
 
+    def __reduce__(self) -> tuple:  # between processes
+        return TrainingInterrupted, (self.result,)
+
 
 class StopRequest:
-    """Within this context, an interrupt (Ctrl-C, the kernel's stop button, SIGTERM) is a wish: `asked` becomes true.
+    """Within this context an interrupt is a wish, and `asked` becomes true: Ctrl-C, the kernel's stop button, SIGTERM,
+    and where there is such a thing the end of the terminal (SIGHUP).
 
     A second one is an interrupt as usual. Outside the main thread, where signals cannot be caught, nothing changes.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
     def __init__(self) -> None:
         self.asked = False
@@ -48,7 +52,7 @@ class StopRequest:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             raise KeyboardInterrupt
-        self.asked, self.to_end = True, number == signal.SIGTERM or not at_prompt()
+        self.asked, self.to_end = True, number != signal.SIGINT or not at_prompt()
 
 
 def at_prompt() -> bool:

@@ -1,5 +1,6 @@
 """What is seen of a run while it runs: a progress bar with loss and rate, and TensorBoard under the guide's names."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +25,8 @@ class TrainingLog:
             from torch.utils.tensorboard import SummaryWriter  # here, for it takes a second
 
             self.writer = SummaryWriter(str(log_dir))
-        self.bar = tqdm(total=epochs * batches, initial=done, unit="batch", disable=not progress, dynamic_ncols=True)
+        self.bar = tqdm(total=epochs * batches, initial=done, unit="batch", dynamic_ncols=True,
+                        disable=not progress or sys.stderr is None)  # fmt: skip
         self.shown: dict[str, str] = {}
 
     def batch(self, epoch: int, count: int) -> None:
@@ -55,7 +57,10 @@ class TrainingLog:
                 self.writer.add_scalar(tag, row[key], row["epoch"])
         self.writer.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> "TrainingLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self.bar.close()
         if self.writer is not None:
             self.writer.close()

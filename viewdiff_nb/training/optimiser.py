@@ -39,6 +39,15 @@ def warmup_cosine(warmup: float, steps: int) -> Callable[[int], float]:
     return factor
 
 
+def set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float], factor: float) -> None:
+    """Learning rates factor * rates, one a group; written into tensors where a CUDA graph reads them."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(factor * rate)
+        else:
+            group["lr"] = factor * rate
+
+
 class StackedAdamW:
     """AdamW for stacks of parameters (A, ...), each row with a learning rate of its own and clipped by itself.
 

@@ -1,5 +1,6 @@
 """The training loop: one, used by the command line, the notebooks and the studies."""
 
+import logging
 import math
 import time
 import warnings
@@ -17,9 +18,9 @@ from ..faces.views import FaceViews
 from ..metrics import FAR
 from ..modules.transformer import EnhancedTransformerDecoderOnly3D
 from ..paths import writable_folder
-from . import checkpoint
 from .batches import FaceBatch, count_batches, feed, place, views_to_train
 from .capture import Captured, set_capturable
+from .checkpoint import PERIODIC, load_checkpoint
 from .config import TrainConfig
 from .diagnosis import TrainingAdvice, TrainingDiverged, advice, divergence_advice, find_cause, memory_advice
 from .evaluation import evaluate
@@ -28,11 +29,13 @@ from .logs import TrainingLog
 from .losses import LOSSES
 from .mixup import Mixup, draw_epoch
 from .objective import Objective
-from .optimiser import build_optimizer, warmup_cosine
+from .optimiser import build_optimizer, set_rates, warmup_cosine
 from .parallel import OneProcess, SeveralProcesses, connect
 from .prepare import find_checkpoint, prepare_model
-from .state import TRACE, TrainingState, data_fingerprint
+from .run_folder import RunFolder
+from .state import TRACE, TrainingState, data_fingerprint, file_fingerprint
 
+told = logging.getLogger(__name__)
 LOOK = 1.0  # seconds between looks at the loss; each waits for the device
 
 
@@ -108,7 +111,6 @@ def _train(machines: OneProcess | SeveralProcesses, config: TrainConfig, *argume
             return run.run()
         finally:
             run.captured = run.state.optimizer.found_inf = None
-            run.log.close()
 
 
 class _Run:
@@ -126,23 +128,24 @@ class _Run:
         stop: StopRequest,
     ) -> None:
         self.machines, self.config, self.on_epoch, self.stop = machines, config, on_epoch, stop
-        self.device, first = machines.device, machines.rank == 0
-        self.save_dir = writable_folder(config.save_dir) if config.save_dir and first else None
-        log_dir = writable_folder(config.log_dir) if config.log_dir and first else None
+        self.device, self.first = machines.device, machines.rank == 0
+        self.progress = progress and self.first
 
         faces, self.val_faces = place(train_faces, self.device), place(val_faces, self.device)
         self.faces = views_to_train(faces, config)
-        self.data = data_fingerprint(self.faces)
         self.mixup = Mixup(self.faces) if config.mixup else None
         self.batches, self.window = count_batches(self.faces, config), config.gradient_accumulation_steps
+        self.windows = math.ceil(self.batches / self.window)  # of an epoch; each ends with a step of the optimiser
 
         base = prior_faces = None
         if model is None:
             model, base = prepare_model(config, faces.feature_dim)
         model.to(self.device)
         optimizer = build_optimizer(model, config)
+        set_capturable(optimizer, self.device, config.use_cuda_graph)
         self.trainable = [p for group in optimizer.param_groups for p in group["params"]]
-        self.schedule = warmup_cosine(config.warmup, config.epochs * math.ceil(self.batches / self.window))
+        self.rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self.schedule = warmup_cosine(config.warmup, config.epochs * self.windows)
         self.forward = machines.share(model, config.views_together)
         if base:
             base, prior_faces = base.to(self.device), faces.where(faces.abs_yaw < config.prior_max_yaw).in_memory()
@@ -150,37 +153,53 @@ class _Run:
         front = self.faces.front.to(self.device)
         self.objective = Objective(config, self.forward, front, self.device, base, prior_faces)
         scaled = self.objective.amp_dtype is torch.float16
+        data = {"train": data_fingerprint(self.faces), "val": data_fingerprint(self.val_faces),
+                "base": file_fingerprint(config.base_model_path)}  # fmt: skip
         self.state = TrainingState(
-            model, optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule),
-            torch.amp.GradScaler(self.device.type, enabled=scaled), torch.Generator().manual_seed(config.seed),
-            trace=torch.zeros(self.batches, len(TRACE), device=self.device),
+            config, data, model, optimizer, torch.amp.GradScaler(self.device.type, enabled=scaled),
+            torch.Generator().manual_seed(config.seed), trace=torch.zeros(self.batches, len(TRACE), device=self.device),
         )  # fmt: skip
 
         torch.manual_seed(config.seed)  # dropout
-        self.checkpoint = find_checkpoint(config.resume, config.save_dir)
-        if self.checkpoint:
-            content = checkpoint.load_checkpoint(self.checkpoint, self.device)
-            self.state.load_state_dict(content, config, self.data, str(self.checkpoint))
-            if self.state.epoch >= config.epochs:
-                raise ValueError(f"{self.checkpoint} has {self.state.epoch} epochs behind it; ask for more than that "
-                                 f"(epochs is {config.epochs})")  # fmt: skip
-        if self.save_dir:
-            self._make_room()
-        done = self.state.epoch * self.batches + self.state.batch
-        self.log = TrainingLog(log_dir, config.epochs, self.batches, done, progress and first)
-        set_capturable(optimizer, self.device, config.use_cuda_graph)
+        checkpoint = find_checkpoint(config.resume, config.save_dir)
+        same_goal = self._resume(checkpoint) if checkpoint else True
+        self.folder = RunFolder(config.save_dir if self.first else None, self.state, checkpoint, same_goal,
+                                config.base_model_path, self._bytes_to_write())  # fmt: skip
         self.captured: Captured | None = None  # while it runs: both know each other, and hold memory of the GPU
         optimizer.zero_grad(set_to_none=True)  # what a model that was given may have of earlier steps
         self.good = [p.detach().clone() for p in self.trainable]  # after the last epoch that ended well
         self.saved_at = self.looked_at = time.monotonic()
 
+    def _resume(self, path: Path) -> bool:
+        """Go on from a checkpoint; whether its best model is still the one to beat."""
+        found = self.state.load_state_dict(load_checkpoint(path, self.device), str(path))
+        if self.state.epoch >= self.config.epochs:
+            raise ValueError(f"{path} has {self.state.epoch} epochs behind it; ask for more than that (epochs is "
+                             f"{self.config.epochs})")  # fmt: skip
+        if self.first and str(found):
+            told.warning(f"the run goes on from {path} with {found}")
+        return found.same_goal
+
+    def _bytes_to_write(self) -> int:
+        """About what the checkpoints of this run take: best, last, previous, a part, and the periodic ones."""
+        weights = sum(p.nbytes for p in self.state.model.parameters())
+        whole = weights + 2 * sum(p.nbytes for p in self.trainable)  # with AdamW's two moments
+        files = 4 + math.ceil((self.config.epochs - self.state.epoch) / self.config.save_every)
+        return files * whole + weights
+
     def run(self) -> TrainResult:
         """Epochs, until they are done or something else ends the run."""
         state, config = self.state, self.config
         often = config.val_every <= config.epochs
+        done = state.epoch * self.batches + state.batch
         if config.use_cuda_graph:
             self.captured = Captured(self._learn, self.device)
-        with self.stop as stop:
+        log_dir = writable_folder(config.log_dir) if config.log_dir and self.first else None
+        with (
+            self.folder,
+            TrainingLog(log_dir, config.epochs, self.batches, done, self.progress) as self.log,
+            self.stop as stop,
+        ):
             if config.base_model_path and often and not state.history:  # where the adaptation starts from
                 row = {"epoch": 0} | evaluate(state.model, self.val_faces, LOSSES[config.loss])
                 state.history.append(row)
@@ -195,6 +214,8 @@ class _Run:
                     if whole:  # else it was saved within the epoch
                         self._save_last()
                     ended = "interrupted"
+            if ended == "early":
+                self.folder.save(PERIODIC.format(state.epoch))
         result = self._result(ended)
         if self._agreed(stop.to_end):
             raise TrainingInterrupted(result)
@@ -219,11 +240,12 @@ class _Run:
             first = i // self.window * self.window
             count = min(self.window, self.batches - first)  # the last window may be shorter
             ends = i + 1 == first + count
+            if i == first:
+                set_rates(state.optimizer, self.rates, self.schedule(state.epoch * self.windows + i // self.window))
             learn = self.captured or partial(self._learn, count=count, ends=ends)
             state.trace[i] = learn(*batch, *self._beside(batch, weights and weights[i]))
             if not ends:
                 continue
-            state.scheduler.step()
             state.steps += 1
             state.batch = i + 1
             self.log.batch(state.epoch + 1, count)
@@ -311,8 +333,8 @@ class _Run:
         message = (f"batch {i} of epoch {state.epoch + 1} has loss {state.trace[i, 0].item():g} and gradient norm "
                    f"{state.trace[i, 1].item():g}: {cause}. Try: {divergence_advice(self.config)}. The model is again "
                    f"what it was after epoch {state.epoch}")  # fmt: skip
-        if self.checkpoint:
-            message += f"; {self.checkpoint} is the last checkpoint"
+        if self.folder.newest:
+            message += f"; {self.folder.newest} is the last checkpoint"
         raise TrainingDiverged(message, self._result("diverged"))
 
     @torch.no_grad()
@@ -320,31 +342,27 @@ class _Run:
         """Validate, tell, and keep."""
         state, config = self.state, self.config
         loss, norm, prior = state.trace.sum(0).tolist()
-        windows = math.ceil(self.batches / self.window)
-        row = {"epoch": state.epoch + 1, "train_loss": loss / self.batches,
-               "lr": float(state.scheduler.get_last_lr()[0]), "grad_norm": norm / windows,
-               "seconds": state.seconds}  # fmt: skip
+        first_step = state.epoch * self.windows
+        rates = [self.rates[0] * self.schedule(first_step + i) for i in range(self.windows + 1)]
+        row = {"epoch": state.epoch + 1, "train_loss": loss / self.batches, "lr": rates[-1],
+               "grad_norm": norm / self.windows, "seconds": state.seconds}  # fmt: skip
         if self.objective.task is not None:
             row["prior_loss"] = prior / self.batches
         validated = (state.epoch + 1) % config.val_every == 0 or state.epoch + 1 == config.epochs
         if validated:
             row |= self.machines.from_first(evaluate(state.model, self.val_faces, LOSSES[config.loss]))
-        best = validated and state.judge(row, config.monitor)
+        best = validated and state.judge(row)
         torch._foreach_copy_(self.good, self.trainable)
-        first_step, base_lr = state.steps - windows, state.scheduler.base_lrs[0]
-        rates = [base_lr * self.schedule(first_step + i // self.window) for i in range(self.batches)]
-        self.log.losses(state.epoch * self.batches, state.trace[:, 0].tolist(), rates)
+        self.log.losses(state.epoch * self.batches, state.trace[:, 0].tolist(),
+                        [rates[i // self.window] for i in range(self.batches)])  # fmt: skip
         state.finish_epoch()
         state.history.append(row)
-        if self.save_dir:
-            if best:
-                self._save(checkpoint.BEST)
-                checkpoint.save_weights(self.save_dir / checkpoint.BEST_WEIGHTS, state.model.state_dict(),
-                                        config.to_dict())  # fmt: skip
-            if state.epoch % config.save_every == 0 or state.epoch == config.epochs:
-                self._save(checkpoint.PERIODIC.format(state.epoch))
-            if time.monotonic() - self.saved_at >= 60 * config.save_minutes:
-                self._save_last()
+        if best:
+            self.folder.save_best()
+        if state.epoch % config.save_every == 0 or state.epoch == config.epochs:
+            self.folder.save(PERIODIC.format(state.epoch))
+        if time.monotonic() - self.saved_at >= 60 * config.save_minutes:
+            self._save_last()
         self._tell(row)
 
     def _tell(self, row: dict[str, float]) -> None:
@@ -352,25 +370,9 @@ class _Run:
         if self.on_epoch and self.machines.rank == 0:
             self.on_epoch(pd.DataFrame(self.state.history))
 
-    def _save(self, name: str) -> None:
-        self.checkpoint = self.save_dir / name
-        checkpoint.save_checkpoint(self.checkpoint, self.state.state_dict(self.config, self.data))
-
     def _save_last(self) -> None:
-        """The state as it is, beside the one before; without save_dir nothing is kept."""
         self.saved_at = time.monotonic()
-        if self.save_dir:
-            checkpoint.keep_previous(self.save_dir)
-            self._save(checkpoint.LAST)
-
-    def _make_room(self) -> None:
-        """Remove what a killed run was writing, and check that the disk holds what this one will write."""
-        for part in self.save_dir.glob(f"*{checkpoint.PART}"):
-            part.unlink()
-        config, weights = self.config, sum(p.nbytes for p in self.state.model.parameters())
-        whole = weights + 2 * sum(p.nbytes for p in self.trainable)  # with AdamW's two moments
-        files = 4 + math.ceil((config.epochs - self.state.epoch) / config.save_every)  # best, last, previous, a part
-        checkpoint.check_space(self.save_dir, files * whole + weights)
+        self.folder.save_last()
 
     def _agreed(self, wish: bool) -> bool:
         """Whether the first process wishes it; a signal need not reach all at the same step."""
@@ -378,4 +380,4 @@ class _Run:
 
     def _result(self, stopped: str) -> TrainResult:
         state, history = self.state, pd.DataFrame(self.state.history)
-        return TrainResult(state.model, history, state.seconds, state.steps, stopped, self.checkpoint)
+        return TrainResult(state.model, history, state.seconds, state.steps, stopped, self.folder.newest)

@@ -1,0 +1,123 @@
+"""A folder belongs to one run at a time, and nothing in it is lost."""
+
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import CONFIG, run, sets
+
+from viewdiff_nb.training import checkpoint
+from viewdiff_nb.training.checkpoint import BEST, BEST_WEIGHTS, LAST, PART, load_checkpoint
+from viewdiff_nb.training.trainer import train
+
+
+def names(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {".lock"}
+
+
+def _train_long(folder: str) -> None:
+    torch.set_num_threads(1)
+    train(replace(CONFIG, epochs=10**6, val_every=10**6, save_minutes=0.0, save_dir=folder), *sets(), progress=False)
+
+
+@pytest.fixture
+def other_run(tmp_path):
+    """A run in another process that has begun to write; its process."""
+    process = multiprocessing.get_context("spawn").Process(target=_train_long, args=(str(tmp_path),))
+    process.start()
+    while not (tmp_path / LAST).exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_two_runs_cannot_write_to_one_folder(tmp_path, other_run):
+    with pytest.raises(OSError, match=f"another run is writing to {tmp_path}; .* choose another save_dir"):
+        run(replace(CONFIG, save_dir=str(tmp_path)))
+    os.kill(other_run.pid, signal.SIGKILL)
+    other_run.join()
+    onward = run(replace(CONFIG, epochs=10**6, val_every=10**6, save_dir=str(tmp_path), resume="auto", max_yaw=180.0),
+                 stop=asked())  # fmt: skip
+    assert onward.stopped == "interrupted" and onward.steps > 0
+
+
+def asked():
+    from viewdiff_nb.training.interrupt import StopRequest
+
+    stop = StopRequest()
+    stop.asked = True
+    return stop
+
+
+def test_the_folder_is_free_again_after_a_run_and_after_one_that_failed(tmp_path):
+    config = replace(CONFIG, epochs=1, save_dir=str(tmp_path))
+    run(config)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        run(config, on_epoch=fail)
+    run(config)
+
+
+def fail(history) -> None:
+    raise RuntimeError("on purpose")
+
+
+def test_a_new_run_puts_the_earlier_one_aside(tmp_path, caplog):
+    config = replace(CONFIG, epochs=1, save_dir=str(tmp_path))
+    run(config)
+    first = names(tmp_path)
+    contents = {name: (tmp_path / name).read_bytes() for name in first}
+    run(replace(config, seed=1))
+    run(replace(config, seed=2))
+    assert names(tmp_path) == first | {"earlier_run_1", "earlier_run_2"}
+    assert {name: (tmp_path / "earlier_run_1" / name).read_bytes() for name in first} == contents
+    assert load_checkpoint(tmp_path / "earlier_run_2" / BEST)["config"]["seed"] == 1
+    assert f"{tmp_path} holds an earlier run; its files are in earlier_run_1" in caplog.text
+
+
+def test_files_of_others_are_left_alone(tmp_path):
+    foreign = ["download.part", "model.pth.part", "best_model_enhanced.pth.mine.part", "notes.txt", "mine.pth", "a.safetensors"]
+    for name in foreign:
+        (tmp_path / name).write_text(name)
+    killed = tmp_path / f"{BEST}.4711{PART}"
+    killed.write_text("a run that was killed while it wrote")
+    run(replace(CONFIG, epochs=1, save_dir=str(tmp_path)))
+    assert all((tmp_path / name).read_text() == name for name in foreign)
+    assert not killed.exists() and not list(tmp_path.glob("earlier*"))
+
+
+def test_going_on_where_the_run_stands_moves_nothing(tmp_path):
+    config = replace(CONFIG, save_dir=str(tmp_path), save_every=1)
+    run(replace(config, epochs=2))
+    run(replace(config, epochs=3, resume="auto"))
+    assert names(tmp_path) == {BEST, BEST_WEIGHTS, *(checkpoint.PERIODIC.format(i) for i in (1, 2, 3))}
+
+
+def test_going_on_from_an_earlier_epoch_keeps_what_came_of_it_before(tmp_path):
+    """With a rate that ruins the model: the later epochs, and the best model of all, are the first run's."""
+    config = replace(CONFIG, save_dir=str(tmp_path), save_every=1, epochs=3, loss="mse")
+    run(config)
+    before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+    assert load_checkpoint(tmp_path / BEST)["epoch"] == 3
+    path = tmp_path / checkpoint.PERIODIC.format(1)
+    result = run(replace(config, resume=str(path), lr=0.3))
+    assert {name: (tmp_path / "earlier_run_1" / name).read_bytes() for name in before} == before
+    assert result.history["val_loss"].idxmin() == 0
+    best = load_checkpoint(tmp_path / BEST)
+    assert best["epoch"] == 1 and best["best"] == result.history["val_loss"].iloc[0]
+
+
+def test_a_base_in_the_folder_is_not_written_over(tmp_path):
+    config = replace(CONFIG, epochs=1, save_dir=str(tmp_path))
+    run(config)
+    before = (tmp_path / BEST).read_bytes()
+    adapted = replace(config, use_lora_attention=True, base_model_path=str(tmp_path / BEST))
+    with pytest.raises(ValueError, match=f"base_model_path .*{BEST} is a file that runs write in save_dir"):
+        run(adapted)
+    assert (tmp_path / BEST).read_bytes() == before
+    run(replace(adapted, save_dir=str(tmp_path / "adapted")))

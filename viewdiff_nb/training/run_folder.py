@@ -1,0 +1,139 @@
+"""The folder in which a run keeps its checkpoints: one run at a time, and no file of another run lost."""
+
+import logging
+import math
+import re
+import shutil
+from itertools import count
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..paths import writable_folder
+from . import checkpoint
+from .checkpoint import BEST, BEST_WEIGHTS, LAST, PART
+from .state import TrainingState
+
+LOCK = ".lock"  # the system releases it when its process ends, however it ends
+OWN = re.compile(r"(best_model|last|previous|checkpoint_epoch_\d+)_enhanced\.(pth|safetensors)")
+OWN_PART = re.compile(OWN.pattern + r"\.\d+" + re.escape(PART))
+
+
+told = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """A context for as long as the run lasts.
+
+    A new run leaves nothing of an earlier one to be written over: what the folder holds of that is put aside, into a
+    folder within. So does one that goes on from elsewhere, from an epoch that is not the last, or to another goal; it
+    takes its best model so far along.
+
+    Args:
+        path: save_dir; None if nothing is to be kept.
+        state: of the run.
+        resumed: the checkpoint that it goes on from.
+        same_goal: whether the best model so far is judged as the next ones are.
+        base: the file of the model that is adapted.
+        wanted: bytes that the run will write.
+    """
+
+    def __init__(
+        self, path: str | None, state: TrainingState, resumed: Path | None, same_goal: bool, base: str | None, wanted: int
+    ) -> None:
+        self.path = None if path is None else Path(path)
+        self.newest = resumed  # the newest checkpoint of the run, wherever it is
+        self.state, self.same_goal, self.wanted = state, same_goal, wanted
+        self.base = None if base is None else Path(base)
+
+    def __enter__(self) -> "RunFolder":
+        """
+        Raises:
+            OSError: if the folder cannot be written to, another run is writing to it, or its disk is too full.
+            ValueError: if the base model is a file that this run would write over.
+        """
+        if self.path is None:
+            return self
+        writable_folder(self.path)
+        self.lock = FileLock(self.path / LOCK)
+        try:
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise OSError(f"another run is writing to {self.path}; wait for its end, or choose another save_dir") from None
+        try:
+            self._prepare()
+        except BaseException:
+            self.lock.release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.path is not None:
+            self.lock.release()
+
+    def _prepare(self) -> None:
+        for part in self._files(OWN_PART):  # of a run that was killed while it wrote
+            part.unlink()
+        checkpoint.check_space(self.path, self.wanted)
+        earlier = self._files(OWN)
+        if self.base is not None and self.base.resolve() in {path.resolve() for path in earlier}:
+            raise ValueError(f"base_model_path {self.base} is a file that runs write in save_dir {self.path}; choose "
+                             "another save_dir")  # fmt: skip
+        if not self._goes_on_here(earlier):
+            self._put_aside(earlier)
+            self._take_best_along()
+
+    def _files(self, names: re.Pattern) -> list[Path]:
+        return sorted(path for path in self.path.iterdir() if names.fullmatch(path.name))
+
+    def _goes_on_here(self, earlier: list[Path]) -> bool:
+        """Whether the folder's files are those of the run that is resumed, and none is from after its checkpoint."""
+        if self.newest is None or not self.same_goal or self.newest.parent.resolve() != self.path.resolve():
+            return False
+        here = self.state.epoch, self.state.batch
+        progress = [checkpoint.progress(path) for path in earlier if path.suffix == ".pth"]
+        return not any(found and found > here for found in progress)
+
+    def _put_aside(self, earlier: list[Path]) -> None:
+        if not earlier:
+            return
+        aside = next(path for n in count(1) if not (path := self.path / f"earlier_run_{n}").exists())
+        aside.mkdir()
+        for path in earlier:
+            path.rename(aside / path.name)
+        if self.newest in earlier:
+            self.newest = aside / self.newest.name
+        told.warning(f"{self.path} holds an earlier run; its files are in {aside.name} there now")
+
+    def _take_best_along(self) -> None:
+        state = self.state
+        if self.newest is None or math.isnan(state.best):
+            return
+        best = self.newest.parent / BEST
+        if best.is_file() and checkpoint.load_checkpoint(best)["best"] == state.best:
+            for name in (BEST, BEST_WEIGHTS):
+                shutil.copyfile(best.with_name(name), self.path / name)
+        elif state.stale == 0 and state.batch == 0 and state.config.monitor in state.history[-1]:
+            self.save_best()  # it is the state that the run goes on from
+        else:
+            told.warning(f"{best} is not the best model of the run up to {self.newest}; it is looked for anew")
+            state.forget_best()
+
+    def save(self, name: str) -> None:
+        """Keep the state of the run."""
+        if self.path is not None:
+            checkpoint.save_checkpoint(self.path / name, self.state.state_dict())
+            self.newest = self.path / name
+
+    def save_last(self) -> None:
+        """Keep the state of the run beside the one before, so that there is always a whole one."""
+        if self.path is not None:
+            checkpoint.keep_previous(self.path)
+            self.save(LAST)
+
+    def save_best(self) -> None:
+        """Keep the state of the run as its best, and the model's weights for whoever reads safetensors."""
+        if self.path is not None:
+            self.save(BEST)
+            weights, config = self.state.model.state_dict(), self.state.config.to_dict()
+            checkpoint.save_weights(self.path / BEST_WEIGHTS, weights, config)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..faces.views import FaceViews
-from ..metrics import recognition_by_yaw
+from ..metrics import COUNTS, recognition_by_yaw
 from ..modules.modes import evaluation_mode
 from ..modules.transformer import fuse_views
 from .batches import feed, padded_groups, place, view_groups
@@ -50,5 +50,5 @@ def evaluate(model: nn.Module, faces: FaceViews, loss: Loss, batch_size: int = 1
     parts = zip(predicted.split(batch_size), person.split(batch_size), strict=True)
     values = torch.cat([loss(part, faces.front, owners) for part, owners in parts])
     rates = recognition_by_yaw(predicted, faces.front, person, yaw)["all"]
-    rates = {f"val_{name}": rate for name, rate in rates.items() if name != "views"}
+    rates = {f"val_{name}": rate for name, rate in rates.items() if name not in COUNTS}
     return {"val_loss": values.mean().item()} | rates

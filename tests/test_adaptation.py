@@ -3,6 +3,7 @@ import torch
 from conftest import people
 
 from viewdiff_nb.faces import split_by_person
+from viewdiff_nb.metrics import COUNTS
 from viewdiff_nb.studies import adaptation
 from viewdiff_nb.studies.adaptation import Store, run_study
 from viewdiff_nb.studies.significance import RESAMPLES
@@ -14,7 +15,7 @@ def test_study_trains_everything_once_and_reuses_it(small, tiny, monkeypatch):
         *adaptation.BASELINES, "base", *adaptation.STUDIED, *adaptation.ALL_YAWS}  # fmt: skip
     for result in results.values():
         assert 0 <= result["test"]["all"]["rank1"] <= 1 and result["test"]["all"]["views"] == 40 * 12
-        assert set(result["test"]["all"]) - set(result["test_people"]["all"]) == {"views"}
+        assert set(result["test"]["all"]) - set(result["test_people"]["all"]) == set(COUNTS)
         assert len(result["test_people"]["75-90"]["tar@1e-4"]) == RESAMPLES
     assert results["LoRA r=8", 0]["trainable"] == results["LoRA r=8", 0]["lora"] > 0
     assert results["LoRA r=8 + 3-D projection", 0]["trainable"] > results["LoRA r=8", 0]["trainable"]

@@ -3,9 +3,11 @@
 import itertools
 import warnings
 
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
+from scipy import stats
 
 from viewdiff_nb.studies import grid_plots
 from viewdiff_nb.studies.findings import (
@@ -41,8 +43,8 @@ def test_means_are_over_seeds_and_the_rest_is_averaged_within():
     found = summary(cells, ["rank"], "test_tar")
     assert found.loc[8, "mean"] == pytest.approx(0.94) and found.loc[4, "mean"] == pytest.approx(0.92)
     assert found.loc[4, "half"] == pytest.approx(2.776 * 0.015811 / 5**0.5, rel=1e-3)  # t(.975, 4) s / sqrt(5)
-    mean, half = paired(cells, ["rank"], 8, 4, "test_tar")
-    assert mean == pytest.approx(0.02) and half == pytest.approx(0.0, abs=1e-9)  # seeds cancel
+    apart = paired(cells, ["rank"], 8, 4, "test_tar")
+    assert apart.mean == pytest.approx(0.02) and apart.half == pytest.approx(0.0, abs=1e-9)  # seeds cancel
 
 
 def test_the_clear_winner_is_recommended():
@@ -52,30 +54,77 @@ def test_the_clear_winner_is_recommended():
     text = recommendation_text(cells)
     assert "Take rank 16 with 16³ voxels" in text and "in 5 of 5 seeds" in text
     assert "5 of the 5 other combinations are told from it" in text
-    assert "- rank 4 against 8: -0.0200 ± 0.00" in effect_lines(cells)
+    assert "- rank 4 against 8 in TAR: -0.0200 ± 0.00" in effect_lines(cells)
     words = guide_lines(cells)
-    assert "rank 8: **disagrees**; 16 is recommended here, +0.0300" in words and "are told apart" in words
-    assert "16³ voxels: **agrees**" in words and "16³ against 8³ is +0.02" in words and "**higher precision**" in words
+    assert "rank 8: **disagrees**; 16 is recommended here, in TAR on test people against it: +0.0300" in words
+    assert "16³ voxels: **agrees**" in words and "16³ against 8³ in TAR: +0.02" in words
 
 
-def test_what_cannot_be_told_from_the_best_and_is_cheaper_is_recommended():
-    cells = made({4: 0.0, 8: 0.0005}, {8: 0.0, 16: 0.0002}, noise=0.01)
-    found = recommend(cells)
-    assert found.voxel_resolution == 8 and found.rank == 4
-    if found.best != found.chosen:
-        assert "cannot be told from it" in recommendation_text(cells)
-    assert "not told apart" in effect_lines(cells)
+def grid(means: dict, noise: list, seeds: int) -> pd.DataFrame:
+    """A cell for each rank and resolution of means: its mean, .05 a seed, and its own noise in each seed."""
+    rows = []
+    for (i, ((rank, voxels), mean)), seed in itertools.product(enumerate(means.items()), range(seeds)):
+        tar = mean + 0.05 * seed + noise[(3 * i + 5 * seed) % len(noise)]
+        rows.append({"rank": rank, "voxel_resolution": voxels, "lambda_prior": 0.1, "seed": seed, "val_tar": tar, "test_tar": tar})
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_the_margin_is_the_standard_error_of_a_two_way_layout(seeds):
+    """Against least squares on indicators of cells and seeds."""
+    means = {(rank, voxels): 0.8 for rank in (4, 8, 16) for voxels in (8, 16)}
+    cells = grid(means, [0.004, -0.001, 0.003, -0.007, 0.002, 0.0005, -0.003], seeds)
+    cell, seed = pd.get_dummies(cells["rank"] * 100 + cells["voxel_resolution"]), pd.get_dummies(cells["seed"])
+    design = np.hstack((cell, seed)).astype(float)
+    fit, _, rank, _ = np.linalg.lstsq(design, cells["val_tar"])
+    rest = cells["val_tar"] - design @ fit
+    variance = (rest**2).sum() / (len(cells) - rank)
+    assert recommend(cells).margin == pytest.approx((variance / seeds) ** 0.5, rel=1e-9)
+
+
+def test_the_cheapest_within_one_standard_error_of_the_best_is_recommended():
+    noise = [0.004, -0.001, 0.003, -0.007, 0.002, 0.0005, -0.003]
+    flat = grid({(rank, voxels): 0.8 for rank in (4, 8) for voxels in (8, 16)}, noise, 5)
+    table = flat.groupby(["rank", "voxel_resolution"])["val_tar"].mean()
+    found = recommend(flat)
+    near = [(v, r) for (r, v), mean in table.items() if mean >= table.max() - found.margin]
+    assert found.chosen == min(near)[::-1] and found.best == table.idxmax()
+    text = recommendation_text(flat)
+    assert f"within one standard error ({found.margin:.4f})" in text
+    assert ("nothing cheaper" in text) == (found.chosen == found.best)
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3])
+def test_few_seeds_do_not_make_the_smallest_the_choice(seeds):
+    """Rank 8 is .02 better, five times the noise; two seeds of two cells alone do not tell them apart (t is 12.7)."""
+    means = {(rank, voxels): 0.80 + 0.02 * (rank == 8) for rank in (4, 8) for voxels in (8, 16)}
+    cells = grid(means, [0.006, -0.006, 0.003, 0.0, -0.003, 0.0045, -0.0045], seeds)
+    assert recommend(cells).rank == 8
+
+
+def test_what_lists_tell_apart_is_corrected_for_their_length():
+    """Each rank has an own p of .03 against rank 8."""
+    apart = [1.0, 2.0, 3.0, 4.0]
+    p = stats.ttest_1samp(apart, 0).pvalue
+    assert 0.025 < p < 0.05
+    for ranks, words in ((1, f"p {p:.3f}".replace("0.", ".")), (2, "not told apart")):
+        cells = pd.DataFrame([{"rank": rank, "voxel_resolution": 8, "lambda_prior": 0.1, "seed": seed,
+                               "test_tar": (rank != 8) * apart[seed]} for rank in (8, 16, 32)[: ranks + 1] for seed in range(4)])  # fmt: skip
+        lines = effect_lines(cells).splitlines()
+        assert len(lines) == ranks + 1 and all(words in line for line in lines[:-1])
+        assert f"Holm, {ranks} comparison" in lines[-1]
 
 
 def test_one_seed_promises_nothing():
     cells = made({4: 0.0, 8: 0.05}, {4: 0.0, 8: 0.0}, noise=0.0, seeds=1)
-    assert "take this for a smoke test" in recommendation_text(cells)
-    assert "nan" in effect_lines(cells) and "not told apart" in effect_lines(cells)
+    assert "take this for a smoke test" in recommendation_text(cells) and recommend(cells).rank == 8
+    assert "-0.0500 (one seed)." in effect_lines(cells)
 
 
 def test_the_weight_of_the_prior_is_reported_both_ways():
     cells = made({8: 0.0}, {8: 0.0}, noise=0.0, lambda_gain=0.01)
-    assert "lambda 0.2 against 0.05: keeps +0.0200 ± 0.0000 in TAR below 45°, gains +0.0000" in guide_lines(cells)
+    assert "lambda 0.2 against 0.05 in TAR keeps below 45°: +0.0200 ± 0.0000" in guide_lines(cells)
+    assert "lambda 0.2 against 0.05 in TAR gains beyond 45°: +0.0000" in guide_lines(cells)
     assert "Lambda 0.2 keeps +0.020" in grid_plots.retention(cells).axes[0].get_title("left")
     plt.close("all")
 

@@ -34,9 +34,11 @@ def test_earnings_are_paired_differences():
     results = {(name, s): rates(0.5 + 0.1 * s) for name in ("base", *study.MODULES) for s in (0, 1, 2)}
     for s in (0, 1, 2):
         results["LoRA", s] = rates(0.7 + 0.1 * s)
-    table = study.earnings_table(results, "val").reset_index()
-    assert table.loc[0, "rank-1 ≥ 45°"] == "+0.200 ± 0.000"
-    assert "0 not excluded" in table.loc[1, "rank-1 ≥ 45°"]
+    table = study.earnings_table(results, "val")
+    assert "Holm, 24 comparisons" in table.index.name
+    table = table.reset_index()
+    assert table.loc[0, "rank-1 ≥ 45°"] == "+0.200 ± 0.000 (p < .001)"
+    assert table.loc[1, "rank-1 ≥ 45°"] == "+0.000 ± 0.000 (not told apart)"
     assert table.loc[0, "added"] == "alone"
 
 

@@ -1,10 +1,15 @@
 import math
+import re
 
 import pandas as pd
 import pytest
+import torch
+from scipy import stats
 
+from viewdiff_nb.faces import FaceViews, split_by_person
+from viewdiff_nb.metrics import FAR
 from viewdiff_nb.plots import BIN_NAMES, recognition_curves, save_table
-from viewdiff_nb.studies import tables
+from viewdiff_nb.studies import adaptation, tables
 from viewdiff_nb.studies.adaptation import STUDIED
 
 BINS = ("all", "0-45", "45-90", "0-30", "30-45", "45-60", "60-75", "75-90")
@@ -14,7 +19,7 @@ def result(rank1, trainable=1000, lora=0, seconds=10.0):
     """A result in which resampling people moves every rate by .01 up or down, for all models alike."""
     rates = {"rank1": rank1, "tar": rank1 - 0.1, "auc": 0.9, "cosine": 0.5, "centred_cosine": 0.4, "mse": 0.002}
     people = {rate: [value - 0.01, value + 0.01] for rate, value in rates.items()}
-    rates["views"] = 9
+    rates |= {"views": 9, "people": 300}
     both = {f"{part}{kind}": dict.fromkeys(BINS, of) for part in ("val", "test")
             for kind, of in (("", rates), ("_people", people))}  # fmt: skip
     return both | {"parameters": 9000, "trainable": trainable, "lora": lora, "train_seconds": seconds}
@@ -31,14 +36,7 @@ def results():
     return found
 
 
-def test_student_interval_by_hand():
-    mean, half = tables.mean_interval([0.6, 0.8])
-    assert mean == pytest.approx(0.7)
-    assert half == pytest.approx(12.706 * math.sqrt(0.02) / math.sqrt(2), rel=1e-4)
-    assert math.isnan(tables.mean_interval([1.0])[1])
-
-
-PEOPLE = 1.959964 * 0.01 * math.sqrt(2)  # of rates that move by .01 up or down
+PEOPLE = 1.967930 * 0.01 * math.sqrt(2)  # of rates of 300 people that move by .01 up or down
 
 
 def test_rates_carry_the_uncertainty_of_people_and_seeds(results):
@@ -51,20 +49,26 @@ def test_differences_are_paired_by_seed_and_by_people(results):
     found = tables.difference(results, "LoRA r=8", "full fine-tuning", "rank1")
     assert found.mean == pytest.approx(0.2)
     assert found.half == pytest.approx(12.7062 * 0.1, rel=1e-5)  # people move both alike
-    assert "0.200 ± 1.271 above full fine-tuning in rank1 (all); the interval includes 0" in tables.verdict(
-        results, "LoRA r=8", "full fine-tuning", "rank1")  # fmt: skip
+    assert "0.200 ± 1.271 above full fine-tuning in rank1 (all): not told apart" in tables.verdicts(
+        results, [("LoRA r=8", "full fine-tuning", "rank1", "all")])[0]  # fmt: skip
     against_one = tables.difference(results, "LoRA r=8", "raw side view", "rank1")  # which has one seed
     assert against_one.mean == pytest.approx(0.2) and against_one.half == pytest.approx(1.27062, rel=1e-5)
 
 
 def test_verdicts_say_which_way_and_how_sure(results):
-    for seed in (0, 1):
-        results["LoRA r=8", seed] = result(0.4 + 0.001 * seed)
-    words = tables.verdict(results, "LoRA r=8", "full fine-tuning", "rank1")
-    assert "below full fine-tuning" in words and "p < .001" in words
+    differences = [-0.1002, -0.0990]
+    for seed, apart in enumerate(differences):
+        results["LoRA r=8", seed] = result(0.5 + apart)
+    compared = ("LoRA r=8", "full fine-tuning", "rank1", "all")
+    expected = stats.ttest_1samp(differences, 0).pvalue  # .0038: people move both alike
+    [words] = tables.verdicts(results, [compared])
+    assert words.startswith("LoRA r=8 is 0.100 ± 0.008 below full fine-tuning in rank1 (all)")
+    assert words.endswith(f"p {expected:.3f}".replace("0.", "."))
+    first, *_ = tables.verdicts(results, [compared, *[("MLP", "base", "rank1", "all")] * 3])
+    assert first.endswith(f"p {4 * expected:.3f}".replace("0.", "."))
     single = {key: value for key, value in results.items() if key[1] == 0}
-    assert "this holds for one training only" in tables.verdict(single, "LoRA r=8", "full fine-tuning", "rank1")
-    assert len(tables.claims(results).splitlines()) == 11
+    assert "for this one training only" in tables.verdicts(single, [compared])[0]
+    assert "11 comparisons" in tables.claims(results) and len(tables.claims(results).splitlines()) == 12
 
 
 def test_comparison_tells_apart_what_is(results):
@@ -72,11 +76,56 @@ def test_comparison_tells_apart_what_is(results):
         results["near", seed] = result(0.51)
         results["best", seed] = result(0.53)
     table = tables.comparison_table(results, "best", ["base", "near", "LoRA r=8"], "rank1", ("all",))
-    assert table.loc["base", "all"] == "+0.030 ± 0.000 (p < .001)"  # .53 ± .028 and .5 ± .028 overlap
-    assert table.loc["near", "all"].startswith("+0.020 ± 0.000 (p < .001)")
+    assert table.loc["base", "all"] == "+0.030 ± 0.000 (p < .001)"
+    assert table.loc["near", "all"] == "+0.020 ± 0.000 (p < .001)"
     assert table.loc["LoRA r=8", "all"].endswith("(not told apart)")
-    results["best", 0] = results["best", 1] = result(0.6)
-    assert "(apart)" in tables.comparison_table(results, "best", ["base"], "rank1", ("all",)).loc["base", "all"]
+
+
+def test_a_comparison_is_corrected_for_the_size_of_its_table(results):
+    differences = [0.1, 0.101]
+    for seed, apart in enumerate(differences):
+        results["best", seed] = result(0.5 + apart)
+    p = stats.ttest_1samp(differences, 0).pvalue
+    for bins in (BINS[:1], BINS[:4]):
+        table = tables.comparison_table(results, "best", ["base", "MLP"], "rank1", bins)
+        assert table.loc["MLP", "all"].endswith(f"(p {2 * len(bins) * p:.3f})".replace("0.", "."))
+        assert f"Holm, {2 * len(bins)} comparisons" in table.index.name  # in the CSV and in the picture
+    table = tables.comparison_table(results, "best", ["base", "MLP"], "rank1", BINS)  # 16 * .0032 is .0507
+    assert 0.05 < 16 * p < 0.06 and (table.map(lambda cell: "not told apart" in cell)).all(axis=None)
+
+
+def small_set(people, views):
+    """Random people whose views are noisy copies of their fronts, by yaw."""
+    front, person = torch.randn(people, 32), torch.arange(people).repeat_interleave(views)
+    yaw = torch.linspace(-89, 89, views).repeat(people)
+    angles = torch.stack((0 * yaw, yaw.deg2rad(), 0 * yaw), 1)
+    src = front[person] + yaw.abs()[:, None] / 45 * torch.randn(len(yaw), 32)
+    return FaceViews(tuple(map(str, range(people))), front, src, torch.randn(len(yaw), 5, 3), angles, person)
+
+
+@pytest.mark.parametrize("people,views", [(72, 8), (60, 16)])
+def test_the_notebook_of_your_own_faces_works_at_its_minimum(people, views):
+    """What notebook 05 makes of as few people: held-out people scored, tables of rates, a comparison by yaw."""
+    test = split_by_person(small_set(people, views), val=people // 6, test=people // 6).test
+    results = {("raw side view", 0): adaptation.score(test.src, test, "test", fars=(FAR,))}
+    results["trained model", 0] = adaptation.score(test.src + test.target, test, "test", fars=(FAR,))
+    bins = [name for name in BIN_NAMES if name in results["raw side view", 0]["test"]]
+    for rate in ("rank1", "tar", "eer", "accuracy", "cosine"):
+        table = tables.recognition_table(results, rate)
+        table = table.map(lambda cell: bool(re.fullmatch(r"\d\.\d{3} (± \d\.\d{3}|\([≤≥] \d\.\d{3}\))", cell)))
+        assert table.all(axis=None), rate
+    compared = tables.comparison_table(results, "trained model", ["raw side view"], "tar", ("all", *bins))
+    assert not compared.map(lambda cell: "nan" in cell or "too few" in cell).any(axis=None)
+
+
+def test_a_set_too_small_for_a_rate_says_so():
+    test = small_set(20, 6)
+    results = {("raw side view", 0): adaptation.score(test.src, test, "test")}
+    assert tables.recognition_table(results, "tar@1e-4").eq("too few").all(axis=None)
+    assert not tables.recognition_table(results, "tar").eq("too few").any(axis=None)
+    results["other", 0] = results["raw side view", 0]
+    table = tables.comparison_table(results, "other", ["raw side view"], "tar@1e-4", ("all",))
+    assert table.loc["raw side view", "all"] == "too few"
 
 
 def test_the_best_model_is_chosen_on_validation_people(results):

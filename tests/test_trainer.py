@@ -176,7 +176,7 @@ def test_a_base_that_is_adapted_already_has_no_plain_teacher(tmp_path):
 
 
 def test_too_few_validation_people_are_found_before_training():
-    with pytest.raises(ValueError, match="5 validation people with 30 views make 120 impostor pairs.*raise val_people"):
+    with pytest.raises(ValueError, match="5 validation people with 30 predictions make 120 impostor pairs.*raise val_people"):
         train(CONFIG, people(40), people(5, first=1000), progress=False)
 
 

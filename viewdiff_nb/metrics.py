@@ -7,6 +7,7 @@ All rates follow from comparisons of impostor with genuine similarities, so the 
 gallery are counted in pieces and never held as one matrix.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from .faces.views import YAW_BINS
 FAR = 1e-3
 PIECE = 2**22  # similarities that exist at a time
 FOLDS = 10
+COUNTS = ("views", "people")  # what `recognition_by_yaw` has beside rates
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,28 @@ class Scores:
     level: Tensor
 
 
+class Similarities:
+    """Cosines of M probes with P people, piece by piece; the same in every loop over them.
+
+    Equal embeddings have equal cosines, to the last bit, wherever they stand: each pair of different embeddings is
+    multiplied once. Two columns or rows of a matrix product may round the same sum differently, and would break ties.
+    """
+
+    def __init__(self, predicted: Tensor, gallery: Tensor) -> None:
+        probes, fronts = unit_embeddings(predicted, gallery)
+        self.probes, self.of_probe = probes.unique(dim=0, return_inverse=True)
+        self.fronts, self.of_person = fronts.unique(dim=0, return_inverse=True)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows of some probes (R,), and their cosines (R, P); every probe comes once."""
+        size = max(1, PIECE // len(self.of_person))
+        for start in range(0, len(self.probes), size):
+            cosines = self.probes[start : start + size] @ self.fronts.T
+            inside = (self.of_probe >= start) & (self.of_probe < start + size)
+            for rows in inside.nonzero()[:, 0].split(size):
+                yield rows, cosines[self.of_probe[rows] - start][:, self.of_person]
+
+
 def similarity_scores(
     predicted: Tensor, gallery: Tensor, person: Tensor, group: Tensor | None = None, groups: int = 1
 ) -> Scores:
@@ -56,25 +80,27 @@ def similarity_scores(
     Raises:
         ValueError: for a gallery of one person, no probe, or values that are not finite.
     """
-    probes, fronts = unit_embeddings(predicted, gallery)
+    pairs = Similarities(predicted, gallery)
     group = torch.zeros_like(person) if group is None else group
-    genuine = (probes * fronts[person]).sum(1)
+    genuine = torch.empty(person.shape, device=person.device)
+    for rows, similarity in pairs:
+        genuine[rows] = similarity.gather(1, person[rows, None])[:, 0]
     levels, level = genuine.unique(return_inverse=True)
     cells = 2 * len(levels) + 1
     counts = torch.zeros(groups * cells, dtype=torch.float64, device=genuine.device)
     place = torch.empty_like(person)
-    for rows in _pieces(len(probes), len(fronts)):
-        similarity = probes[rows] @ fronts.T
-        own = person[rows, None] == torch.arange(len(fronts), device=person.device)
-        # the same number as in genuine, which another order of summation would change in the last bit
-        similarity[own] = genuine[rows]
+    for rows, similarity in pairs:
         place[rows] = (similarity >= genuine[rows, None]).sum(1) - 1
-        impostor = similarity[~own].view(len(similarity), -1)
-        cell = torch.searchsorted(levels, impostor) + torch.searchsorted(levels, impostor, right=True)
-        cell += group[rows, None] * cells
-        counts += torch.bincount(cell.flatten(), minlength=len(counts))
+        own = person[rows, None] == torch.arange(len(gallery), device=person.device)
+        cell = level_cells(levels, similarity) + group[rows, None] * cells
+        counts += torch.bincount(cell[~own], minlength=len(counts))
     of_level = torch.bincount(group * len(levels) + level, minlength=groups * len(levels)).double()
     return Scores(genuine, place, of_level.view(groups, -1), counts.view(groups, -1), level)
+
+
+def level_cells(levels: Tensor, similarity: Tensor) -> Tensor:
+    """The cell of each similarity among levels (U,), see `Scores`."""
+    return torch.searchsorted(levels, similarity) + torch.searchsorted(levels, similarity, right=True)
 
 
 def unit_embeddings(predicted: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,12 +111,9 @@ def unit_embeddings(predicted: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor]
         raise ValueError("there is no probe to recognise")
     if not (predicted.isfinite().all() and gallery.isfinite().all()):
         raise ValueError("predicted and gallery embeddings must be finite; look for NaN in the model's weights")
-    return F.normalize(predicted.float(), dim=1), F.normalize(gallery.float(), dim=1)
-
-
-def _pieces(probes: int, people: int) -> Iterator[slice]:
-    size = max(1, PIECE // people)
-    return (slice(start, min(start + size, probes)) for start in range(0, probes, size))
+    # in float64 no length of float32 values overflows or vanishes when squared
+    probes, fronts = (F.normalize(x.double(), dim=1, eps=1e-100).float() for x in (predicted, gallery))
+    return probes, fronts
 
 
 def rank_rate(scores: Scores, k: int = 1) -> float:
@@ -113,21 +136,26 @@ def true_accept_rates(genuine_counts: Tensor) -> Tensor:
 def lowest_level(impostor_counts: Tensor, far: float = FAR) -> Tensor:
     """(..., 2 U + 1) to (...): the lowest level from which on at most a share far of the impostors is accepted.
 
-    It is U if even the highest level accepts more.
-
-    Raises:
-        ValueError: if there are fewer than 1 / far impostors.
+    It is U if even the highest level accepts more. Of fewer than 1 / far impostors none may be accepted.
     """
-    fewest = impostor_counts.sum(-1).min().item()
-    if not 0 < far < 1 or fewest * far < 1:
-        raise ValueError(f"FAR {far:g} cannot be told from {fewest:.0f} impostor scores; it needs at least 1/FAR")
+    if not 0 < far < 1:
+        raise ValueError(f"a false accept rate lies between 0 and 1, got {far:g}")
     return (false_accept_rates(impostor_counts) > far).sum(-1)
 
 
+def can_tell(impostors: Tensor | float, far: float = FAR) -> Tensor | bool:
+    """Whether so many impostor similarities tell a false accept rate of far; it takes 1 / far of them."""
+    return impostors * far >= 1
+
+
 def tar_at_far(genuine_counts: Tensor, impostor_counts: Tensor, far: float = FAR) -> Tensor:
-    """(...): share of genuine similarities above the threshold that accepts at most a share far of the impostors."""
+    """(...): share of genuine similarities above the threshold that accepts at most a share far of the impostors.
+
+    NaN where there are fewer than 1 / far impostors, from whom such a threshold cannot be told.
+    """
     rates = F.pad(true_accept_rates(genuine_counts), (0, 1))  # beyond the highest level nobody
-    return rates.gather(-1, lowest_level(impostor_counts, far)[..., None])[..., 0]
+    rates = rates.gather(-1, lowest_level(impostor_counts, far)[..., None])[..., 0]
+    return rates.masked_fill(~can_tell(impostor_counts.sum(-1), far), math.nan)
 
 
 def roc_auc(genuine_counts: Tensor, impostor_counts: Tensor) -> Tensor:
@@ -150,7 +178,8 @@ def verification_hits(predicted: Tensor, gallery: Tensor, person: Tensor, seed: 
     """(M,) share of right decisions on each probe's two pairs: with its own front, and with a random other one.
 
     As InsightFace does it (recognition/arcface_torch/eval/verification.py): as many genuine as impostor pairs,
-    ten folds, in each the threshold with the best accuracy on the other nine. Folds hold different people.
+    ten folds, in each the threshold with the best accuracy on the other nine. Folds hold different people. NaN if all
+    probes fall into one fold, which leaves nothing to set a threshold on.
     """
     probes, fronts = unit_embeddings(predicted, gallery)
     people = len(fronts)
@@ -162,7 +191,7 @@ def verification_hits(predicted: Tensor, gallery: Tensor, person: Tensor, seed: 
     for i in fold.unique():
         held_out = fold == i
         if held_out.all():
-            raise ValueError(f"{FOLDS}-fold verification needs probes in several folds; {people} people are too few")
+            return hits.fill_(math.nan)
         threshold = _best_threshold(genuine[~held_out], impostor[~held_out])
         right = (genuine[held_out] >= threshold).float() + (impostor[held_out] < threshold).float()
         hits[held_out] = right / 2
@@ -228,18 +257,22 @@ def recognition_by_yaw(
         fars: false accept rates; the threshold of each is set on all impostor pairs and used in every bin.
 
     Returns:
-        {"all" | "0-45" | "45-90" | "0-30" | ...: {those of `probe_values`, auc, eer, a tar for each of fars, views}}.
+        {"all" | "0-45" | "45-90" | "0-30" | ...: {those of `probe_values`, auc, eer, a tar for each of fars; and
+        `COUNTS`: views, and people whose views these are}}. A tar is NaN if there are fewer than 1 / FAR impostor
+        pairs, and accuracy where `verification_hits` says so.
     """
     bins = yaw_bin(abs_yaw)
     scores = similarity_scores(predicted, gallery, person, bins, len(YAW_BINS))
     values = probe_values(predicted, gallery, person, scores)
     total = scores.impostor_counts.sum(0)
-    values |= {tar_name(far): (scores.level >= lowest_level(total, far)).float() for far in fars}
+    for far in fars:
+        accepted = (scores.level >= lowest_level(total, far)).float()
+        values[tar_name(far)] = accepted if can_tell(total.sum(), far) else accepted.fill_(math.nan)
     table = {}
     for name, inside in yaw_groups(abs_yaw).items():
         picked = bins[inside].unique()
         pairs = scores.genuine_counts[picked].sum(0), scores.impostor_counts[picked].sum(0)
         table[name] = {rate: value[inside].mean().item() for rate, value in values.items()}
         table[name] |= {"auc": roc_auc(*pairs).item(), "eer": equal_error_rate(*pairs).item()}
-        table[name]["views"] = int(inside.sum())
+        table[name] |= {"views": int(inside.sum()), "people": len(person[inside].unique())}
     return table

@@ -20,7 +20,7 @@ import torch
 
 from .. import __version__
 from ..faces.splits import Split
-from ..metrics import recognition_by_yaw
+from ..metrics import COUNTS, recognition_by_yaw
 from ..paths import install_hint
 from ..training.config import TrainConfig, choose_device
 from ..training.evaluation import predict
@@ -190,7 +190,7 @@ def _scored(result: TrainResult, split: Split) -> dict:
         rates = recognition_by_yaw(predict(result.model, faces), faces.front, faces.person, faces.abs_yaw)
         for where in WHERE:
             suffix = "" if where == "all" else f"_{where}"
-            cell |= {f"{part}_{rate}{suffix}": round(v, 6) for rate, v in rates[where].items() if rate != "views"}
+            cell |= {f"{part}_{rate}{suffix}": round(v, 6) for rate, v in rates[where].items() if rate not in COUNTS}
     counts = parameter_counts(result.model)
     return cell | {
         "parameters": counts["parameters"], "trainable": counts["trainable"],

@@ -34,9 +34,9 @@ from ..training.prepare import prepare_model
 from ..training.together import train_together
 from ..training.trainer import train
 from .adaptation import BOUNDARY, COMMON, FINE_TUNING, LORA_8, Profile, base_model, default_workers, score
-from .significance import Estimate
+from .significance import correction, judged, over_seeds
 from .store import Store
-from .tables import Results, difference, mean_interval
+from .tables import Results, difference
 
 METHODS = {"LoRA r=8": LORA_8, "full fine-tuning": FINE_TUNING}
 LAMBDAS = (0.0, 0.1, 1.0, 10.0)
@@ -207,9 +207,11 @@ def forgetting_figure(found: pd.DataFrame, note: str = "") -> Figure:
     return fig
 
 
-def _words(apart: Estimate) -> str:
-    told = "not told from 0" if apart.low <= 0 <= apart.high else "told from 0"
-    return f"{apart.mean:+.3f} ± {apart.half:.3f} ({told})"
+def _compared(results: Results, pairs: Sequence[tuple[str, str]], rate: str) -> dict[tuple[str, str], str]:
+    """{(name, other): their difference on both sides of 45 degrees}, in words; p-values corrected for all of them."""
+    words = judged({(pair, where): difference(results, *pair, rate, where)
+                    for pair in pairs for where in (KEPT, GAINED)})  # fmt: skip
+    return {pair: f"{words[pair, KEPT]} below 45°, {words[pair, GAINED]} beyond" for pair in pairs}
 
 
 def findings(results: Results, rate: str = "tar") -> str:
@@ -217,14 +219,13 @@ def findings(results: Results, rate: str = "tar") -> str:
 
     Test people; differences are paired by seed and by people.
     """
-    lines = []
+    pairs = []
     for method, (zero, *weights) in _methods(results).items():
-        pairs = [(name_of(method, zero), "base"), *((name_of(method, w), name_of(method, zero)) for w in weights)]
-        for name, other in pairs:
-            kept, gained = (_words(difference(results, name, other, rate, where)) for where in (KEPT, GAINED))
-            against = "the base" if other == "base" else f"lambda {zero:g}"
-            lines.append(f"- {name} against {against}: {kept} below 45°, {gained} beyond.")
-    return "\n".join(lines)
+        none = name_of(method, zero)
+        pairs += [(none, "base"), *((name_of(method, weight), none) for weight in weights)]
+    lines = [f"- {name} against {'the base' if other == 'base' else other.rpartition(', ')[2]}: {words}."
+             for (name, other), words in _compared(results, pairs, rate).items()]  # fmt: skip
+    return "\n".join([*lines, f"- ({correction(2 * len(pairs))})"])
 
 
 def recommendation(results: Results, rate: str = "tar") -> str:
@@ -235,17 +236,16 @@ def recommendation(results: Results, rate: str = "tar") -> str:
 
     def on_validation(name: str) -> float:
         found = [result["val"] for (other, _), result in results.items() if other == name]
-        return mean_interval((rates[KEPT][rate] + rates[GAINED][rate]) / 2 for rates in found)[0]
+        return over_seeds((rates[KEPT][rate] + rates[GAINED][rate]) / 2 for rates in found).mean
 
-    lines = []
-    for method, weights in _methods(results).items():
-        zero = name_of(method, weights[0])
-        chosen = max((name_of(method, w) for w in weights), key=on_validation)
-        line = f"- **{chosen}** is best on validation people"
-        if chosen != zero:
-            kept, gained = (_words(difference(results, chosen, zero, rate, where)) for where in (KEPT, GAINED))
-            line += f"; on test people {kept} below 45° and {gained} beyond, against {zero}"
-        lines.append(f"{line}.")
+    chosen = {method: max((name_of(method, weight) for weight in weights), key=on_validation)
+              for method, weights in _methods(results).items()}  # fmt: skip
+    zeros = {method: name_of(method, weights[0]) for method, weights in _methods(results).items()}
+    pairs = [(name, zeros[method]) for method, name in chosen.items() if name != zeros[method]]
+    words = {name: f"; on test people, against {other}: {found}"
+             for (name, other), found in _compared(results, pairs, rate).items()}  # fmt: skip
+    lines = [f"- **{name}** is best on validation people{words.get(name, '')}." for name in chosen.values()]
     seeds = len({seed for name, seed in results if name != "base"})
-    lines.append(f"- {RATES[rate]}; " + ("one seed: take this for a smoke test." if seeds == 1 else f"{seeds} seeds."))
+    note = "one seed: take this for a smoke test" if seeds == 1 else f"{seeds} seeds"
+    lines.append(f"- {RATES[rate]}; {note}; {correction(2 * len(pairs))}.")
     return "\n".join(lines)

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from ..plots import MARKERS
-from .findings import CHOICE, recommend, summary, told_apart
-from .tables import mean_interval
+from .findings import CHOICE, recommend, summary
+from .significance import over_seeds, told_apart
 
 COLOURS = sns.color_palette("colorblind")
 NAMES = {"rank": "LoRA rank", "voxel_resolution": "voxel resolution", "lambda_prior": "weight of the prior, lambda",
@@ -64,8 +64,7 @@ def _interaction_title(cells: pd.DataFrame, x: str, line: str, value: str) -> st
     low, high = (sorted(cells[line].unique())[i] for i in (0, -1))
     first, last = (sorted(cells[x].unique())[i] for i in (0, -1))
     apart = (table.loc[(high, last)] - table.loc[(high, first)]) - (table.loc[(low, last)] - table.loc[(low, first)])
-    mean, half = mean_interval(apart)
-    words = "interact" if told_apart(mean, half) else "are not seen to interact"
+    words = "interact" if told_apart([over_seeds(apart)])[0] else "are not seen to interact"
     short = {"voxel_resolution": "resolution", "lambda_prior": "lambda"}
     return f"{short.get(x, x).capitalize()} and {short.get(line, line)} {words}"
 
@@ -126,8 +125,8 @@ def retention(cells: pd.DataFrame, value: str = "test_tar", title: str | None = 
     ax.legend(title=NAMES["lambda_prior"], frameon=False, fontsize=8.5)
     low, high = kept.index[0], kept.index[-1]
     table = cells.pivot_table(index="lambda_prior", columns="seed", values=f"{value}_0-45", aggfunc="mean")
-    mean, half = mean_interval(table.loc[high] - table.loc[low])
-    words = f"keeps {mean:+.3f} ± {half:.3f} more" if told_apart(mean, half) else "keeps as much, as far as is seen,"
+    apart = over_seeds(table.loc[high] - table.loc[low])
+    words = f"keeps {apart:+.3f} more" if told_apart([apart])[0] else "keeps as much, as far as is seen,"
     _title(ax, title or f"Lambda {high:g} {words} than {low:g}")
     return fig
 

@@ -39,7 +39,8 @@ from .adaptation import (
 )
 from .benchmark import machine
 from .command import study_arguments
-from .tables import mean_interval, with_interval
+from .significance import correction, judged, over_seeds
+from .tables import with_interval
 
 # The modules are compared with the plainer recipe: no mix-up, the loss one way.
 RECIPE = {"loss": "identity", "mixup": False}
@@ -100,16 +101,16 @@ def earnings_table(results: dict[tuple[str, int], dict], part: str) -> pd.DataFr
                    ("pose in LoRA", "in LoRA"): ("LoRA", "LoRA without pose")}  # fmt: skip
     for module, rest in WITHOUT.items():
         comparisons[module, "added to the other two"] = ("LoRA + projection + prior", rest)
-    rows = []
-    for (module, where), (with_it, without) in comparisons.items():
-        row = {"module": module, "added": where}
-        for head, rate, yaw in (("rank-1 ≥ 45°", "rank1", "45-90"), ("TAR ≥ 45°", "tar", "45-90"),
-                                ("rank-1 < 45°", "rank1", "0-45"), ("TAR < 45°", "tar", "0-45")):  # fmt: skip
-            mean, half = mean_interval(results[with_it, s][part][yaw][rate] - results[without, s][part][yaw][rate]
-                                       for s in seeds)  # fmt: skip
-            row[head] = f"{mean:+.3f} ± {half:.3f}" + ("" if abs(mean) > half else " (0 not excluded)")
-        rows.append(row)
-    return pd.DataFrame(rows).set_index("module")
+    heads = {"rank-1 ≥ 45°": ("rank1", "45-90"), "TAR ≥ 45°": ("tar", "45-90"),
+             "rank-1 < 45°": ("rank1", "0-45"), "TAR < 45°": ("tar", "0-45")}  # fmt: skip
+    found = {}
+    for row, (with_it, without) in comparisons.items():
+        for head, (rate, yaw) in heads.items():
+            pairs = [(results[with_it, s][part][yaw][rate], results[without, s][part][yaw][rate]) for s in seeds]
+            found[row, head] = over_seeds(a - b for a, b in pairs)
+    cells = judged(found)
+    rows = [{"module": row[0], "added": row[1]} | {head: cells[row, head] for head in heads} for row in comparisons]
+    return pd.DataFrame(rows).set_index("module").rename_axis(f"module ({correction(len(found))})")
 
 
 @torch.no_grad()
@@ -190,11 +191,11 @@ def multi_view_table(results: dict[tuple[str, int], dict], part: str) -> pd.Data
             for rate in ("rank1", "tar"):
                 average = [results["average", s][part][kind][views][rate] for s in seeds]
                 crossed = [results[f"cross-view {views}", s][part][kind][views][rate] for s in seeds]
-                gain, half = mean_interval(c - a for c, a in zip(crossed, average, strict=True))
+                gain = over_seeds(c - a for c, a in zip(crossed, average, strict=True))
                 rows.append({"views": views, "of": "any yaw" if kind == "all" else "|yaw| ≥ 45°", "rate": rate,
                              "one view": with_interval(results["average", s][part][kind]["1"][rate] for s in seeds),
                              "average": with_interval(average), "cross-view": with_interval(crossed),
-                             "gain": f"{gain:+.3f} ± {half:.3f}"})  # fmt: skip
+                             "gain": f"{gain:+.3f}"})  # fmt: skip
     return pd.DataFrame(rows).set_index("views")
 
 

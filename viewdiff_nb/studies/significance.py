@@ -9,39 +9,58 @@ be mistaken for.
 
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from scipy import stats
+from scipy import optimize, stats
 from torch import Tensor
 
 from ..faces.views import YAW_BINS
 from ..metrics import (
+    Similarities,
+    can_tell,
     equal_error_rate,
+    level_cells,
     lowest_level,
     probe_values,
     roc_auc,
     similarity_scores,
     tar_name,
     true_accept_rates,
-    unit_embeddings,
     yaw_bin,
     yaw_groups,
 )
 
 FARS = (1e-2, 1e-3, 1e-4)
 RESAMPLES = 400
-NORMAL = stats.norm.ppf(0.975)
+LEVEL = 0.05  # of intervals and of what is told apart
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """mean ± half: a 95 % interval over people and, where there are several, over seeds. p: of being 0."""
+    """A mean, and what it would vary by with other people and with other seeds.
+
+    The two are independent, so their intervals add like vectors: half = hypot(Student's quantile times people_error,
+    Student's quantile times seeds_error), the method of variance estimates recovery (Zou & Donner 2008, Statistics in
+    Medicine 27:1693). p is that interval turned round: the level at which it just touches 0, so p < .05 if and only
+    if the 95 % interval excludes 0.
+
+    people_error: standard error over people; NaN if these are too few to tell. people: how many they are.
+    seeds_error: standard error of the mean over seeds; NaN if one seed is all there is. seeds: how many they are.
+    """
 
     mean: float
-    half: float
+    people_error: float = 0.0
+    seeds_error: float = 0.0
+    people: float = math.inf
+    seeds: int = 1
+
+    @property
+    def half(self) -> float:
+        """Half of the 95 % interval; NaN if there is none."""
+        return self._half(LEVEL)
 
     @property
     def low(self) -> float:
@@ -53,35 +72,133 @@ class Estimate:
 
     @property
     def p(self) -> float:
-        """Two-sided p-value of the mean being 0."""
+        """Two-sided p-value of the mean being 0; NaN if there is no interval."""
+        if math.isnan(self.half):
+            return math.nan
         if self.half == 0:
             return float(self.mean == 0)
-        return float(2 * stats.norm.sf(abs(self.mean) / self.half * NORMAL))
+        least = math.log(1e-300)
+        if self._beyond(least) < 0:
+            return 0.0
+        return math.exp(optimize.brentq(self._beyond, least, 0.0))
+
+    def _beyond(self, log_level: float) -> float:
+        """How far beyond 0 the interval of a level reaches; it shrinks to nothing as the level rises to 1."""
+        return self._half(math.exp(log_level)) - abs(self.mean)
+
+    def _half(self, level: float) -> float:
+        parts = ((self.people_error, self.people), (self.seeds_error, self.seeds))
+        return math.hypot(*(error * stats.t.isf(level / 2, n - 1) if error else 0.0 for error, n in parts))
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.half:.3f}"
+        """A rate: three digits; a rate of 0 or 1 that nobody differs in has Clopper & Pearson's bound.
+
+        >>> str(Estimate(1.0, people=300))   # 300 people of 300; .025 ** (1 / 300)
+        '1.000 (≥ 0.988)'
+        """
+        if self.half == 0 and self.mean in (0, 1):
+            least = (LEVEL / 2) ** (1 / self.people)
+            return f"1.000 (≥ {least:.3f})" if self.mean else f"0.000 (≤ {1 - least:.3f})"
+        return f"{self:.3f}"
+
+    def __format__(self, form: str) -> str:
+        """mean ± half in the form of a number, or why one of them is not there.
+
+        >>> f"{Estimate(0.1234, 0.01):+.2f}"
+        '+0.12 ± 0.02'
+        """
+        if not form:
+            return str(self)
+        if math.isnan(self.mean):
+            return "too few"
+        if math.isnan(self.half):
+            why = "one person" if self.people == 1 else "one seed" if math.isnan(self.seeds_error) else "too few people"
+            return f"{self.mean:{form}} ({why})"
+        return f"{self.mean:{form}} ± {self.half:{form.lstrip('+')}}"
 
 
-def estimate(values: Sequence[float], resampled: Sequence[Sequence[float]]) -> Estimate:
+def over_seeds(values: Iterable[float]) -> Estimate:
+    """The mean of independent values with Student's interval over them; a single one has none.
+
+    >>> f"{over_seeds([1.0, 2.0, 3.0]):.3f}"   # 4.303 * 1 / sqrt(3)
+    '2.000 ± 2.484'
+    """
+    seeds = torch.tensor(list(values), dtype=torch.float64)
+    error = seeds.std().item() / math.sqrt(len(seeds)) if len(seeds) > 1 else math.nan
+    return Estimate(seeds.mean().item(), seeds_error=error, seeds=len(seeds))
+
+
+def estimate(values: Sequence[float], resampled: Sequence[Sequence[float]], people: float = math.inf) -> Estimate:
     """A rate, or a paired difference, with the uncertainty of people and of seeds.
 
     Args:
         values: the rate for each of S seeds.
-        resampled: (S, B) the same in B resamples of people, the same resamples for every seed.
+        resampled: (S, B) the same in B resamples of people, the same resamples for every seed; NaN where a resample
+            cannot tell it. If more than half cannot, there is no interval.
+        people: how many were resampled; one alone has no interval.
 
-    The two parts are independent, so their variances add: 1.96 standard deviations over resamples of the mean over
-    seeds, and Student's interval of the mean over seeds. One seed has no such interval: the estimate then holds for
-    that one training only.
+    One seed has no interval over seeds: the estimate then holds for that one training only.
 
     >>> str(estimate([0.5, 0.7], [[0.5, 0.5], [0.7, 0.7]]))   # people agree; 12.706 * 0.1414 / sqrt(2)
     '0.600 ± 1.271'
     """
-    seeds = torch.tensor(values, dtype=torch.float64)
-    over_people = torch.tensor(resampled, dtype=torch.float64).mean(0).std().item()
-    over_seeds = 0.0
-    if len(seeds) > 1:
-        over_seeds = stats.t.ppf(0.975, len(seeds) - 1) * seeds.std().item() / math.sqrt(len(seeds))
-    return Estimate(seeds.mean().item(), math.hypot(NORMAL * over_people, over_seeds))
+    found = over_seeds(values)
+    drawn = torch.tensor(resampled, dtype=torch.float64).mean(0)
+    told = drawn[~drawn.isnan()]
+    enough = people > 1 and 2 * len(told) >= len(drawn)
+    error = told.std().item() if enough else math.nan
+    return replace(found, people_error=error, people=people, seeds_error=found.seeds_error if found.seeds > 1 else 0.0)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of several comparisons that are made at once, corrected for their number.
+
+    The smallest of m is multiplied by m, the next by m - 1, ..., and none is less than the one before it (Holm 1979,
+    Scandinavian Journal of Statistics 6:65). The chance that any true null hypothesis is rejected stays below the
+    level. NaN is no comparison.
+    """
+    corrected, before = list(p_values), 0.0
+    order = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
+    for rank, (p, i) in enumerate(order):
+        before = corrected[i] = max(before, min(1.0, p * (len(order) - rank)))
+    return corrected
+
+
+def told_apart(differences: Sequence[Estimate]) -> list[bool]:
+    """Which of several differences are told from 0, by Holm's p-values."""
+    return [p < LEVEL for p in holm([difference.p for difference in differences])]
+
+
+def correction(comparisons: int) -> str:
+    """What the p-values of so many comparisons are; stands in every table and list of them."""
+    return f"p after Holm, {comparisons} comparison{'s' * (comparisons != 1)}"
+
+
+def judged(found: dict, form: str = "+.3f") -> dict:
+    """Differences (`Estimate`s) in words, under the same keys: e.g. '+0.027 ± 0.007 (p .003)', p after Holm."""
+    texts = {}
+    for (key, apart), sure in zip(found.items(), in_words(list(found.values())), strict=True):
+        texts[key] = f"{apart:{form}}" + ("" if math.isnan(apart.half) else f" ({sure})")
+    return texts
+
+
+def judged_lines(found: dict[str, Estimate]) -> list[str]:
+    """`judged` as a Markdown list of what is compared; its last line says what p is."""
+    lines = [f"- {what}: {words}." for what, words in judged(found, "+.4f").items()]
+    return [*lines, f"- ({correction(len(found))})"] if found else []
+
+
+def in_words(differences: Sequence[Estimate]) -> list[str]:
+    """Of each of several differences its p-value after Holm, or "not told apart"."""
+    words = []
+    for p in holm([difference.p for difference in differences]):
+        if math.isnan(p):
+            words.append("no interval")
+        elif p < LEVEL:
+            words.append("p < .001" if p < 1e-3 else f"p {p:.3f}".replace("0.", "."))
+        else:
+            words.append("not told apart")
+    return words
 
 
 def resampled_people(people: int, resamples: int = RESAMPLES, seed: int = 0) -> Tensor:
@@ -94,6 +211,11 @@ def resampled_rates(
     predicted: Tensor, gallery: Tensor, person: Tensor, abs_yaw: Tensor, weights: Tensor, fars: Sequence[float] = FARS
 ) -> dict[str, dict[str, Tensor]]:
     """The rates of `recognition_by_yaw`, each (B,): once for every resample of people.
+
+    The threshold of a TAR is set in every resample by the same rule, a share far of its own impostor pairs. So a
+    resample with fewer than 1 / far of them lets none pass, where the people themselves are just enough. NaN: a
+    resample without anybody whose views are in the bin, or without impostors; a TAR that the people themselves cannot
+    tell.
 
     Args:
         predicted, gallery, person, abs_yaw: as there.
@@ -109,7 +231,7 @@ def resampled_rates(
     genuine = torch.einsum("bp,pgu->gbu", weights, genuine.view(len(gallery), count, -1)).float()
     impostor = _impostor_counts(predicted, gallery, person, bins, scores.genuine.unique(), weights)  # (G, B, cells)
     total = impostor.sum(0)
-    accepted = {tar_name(far): lowest_level(total, far) for far in fars}
+    accepted = {tar_name(far): lowest_level(total, far) for far in fars if can_tell(scores.impostor_counts.sum(), far)}
 
     values = probe_values(predicted, gallery, person, scores)
     rates: dict[str, dict[str, Tensor]] = {}
@@ -121,8 +243,11 @@ def resampled_rates(
             rate: weights @ torch.bincount(person[inside], value[inside].double(), minlength=len(gallery)) / drawn
             for rate, value in values.items()
         }
+        rates[name] |= {tar_name(far): torch.full((len(weights),), math.nan) for far in fars}
         shares = F.pad(true_accept_rates(pairs[0]), (0, 1))
-        rates[name] |= {rate: shares.gather(-1, level[:, None])[:, 0] for rate, level in accepted.items()}
+        for rate, level in accepted.items():
+            of_rate = shares.gather(-1, level[:, None])[:, 0]
+            rates[name][rate] = of_rate.masked_fill(total.sum(-1) == 0, math.nan)
         rates[name] |= {"auc": roc_auc(*pairs), "eer": equal_error_rate(*pairs)}
     return rates
 
@@ -135,11 +260,10 @@ def _impostor_counts(
     A sparse matrix counts how often each pair of people falls into each cell; its product with the pairs'
     weights does all resamples at once.
     """
-    probes, fronts = unit_embeddings(predicted, gallery)
-    people, cells, groups = len(fronts), 2 * len(levels) + 1, len(YAW_BINS)
-    similarity = probes @ fronts.T
-    cell = torch.searchsorted(levels, similarity) + torch.searchsorted(levels, similarity, right=True)
-    cell += group[:, None] * cells
+    people, cells, groups = len(gallery), 2 * len(levels) + 1, len(YAW_BINS)
+    cell = torch.empty(len(person), people, dtype=torch.long)
+    for rows, similarity in Similarities(predicted, gallery):
+        cell[rows] = level_cells(levels, similarity) + group[rows, None] * cells
     pair = person[:, None] * people + torch.arange(people)
     impostor = person[:, None] != torch.arange(people)
     where = torch.stack((cell[impostor], pair[impostor]))

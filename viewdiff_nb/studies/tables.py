@@ -1,12 +1,11 @@
 """The performance tables: the guide's three, measured, beside the guide's own figures, and recognition by yaw."""
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import pandas as pd
-from scipy import stats
 
-from .significance import Estimate, estimate
+from .significance import Estimate, correction, estimate, in_words, judged, over_seeds
 
 Results = dict[tuple[str, int], dict]
 
@@ -32,27 +31,13 @@ GUIDE_QUALITY = {  # validation loss, cosine, training time
 }
 
 
-def mean_interval(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % interval (Student's t over independent values; nan for a single one).
-
-    >>> [round(v, 3) for v in mean_interval([1.0, 2.0, 3.0])]   # 4.303 * 1 / sqrt(3)
-    [2.0, 2.484]
-    """
-    series = pd.Series(list(values), dtype=float)
-    if len(series) < 2:
-        return float(series.mean()), math.nan
-    half = stats.t.ppf(0.975, len(series) - 1) * series.std(ddof=1) / math.sqrt(len(series))
-    return float(series.mean()), float(half)
-
-
 def with_interval(values: Iterable[float], digits: int = 3) -> str:
-    """mean ± half-width, e.g. '0.912 ± 0.004'; without the interval for a single value.
+    """mean ± half-width, e.g. '0.912 ± 0.004'; a single value has no interval.
 
     >>> with_interval([0.5])
-    '0.500'
+    '0.500 (one seed)'
     """
-    mean, half = mean_interval(values)
-    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+    return f"{over_seeds(values):.{digits}f}"
 
 
 def by_name(results: Results) -> dict[str, list[dict]]:
@@ -66,7 +51,8 @@ def by_name(results: Results) -> dict[str, list[dict]]:
 def rate_estimate(results: Results, name: str, rate: str, where: str = "all", part: str = "test") -> Estimate:
     """A rate of a model: mean over seeds, with the uncertainty of seeds and people."""
     found = by_name(results)[name]
-    return estimate([r[part][where][rate] for r in found], [r[f"{part}_people"][where][rate] for r in found])
+    resampled = [r[f"{part}_people"][where][rate] for r in found]
+    return estimate([r[part][where][rate] for r in found], resampled, found[0][part][where]["people"])
 
 
 def difference(
@@ -81,7 +67,7 @@ def difference(
     apart = [a[part][where][rate] - b[part][where][rate] for a, b in pairs]
     resampled = [[x - y for x, y in zip(*(r[f"{part}_people"][where][rate] for r in pair), strict=True)]
                  for pair in pairs]  # fmt: skip
-    return estimate(apart, resampled)
+    return estimate(apart, resampled, ours[0][part][where]["people"])
 
 
 def comparison_table(
@@ -89,25 +75,14 @@ def comparison_table(
 ) -> pd.DataFrame:
     """How far name is above each of the others, by yaw bin.
 
-    Each cell holds the paired difference with its 95 % interval over seeds and people. "apart": the two models' own
-    intervals do not overlap either, which asks for more than the difference excluding 0; "not told apart": it
-    includes 0.
+    Each cell holds the paired difference with its own 95 % interval over seeds and people, and its p-value, or "not
+    told apart" from .05 on. The p-values are corrected for all cells of the table at once, see `significance.holm`.
     """
-    rows: dict[str, dict[str, str]] = {}
-    for other in others:
-        rows[other] = {}
-        for where in bins:
-            apart = difference(results, name, other, rate, where, part)
-            ours, theirs = (rate_estimate(results, n, rate, where, part) for n in (name, other))
-            words = "not told apart" if apart.low <= 0 <= apart.high else f"p {_p_value(apart.p)}"
-            if ours.low > theirs.high or ours.high < theirs.low:
-                words = "apart"
-            rows[other][where] = f"{apart.mean:+.3f} ± {apart.half:.3f} ({words})"
-    return _frame(rows, f"{name} against")
-
-
-def _p_value(p: float) -> str:
-    return "< .001" if p < 1e-3 else f"{p:.3f}"[1:]
+    bins, others = list(bins), list(others)
+    found = {(other, where): difference(results, name, other, rate, where, part) for other in others for where in bins}
+    cells = judged(found)
+    rows = {other: {where: cells[other, where] for where in bins} for other in others}
+    return _frame(rows, f"{name} against ({correction(len(found))})")
 
 
 def best_on_validation(results: Results, names: Iterable[str], rate: str = "tar") -> str:
@@ -157,7 +132,7 @@ def quality_table(results: Results) -> pd.DataFrame:
         rows[name] = {
             "MSE x 1000": f"{1e3 * val['mse'].mean:.3f} ± {1e3 * val['mse'].half:.3f}", "guide: loss": guide[0],
             "cosine": str(val["cosine"]), "guide: cosine": guide[1],
-            "training time": "–" if name == "base" else _percent(time), "guide: time": guide[2],
+            "training time": "–" if name == "base" else f"{over_seeds(time):.0%}", "guide: time": guide[2],
             "rank-1": str(val["rank1"]),
         }  # fmt: skip
     return _frame(rows, "model")
@@ -179,36 +154,40 @@ def estimates(results: Results, names: Iterable[str], rate: str, bins: Iterable[
                          for (name, where), e in found.items()])  # fmt: skip
 
 
-def verdict(results: Results, name: str, other: str, rate: str, where: str = "all") -> str:
-    """A difference in words that follow from the numbers."""
-    apart = difference(results, name, other, rate, where)
-    if len(by_name(results)[name]) == 1:
-        sure = "one seed: this holds for one training only"
-    elif apart.low <= 0 <= apart.high:
-        sure = "the interval includes 0: not told apart"
-    else:
-        sure = f"p {_p_value(apart.p)}"
-    side = "above" if apart.mean > 0 else "below"
-    return f"{name} is {abs(apart.mean):.3f} ± {apart.half:.3f} {side} {other} in {rate} ({where}); {sure}"
+def verdicts(results: Results, comparisons: Sequence[tuple[str, str, str, str]]) -> list[str]:
+    """Differences in words that follow from the numbers, p-values corrected for all of them at once.
+
+    Args:
+        comparisons: (name, other, rate, where) each.
+    """
+    found = [difference(results, *comparison) for comparison in comparisons]
+    lines = []
+    for (name, other, rate, where), apart, sure in zip(comparisons, found, in_words(found), strict=True):
+        if apart.seeds == 1:
+            sure += ", for this one training only"
+        side = "above" if apart.mean > 0 else "below"
+        size = replace(apart, mean=abs(apart.mean))
+        lines.append(f"{name} is {size:.3f} {side} {other} in {rate} ({where}): {sure}")
+    return lines
 
 
 def claims(results: Results) -> str:
     """What the guide promises of LoRA and of the projection, and what came out, as a Markdown list."""
     adapted, full, lora = "LoRA r=8 + 3-D projection", "full fine-tuning", "LoRA r=8"
-    lines = [
-        verdict(results, lora, full, "rank1"),
-        verdict(results, lora, full, "tar"),
-        verdict(results, adapted, full, "rank1"),
-        verdict(results, adapted, full, "tar"),
-        verdict(results, adapted, lora, "rank1"),
-        verdict(results, adapted, lora, "tar"),
-        verdict(results, lora, full, "rank1", "0-45"),
-        verdict(results, adapted, full, "rank1", "0-45"),
-        verdict(results, adapted, full, "tar", "0-45"),
-        verdict(results, "LoRA r=8 + prior", lora, "tar", "0-45"),
-        verdict(results, "LoRA r=8 + prior", lora, "rank1", "45-90"),
-    ]
-    return "\n".join(f"- {line}." for line in lines)
+    lines = verdicts(results, [
+        (lora, full, "rank1", "all"),
+        (lora, full, "tar", "all"),
+        (adapted, full, "rank1", "all"),
+        (adapted, full, "tar", "all"),
+        (adapted, lora, "rank1", "all"),
+        (adapted, lora, "tar", "all"),
+        (lora, full, "rank1", "0-45"),
+        (adapted, full, "rank1", "0-45"),
+        (adapted, full, "tar", "0-45"),
+        ("LoRA r=8 + prior", lora, "tar", "0-45"),
+        ("LoRA r=8 + prior", lora, "rank1", "45-90"),
+    ])  # fmt: skip
+    return "\n".join([*(f"- {line}." for line in lines), f"- ({correction(len(lines))})"])
 
 
 GOALS = {("rank1", "all"): 0.93, ("rank1", "60-75"): 0.88, ("rank1", "75-90"): 0.70, ("tar", "all"): 0.83}
@@ -229,7 +208,7 @@ def goals(results: Results, name: str, others: Iterable[str]) -> str:
             lines.append(f"{rate} ({where}): {ours} against {theirs} of the best baseline, {near}: {apart}")
         front = difference(results, name, "raw side view", rate, "0-30")
         kept = "nothing is lost" if front.high >= 0 else "**something is lost**"
-        lines.append(f"{rate} (0-30): {front.mean:+.3f} ± {front.half:.3f} against the raw side view: {kept}")
+        lines.append(f"{rate} (0-30): {front:+.3f} against the raw side view: {kept}")
     return "\n".join(f"- {line}." for line in lines)
 
 
@@ -255,7 +234,7 @@ def quality_findings(results: Results) -> str:
     near = grouped["raw side view"][0]["val"]["0-30"]["cosine"]
 
     def order(rate: str, best: Callable) -> str:
-        score = {name: mean_interval(r["val"]["all"][rate] for r in grouped[name])[0] for name in names}
+        score = {name: over_seeds(r["val"]["all"][rate] for r in grouped[name]).mean for name in names}
         return " > ".join(sorted(names, key=score.get, reverse=best is max))
 
     return (f"- by MSE, best first: {order('mse', min)}.\n- by cosine: {order('cosine', max)}.\n"
@@ -270,8 +249,3 @@ def _frame(rows: dict[str, dict[str, str]], index: str) -> pd.DataFrame:
 
 def _millions(count: int) -> str:
     return f"{count / 1e6:.3f}M" if count else "0"
-
-
-def _percent(shares: list[float]) -> str:
-    mean, half = mean_interval(shares)
-    return f"{mean:.0%}" + ("" if math.isnan(half) else f" ± {half:.0%}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..faces.views import FaceViews
-from ..metrics import FAR
+from ..metrics import FAR, can_tell
 from ..modules.transformer import EnhancedTransformerDecoderOnly3D
 from ..paths import writable_folder
 from .batches import FaceBatch, count_batches, feed, place, views_to_train
@@ -23,7 +23,7 @@ from .capture import Captured, set_capturable
 from .checkpoint import PERIODIC, load_checkpoint
 from .config import TrainConfig
 from .diagnosis import TrainingAdvice, TrainingDiverged, advice, divergence_advice, find_cause, memory_advice
-from .evaluation import evaluate
+from .evaluation import evaluate, probes_to_score
 from .interrupt import StopRequest, TrainingInterrupted
 from .logs import TrainingLog
 from .losses import LOSSES
@@ -88,10 +88,15 @@ def train(
     """
     if overlap := set(train_faces.names) & set(val_faces.names):
         raise ValueError(f"{len(overlap)} people are in both training and validation, e.g. {min(overlap)!r}")
-    impostors = len(val_faces) * (len(val_faces.names) - 1)
-    if impostors * FAR < 1:
-        raise ValueError(f"{len(val_faces.names)} validation people with {len(val_faces)} views make {impostors} "
-                         f"impostor pairs, too few for a false accept rate of {FAR:g}; raise val_people")  # fmt: skip
+    seen = len(views_to_train(train_faces, config).person.unique())
+    if seen < 2:
+        raise ValueError(f"training tells people from each other and needs views of at least 2 people, got {seen}; "
+                         "add people, or widen min_yaw and max_yaw")  # fmt: skip
+    probes, people = probes_to_score(config if model is None else model, val_faces), len(val_faces.names)
+    impostors = probes * (people - 1)
+    if not can_tell(impostors):
+        raise ValueError(f"{people} validation people with {probes} predictions make {impostors} impostor pairs, "
+                         f"too few for a false accept rate of {FAR:g}; raise val_people")  # fmt: skip
     if model is not None and (config.base_model_path or config.use_prior_preservation):
         raise ValueError("a model given to train() is trained as it is: base_model_path and prior preservation are "
                          "for models that the config builds")  # fmt: skip

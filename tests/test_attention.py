@@ -4,6 +4,7 @@ from torch import nn
 
 from viewdiff_nb import CrossViewAttention, PoseConditionedLoRAAttention
 from viewdiff_nb.modules.attention import attention_weights
+from viewdiff_nb.modules.lora import disable_adapters
 
 
 def copy_into(torch_attention: nn.MultiheadAttention, ours) -> nn.MultiheadAttention:
@@ -120,6 +121,22 @@ def test_merge_is_exact_for_one_pose():
     torch.testing.assert_close(ours(x, None, memory), before, rtol=1e-12, atol=1e-12)
     ours.unmerge()
     assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_a_merged_attention_is_saved_and_loaded_as_it_was_trained(tokens):
+    ours, fresh = (trained(PoseConditionedLoRAAttention(32, num_heads=4, rank=4)) for _ in range(2))
+    x, memory, pose = torch.randn(3, tokens, 32), torch.randn(3, 6, 32), torch.randn(3)
+    before = ours(x, pose.expand(3, 3), memory)
+    ours.merge(pose)
+    fresh.merge(pose + 1)
+    fresh.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(fresh(x, pose.expand(3, 3), memory), before, rtol=0, atol=0)
+    with disable_adapters(ours):
+        without = ours(x, None, memory)
+    ours.unmerge()
+    with disable_adapters(ours):
+        torch.testing.assert_close(ours(x, None, memory), without, rtol=0, atol=0)
 
 
 def test_refuses_wrong_shapes():

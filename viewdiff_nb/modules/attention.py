@@ -61,6 +61,11 @@ def _check_heads(feature_dim: int, num_heads: int) -> None:
         raise ValueError(f"feature_dim must be a multiple of num_heads, got {feature_dim} and {num_heads}")
 
 
+def _acting(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """The matrix and bias that a layer's input meets."""
+    return layer.acting if isinstance(layer, LoRALinearLayer) else (layer.weight, layer.bias)
+
+
 class PoseConditionedLoRAAttention(nn.Module):
     """Multi-head attention with frozen projections, adapted by LoRA that sees the pose.
 
@@ -162,14 +167,15 @@ class PoseConditionedLoRAAttention(nn.Module):
         """The same with W_k applied to the queries and W_v after the weighted sum of the tokens."""
         batch, heads, count, width = q.shape  # (B, H, T, d)
         by_head = q.transpose(0, 1).reshape(heads, batch * count, width)  # (H, B T, d)
-        towards = by_head @ self.key.weight.unflatten(0, (heads, width))  # (H, B T, D)
+        towards = by_head @ _acting(self.key)[0].unflatten(0, (heads, width))  # (H, B T, D)
         if self.rank and self.key.adapter_acts:
             low = by_head @ self.key.lora_up.unflatten(0, (heads, width))  # (H, B T, r)
             towards = towards + (low * self.key.scale) @ self.key.lora_down
         towards = towards.unflatten(1, (batch, count)).transpose(0, 1).flatten(1, 2)  # (B, H T, D)
         summed = weighted_tokens(towards, context, width**-0.5)
         by_head = summed.unflatten(1, (heads, count)).transpose(0, 1).reshape(heads, batch * count, -1)
-        attended = by_head @ self.value.weight.unflatten(0, (heads, width)).transpose(1, 2)  # (H, B T, d)
+        value, bias = _acting(self.value)
+        attended = by_head @ value.unflatten(0, (heads, width)).transpose(1, 2)  # (H, B T, d)
         if self.rank and self.value.adapter_acts:
             down, pose_down = self.value.lora_down.split((self.feature_dim, self.value.pose_dim), 1)
             low = by_head @ down.T  # (H, B T, r)
@@ -177,7 +183,7 @@ class PoseConditionedLoRAAttention(nn.Module):
                 low = low + F.linear(code, pose_down).expand(-1, count, -1).flatten(0, 1)
             up = self.value.lora_up.unflatten(0, (heads, width)).transpose(1, 2)
             attended = attended + (low * self.value.scale) @ up
-        attended = attended.unflatten(1, (batch, count)).permute(1, 2, 0, 3).flatten(2) + self.value.bias
+        attended = attended.unflatten(1, (batch, count)).permute(1, 2, 0, 3).flatten(2) + bias
         if not with_weights:
             return attended, None
         scores = towards @ context.transpose(1, 2) * width**-0.5

@@ -36,7 +36,7 @@ class StackedLoRALinear(LoRALinearLayer):
             raise ValueError("adapters that are trained together share pose_dim, and have no dropout of their own")
         self.weight, self.bias = first.weight, first.bias
         self.ranks, self.rank, self.dropout = [layer.rank for layer in layers], max(x.rank for x in layers), 0.0
-        self.adapter_enabled, self._unmerged = True, None
+        self.adapter_enabled, self.merged_weight = True, None
         scales = torch.tensor([layer.scale for layer in layers], device=self.weight.device, dtype=self.weight.dtype)
         self.register_buffer("scale", scales[:, None, None], persistent=False)
         pads = [self.rank - rank for rank in self.ranks]

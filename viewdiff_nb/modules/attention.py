@@ -36,24 +36,24 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tenso
     Returns:
         (B, heads, Tq, Tk), each row summing to 1.
     """
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # in this order, so that float16 holds them
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(-1)
 
 
-def weighted_tokens(q: Tensor, tokens: Tensor, scale: float) -> Tensor:
-    """softmax(q t^T scale) t: the tokens themselves are keys and values.
+def weighted_tokens(q: Tensor, tokens: Tensor) -> Tensor:
+    """softmax(q t^T) t: the tokens themselves are keys and values.
 
     Args:
-        q: (B, Tq, D). tokens: (B, T, D).
+        q: (B, Tq, D), scaled already. tokens: (B, T, D).
 
     Returns:
         (B, Tq, D).
     """
     if q.is_cuda and q.shape[-1] > FUSED_WIDTH:
-        return (q @ tokens.transpose(1, 2) * scale).softmax(-1) @ tokens
-    return F.scaled_dot_product_attention(q[:, None], tokens[:, None], tokens[:, None], scale=scale)[:, 0]
+        return (q @ tokens.transpose(1, 2)).softmax(-1) @ tokens
+    return F.scaled_dot_product_attention(q[:, None], tokens[:, None], tokens[:, None], scale=1.0)[:, 0]
 
 
 def _check_heads(feature_dim: int, num_heads: int) -> None:
@@ -64,6 +64,12 @@ def _check_heads(feature_dim: int, num_heads: int) -> None:
 def _acting(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """The matrix and bias that a layer's input meets."""
     return layer.acting if isinstance(layer, LoRALinearLayer) else (layer.weight, layer.bias)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    """Whether calling a layer does more than its forward; what `nn.Module.__call__` asks itself."""
+    own = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return bool(own) or bool(nn.modules.module._has_any_global_hook())
 
 
 class PoseConditionedLoRAAttention(nn.Module):
@@ -152,8 +158,9 @@ class PoseConditionedLoRAAttention(nn.Module):
 
     def _may_absorb(self, queries: int, keys: int) -> bool:
         """Whether the short way is shorter, and allowed: adapter dropout acts on projected tokens, and a
-        layer that somebody else has wrapped (PEFT, quantisation) has to be called."""
-        ours = all(type(layer) in (nn.Linear, LoRALinearLayer) for layer in (self.key, self.value))
+        layer that somebody else has wrapped (PEFT, quantisation) or watches by a hook has to be called."""
+        ours = all(type(layer) in (nn.Linear, LoRALinearLayer) and not _has_hooks(layer)
+                   for layer in (self.key, self.value))  # fmt: skip
         return keys > 2 * queries and ours and not (self.dropout and self.training)
 
     def _projected(self, q: Tensor, context: Tensor, code: Tensor | None, with_weights: bool):
@@ -166,15 +173,15 @@ class PoseConditionedLoRAAttention(nn.Module):
     def _absorbed(self, q: Tensor, context: Tensor, code: Tensor | None, with_weights: bool):
         """The same with W_k applied to the queries and W_v after the weighted sum of the tokens."""
         batch, heads, count, width = q.shape  # (B, H, T, d)
-        by_head = q.transpose(0, 1).reshape(heads, batch * count, width)  # (H, B T, d)
-        towards = by_head @ _acting(self.key)[0].unflatten(0, (heads, width))  # (H, B T, D)
+        (key, _), (value, bias) = _acting(self.key), _acting(self.value)
+        by_head = (q * width**-0.5).transpose(0, 1).reshape(heads, batch * count, width)  # (H, B T, d)
+        towards = by_head @ key.unflatten(0, (heads, width))  # (H, B T, D)
         if self.rank and self.key.adapter_acts:
             low = by_head @ self.key.lora_up.unflatten(0, (heads, width))  # (H, B T, r)
             towards = towards + (low * self.key.scale) @ self.key.lora_down
         towards = towards.unflatten(1, (batch, count)).transpose(0, 1).flatten(1, 2)  # (B, H T, D)
-        summed = weighted_tokens(towards, context, width**-0.5)
+        summed = weighted_tokens(towards, context)
         by_head = summed.unflatten(1, (heads, count)).transpose(0, 1).reshape(heads, batch * count, -1)
-        value, bias = _acting(self.value)
         attended = by_head @ value.unflatten(0, (heads, width)).transpose(1, 2)  # (H, B T, d)
         if self.rank and self.value.adapter_acts:
             down, pose_down = self.value.lora_down.split((self.feature_dim, self.value.pose_dim), 1)
@@ -186,7 +193,7 @@ class PoseConditionedLoRAAttention(nn.Module):
         attended = attended.unflatten(1, (batch, count)).permute(1, 2, 0, 3).flatten(2) + bias
         if not with_weights:
             return attended, None
-        scores = towards @ context.transpose(1, 2) * width**-0.5
+        scores = towards @ context.transpose(1, 2)
         return attended, scores.softmax(-1).unflatten(1, (heads, count))
 
     def _pose_code(self, pose: Tensor | None, batch: int) -> Tensor | None:

@@ -3,8 +3,9 @@ import torch
 from conftest import DEVICES
 from torch import nn
 
-from viewdiff_nb import EnhancedTransformerDecoderOnly3D
-from viewdiff_nb.modules.stacked import StackedAdapters
+from viewdiff_nb import EnhancedTransformerDecoderOnly3D, PoseConditionedLoRAAttention
+from viewdiff_nb.modules.lora import lora_layers
+from viewdiff_nb.modules.stacked import StackedAdapters, StackedAttention
 from viewdiff_nb.training.optimiser import StackedAdamW
 
 SIZES = {"d_model": 32, "nhead": 4, "num_layers": 2, "dim_feedforward": 48, "dropout": 0.0, "voxel_resolution": 4}
@@ -83,6 +84,42 @@ def test_one_token_attention_shows_the_weights_of_each():
     for i, model in enumerate(built):
         _, own = model(**{k: v[2 * i : 2 * i + 2] for k, v in given.items()}, return_attention=True)
         torch.testing.assert_close(weights[2 * i : 2 * i + 2], own)
+
+
+def test_a_stack_offers_only_what_it_can_do():
+    """It is no LoRA layer: it can be neither merged nor disabled."""
+    stacked = StackedAdapters(models({"use_projection_layer": False, "lora_targets": ("attention", "feed_forward")}))
+    assert not lora_layers(stacked)
+    kinds = {type(module).__name__: module for module in stacked.modules() if type(module).__name__.startswith("Stacked")}
+    assert set(kinds) == {"StackedAdapters", "StackedAttention", "StackedLoRALinear"}
+    for kind in kinds.values():
+        assert not [name for name in ("merge", "unmerge", "adapter_enabled", "is_merged") if hasattr(kind, name)]
+
+
+def test_scores_beyond_float16_before_they_are_scaled():
+    """q . k is 102,400, more than float16 holds; divided by sqrt(64) it is 12,800."""
+    built = [PoseConditionedLoRAAttention(64, pose_dim=0, num_heads=1, rank=1).half() for _ in range(2)]
+    with torch.no_grad():
+        for attention in built:
+            for linear in (attention.query, attention.key, attention.value, attention.out):
+                linear.weight.copy_(torch.eye(64))
+                if linear.bias is not None:
+                    linear.bias.zero_()
+    x, memory = torch.full((2, 1, 64), 40.0).half(), torch.full((2, 6, 64), 39.0).half()
+    output, weights = StackedAttention(built)(x, None, memory, return_attention=True)
+    torch.testing.assert_close(output, x)
+    torch.testing.assert_close(weights, torch.tensor([1.0, 0, 0, 0, 0, 0, 0]).half().expand(2, 1, 1, 7))
+
+
+def test_a_stack_leaves_its_models_alone():
+    built = models({"use_projection_layer": True})
+    before = [{name: p.clone() for name, p in model.named_parameters()} for model in built]
+    stacked = StackedAdapters(built)
+    with torch.no_grad():
+        for parameter in stacked.trainable().values():
+            parameter.add_(1)
+    for model, old in zip(built, before, strict=True):
+        assert all(torch.equal(p, old[name]) for name, p in model.named_parameters())
 
 
 def test_what_cannot_be_stacked():

@@ -21,6 +21,18 @@ def encode_pose(pose: Tensor) -> Tensor:
     return torch.cat((pose.sin(), pose.cos()), -1)
 
 
+def pose_code(pose: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    """`encode_pose` for all tokens of a sample: (B, 1, 2 P).
+
+    Raises:
+        ValueError: if the pose is not of that shape, (B, P).
+    """
+    if pose is None or pose.shape != shape:
+        got = "none" if pose is None else tuple(pose.shape)
+        raise ValueError(f"pose must be {shape} angles in radians, got {got}")
+    return encode_pose(pose)[:, None]
+
+
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, T, D) to (B, heads, T, D / heads)."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
@@ -202,10 +214,7 @@ class PoseConditionedLoRAAttention(nn.Module):
             return None
         if pose is None and not (self.query.adapter_acts or self.value.adapter_acts):
             return None
-        if pose is None or pose.shape != (batch, self.pose_dim):
-            got = "none" if pose is None else tuple(pose.shape)
-            raise ValueError(f"pose must be ({batch}, {self.pose_dim}) angles in radians, got {got}")
-        return encode_pose(pose)[:, None]
+        return pose_code(pose, (batch, self.pose_dim))
 
     def get_trainable_parameters(self) -> list[nn.Parameter]:
         """The adapters' parameters (with rank 0: all of them)."""

@@ -3,7 +3,10 @@ import torch
 from torch import nn
 
 from viewdiff_nb import CrossViewAttention, PoseConditionedLoRAAttention
-from viewdiff_nb.modules.attention import attention_weights
+from viewdiff_nb.modules.attention import attention_weights, weighted_tokens
+from viewdiff_nb.modules.lora import disable_adapters
+from viewdiff_nb.training.batches import FaceBatch
+from viewdiff_nb.training.diagnosis import find_cause
 
 
 def copy_into(torch_attention: nn.MultiheadAttention, ours) -> nn.MultiheadAttention:
@@ -103,6 +106,53 @@ def test_dropout_takes_the_written_path_and_agrees_without_it():
     torch.testing.assert_close(ours.out(written)[:, 0], absorbed, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("layer", ["key", "value"])
+@pytest.mark.parametrize("register", [
+    lambda layer, call: layer.register_forward_hook(lambda *_: call()),
+    lambda layer, call: layer.register_forward_pre_hook(lambda *_: call()),
+    lambda layer, call: layer.register_full_backward_hook(lambda *_: call()),
+    lambda layer, call: layer.register_full_backward_pre_hook(lambda *_: call()),
+    lambda layer, call: nn.modules.module.register_module_forward_hook(lambda m, *_: call() if m is layer else None),
+], ids=["forward", "before", "backward", "before backward", "global"])  # fmt: skip
+def test_hooks_on_key_and_value_are_called(layer, register):
+    ours = trained(PoseConditionedLoRAAttention(32, num_heads=4, rank=4))
+    x, memory, pose = torch.randn(3, 32, requires_grad=True), torch.randn(3, 6, 32), torch.randn(3, 3)
+    without, calls = ours(x, pose, memory), []
+    handle = register(getattr(ours, layer), lambda: calls.append(1))
+    with handle:
+        output = ours(x, pose, memory)
+        output.sum().backward()
+    assert len(calls) == 1
+    torch.testing.assert_close(output, without, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours(x, pose, memory), without)  # the short way again
+
+
+@pytest.mark.parametrize("layer", ["key", "value"])
+def test_the_cause_of_a_divergence_is_named(layer):
+    ours = PoseConditionedLoRAAttention(32, num_heads=4, rank=4)
+    nn.init.constant_(getattr(ours, layer).lora_up, torch.inf)
+    x, memory, pose = torch.randn(3, 32), torch.randn(3, 6, 32), torch.randn(3, 3)
+    data = FaceBatch(x, pose, torch.randn(3, 5, 3), torch.arange(3))
+    assert f"the output of {layer} is the first" in find_cause(ours, data, lambda _: ours(x, pose, memory).sum())
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 30])
+def test_scores_beyond_float16_before_they_are_scaled(tokens):
+    """q . k is 102,400, more than float16 holds; divided by sqrt(64) it is 12,800."""
+    ours = PoseConditionedLoRAAttention(64, num_heads=1, rank=0).half()
+    with torch.no_grad():
+        for linear in (ours.query, ours.key, ours.value, ours.out):
+            linear.weight.copy_(torch.eye(64))
+            if linear.bias is not None:
+                linear.bias.zero_()
+    x, memory = torch.full((2, tokens, 64), 40.0).half(), torch.full((2, 20, 64), 39.0).half()
+    output, weights = ours(x, None, memory, return_attention=True)
+    wanted = torch.cat((torch.full((tokens,), 1 / tokens), torch.zeros(20))).half()  # the rest have exp(-320)
+    torch.testing.assert_close(weights, wanted.expand(2, 1, tokens, -1))
+    torch.testing.assert_close(output, x)
+    torch.testing.assert_close(weighted_tokens(x / 8, torch.cat((x, memory), 1)), x)
+
+
 def test_pose_matters_and_angles_wrap():
     ours = trained(PoseConditionedLoRAAttention(32, num_heads=4, rank=4))
     x, memory, pose = torch.randn(3, 32), torch.randn(3, 6, 32), torch.randn(3, 3)
@@ -120,6 +170,22 @@ def test_merge_is_exact_for_one_pose():
     torch.testing.assert_close(ours(x, None, memory), before, rtol=1e-12, atol=1e-12)
     ours.unmerge()
     assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_a_merged_attention_is_saved_and_loaded_as_it_was_trained(tokens):
+    ours, fresh = (trained(PoseConditionedLoRAAttention(32, num_heads=4, rank=4)) for _ in range(2))
+    x, memory, pose = torch.randn(3, tokens, 32), torch.randn(3, 6, 32), torch.randn(3)
+    before = ours(x, pose.expand(3, 3), memory)
+    ours.merge(pose)
+    fresh.merge(pose + 1)
+    fresh.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(fresh(x, pose.expand(3, 3), memory), before, rtol=0, atol=0)
+    with disable_adapters(ours):
+        without = ours(x, None, memory)
+    ours.unmerge()
+    with disable_adapters(ours):
+        torch.testing.assert_close(ours(x, None, memory), without, rtol=0, atol=0)
 
 
 def test_refuses_wrong_shapes():

@@ -47,6 +47,21 @@ def test_normalised_keypoints_do_not_depend_on_place_and_size():
     assert normalise_keypoints(torch.zeros(5, 3)).isfinite().all()
 
 
+def test_gradient_of_normalised_keypoints():
+    keypoints = (FACE + torch.randn(2, 5, 3).double()).requires_grad_()
+    assert torch.autograd.gradcheck(normalise_keypoints, keypoints)
+
+
+@pytest.mark.parametrize("place", [0.0, 0.1, -1234.567])  # the mean of five equal numbers may be rounded
+def test_coincident_points_become_zero_with_a_finite_gradient(place):
+    both = torch.stack((torch.full((5, 3), place), FACE.float())).requires_grad_()
+    normal = normalise_keypoints(both)
+    assert not normal[0].any()
+    torch.testing.assert_close(normal[1], normalise_keypoints(FACE).float())
+    (normal * 100 * torch.randn(2, 5, 3)).sum().backward()
+    assert both.grad.isfinite().all() and both.grad[1].any()
+
+
 def test_refuses_two_angles():
     with pytest.raises(ValueError, match=r"last dimension of 3 .* got shape \(4, 2\)"):
         rotation_matrix(torch.zeros(4, 2))

@@ -1,3 +1,6 @@
+import copy
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -81,7 +84,6 @@ def test_merge_is_exact_for_one_pose_and_unmerge_is_bit_exact(dtype, tolerance, 
     weight, bias, before = layer.weight.clone(), layer.bias.clone(), layer(x, pose)
     layer.merge(pose)
     torch.testing.assert_close(layer(x), before, rtol=tolerance, atol=tolerance)
-    assert not torch.equal(layer.weight, weight)
     with pytest.raises(RuntimeError, match="merged already"):
         layer.merge(pose)
     layer.unmerge()
@@ -89,6 +91,86 @@ def test_merge_is_exact_for_one_pose_and_unmerge_is_bit_exact(dtype, tolerance, 
     assert torch.equal(layer(x, pose), before)
     with pytest.raises(RuntimeError, match="not merged"):
         layer.unmerge()
+
+
+@pytest.mark.parametrize("dtype,bits,smallest", [
+    (torch.float32, 24, 2.0**-149), (torch.float16, 11, 2.0**-24), (torch.bfloat16, 8, 2.0**-133),
+])  # fmt: skip
+def test_a_merge_is_rounded_once(dtype, bits, smallest):
+    """No entry is further from W + s B A than half the distance between two numbers of the layer's type."""
+    layer = trained(LoRALinearLayer(128, 64, rank=4, alpha=3.0, pose_dim=2, dtype=dtype))
+    pose = torch.randn(2, dtype=dtype)
+    down, up, weight, bias, at = (
+        p.detach().double().numpy() for p in (layer.lora_down, layer.lora_up, layer.weight, layer.bias, pose)
+    )
+    layer.merge(pose)
+    exact = weight + 0.75 * up @ down[:, :128], bias + 0.75 * up @ down[:, 128:] @ at
+    for merged, wanted in zip((layer.merged_weight, layer.merged_bias), exact, strict=True):
+        distance = np.maximum(np.ldexp(1.0, np.frexp(wanted)[1] - bits), smallest)
+        assert (np.abs(merged.double().numpy() - wanted) <= 0.5001 * distance).all()
+
+
+def poses(pose_dim: int) -> dict[str, torch.Tensor]:
+    return {"pose": torch.randn(pose_dim)} if pose_dim else {}
+
+
+@pytest.mark.parametrize("pose_dim", [0, 3])
+def test_a_merged_layer_is_saved_as_it_is_trained(pose_dim):
+    layer, fresh = (trained(LoRALinearLayer(12, 9, rank=3, pose_dim=pose_dim)) for _ in range(2))
+    x, at = torch.randn(5, 12), poses(pose_dim)
+    before, saved = layer(x, **at), copy.deepcopy(layer.state_dict())
+    layer.merge(**at)
+    assert list(layer.state_dict()) == list(saved)
+    assert all(torch.equal(value, saved[name]) for name, value in layer.state_dict().items())
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(fresh(x, **at), before)
+    fresh.merge(**at)
+    assert torch.equal(fresh(x), layer(x))
+
+
+@pytest.mark.parametrize("pose_dim", [0, 3])
+@pytest.mark.parametrize("saved_merged", [False, True])
+def test_what_is_loaded_into_a_merged_layer_is_what_it_computes(pose_dim, saved_merged):
+    layer, other = (trained(LoRALinearLayer(12, 9, rank=3, pose_dim=pose_dim)) for _ in range(2))
+    x, at = torch.randn(5, 12), poses(pose_dim)
+    wanted = other(x, **at)
+    if saved_merged:
+        other.merge(**at)
+    layer.merge(**at)
+    model = nn.Sequential(layer)
+    model.load_state_dict(nn.Sequential(other).state_dict())
+    assert not layer.is_merged and torch.equal(layer(x, **at), wanted)
+    layer.merge(**at)
+    torch.testing.assert_close(layer(x), wanted)
+    layer.unmerge()
+    assert torch.equal(layer(x, **at), wanted)
+
+
+def test_a_merged_layer_is_copied_and_converted_like_any_other(tmp_path):
+    layer = trained(LoRALinearLayer(12, 9, rank=3, pose_dim=3))
+    x, pose = torch.randn(5, 12), torch.randn(3)
+    before = layer(x, pose)
+    layer.merge(pose)
+    torch.save(layer, tmp_path / "layer.pt")
+    for twin in (copy.deepcopy(layer), torch.load(tmp_path / "layer.pt", weights_only=False)):
+        assert torch.equal(twin(x), layer(x))
+        twin.unmerge()
+        assert layer.is_merged and torch.equal(twin(x, pose), before)
+    layer.double()
+    torch.testing.assert_close(layer(x.double()), before.double(), rtol=1e-5, atol=1e-5)
+    layer.unmerge()
+    torch.testing.assert_close(layer(x.double(), pose.double()), before.double(), rtol=1e-5, atol=1e-5)
+    layer.merge(pose.double())
+    assert layer.to("meta")(x.double().to("meta")).device.type == "meta"
+
+
+def test_merging_leaves_the_wrapped_layer_alone():
+    linear = nn.Linear(7, 4)
+    layer = trained(LoRALinearLayer.from_linear(linear, rank=2))
+    x = torch.randn(3, 7)
+    before = linear(x)
+    layer.merge()
+    assert torch.equal(linear(x), before) and not torch.allclose(layer(x), before)
 
 
 def test_wraps_a_linear_layer_without_copying():
@@ -109,9 +191,18 @@ def test_disabling_adapters_is_undone_even_after_an_error():
         assert not torch.equal(model(x), with_adapters)
         raise KeyError
     assert torch.equal(model(x), with_adapters)
+
+
+def test_merged_adapters_are_disabled_too():
+    model = nn.Sequential(trained(LoRALinearLayer(4, 4, rank=2)), nn.GELU(), trained(LoRALinearLayer(4, 4, rank=2)))
+    x = torch.randn(2, 4)
+    with disable_adapters(model):
+        without = model(x)
     lora_layers(model)["0"].merge()
-    with pytest.raises(RuntimeError, match="unmerge"), disable_adapters(model):
-        raise AssertionError("must not be entered")
+    merged = model(x)
+    with disable_adapters(model):
+        assert torch.equal(model(x), without)
+    assert torch.equal(model(x), merged)
 
 
 def test_dropout_acts_on_the_adapter_only_and_only_in_training():

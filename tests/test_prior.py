@@ -1,9 +1,12 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import people
+from scipy.special import log_softmax
 from torch import nn
+from torch.func import vmap
 
 from viewdiff_nb import (
     EnhancedTransformerDecoderOnly3D,
@@ -56,6 +59,32 @@ def test_kl_is_a_mean_over_samples_not_over_batch_statistics():
     student, teacher = torch.randn(4, 8), torch.randn(4, 8)
     alone = [loss(student[i : i + 1], teacher[i : i + 1])[1]["kl_loss"] for i in range(4)]
     torch.testing.assert_close(loss(student, teacher)[1]["kl_loss"], torch.stack(alone).mean())
+
+
+@pytest.mark.parametrize("vectorised", [False, True])
+def test_autocast_leaves_the_terms_in_float32(vectorised):
+    """Cosines of rounded vectors, divided by T = .05, would be off by several hundredths."""
+    anchors, student, teacher = torch.randn(40, 32), torch.randn(24, 32), torch.randn(24, 32)
+    loss, student = PriorPreservationLoss(anchors), student.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        if vectorised:
+            total, terms = vmap(loss)(student[None], teacher[None])
+            total, terms = total[0], {name: value[0] for name, value in terms.items()}
+        else:
+            total, terms = loss(student, teacher)
+
+    a, s, t = (x.detach().double().numpy() for x in (anchors, student, teacher))
+    a, unit_s, unit_t = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, s, t))
+    log_q, log_p = log_softmax(unit_s @ a.T / 0.05, 1), log_softmax(unit_t @ a.T / 0.05, 1)
+    wanted = {
+        "kl_loss": (np.exp(log_p) * (log_p - log_q)).sum(1).mean(),
+        "feature_loss": 1 - (unit_s * unit_t).sum(1).mean(),
+        "l2_loss": (((s - t) ** 2).sum(1) / (t**2).sum(1)).mean(),
+    }
+    assert {name: value.item() for name, value in terms.items()} == pytest.approx(wanted, rel=1e-5)
+    mixed, = torch.autograd.grad(total, student)
+    plain, = torch.autograd.grad(loss(student, teacher)[0], student)
+    torch.testing.assert_close(mixed, plain, rtol=1e-4, atol=1e-6)
 
 
 def test_no_gradient_reaches_the_teacher():

@@ -3,8 +3,9 @@ import torch
 from conftest import DEVICES
 from torch import nn
 
-from viewdiff_nb import EnhancedTransformerDecoderOnly3D
-from viewdiff_nb.modules.stacked import StackedAdapters
+from viewdiff_nb import EnhancedTransformerDecoderOnly3D, PoseConditionedLoRAAttention
+from viewdiff_nb.modules.lora import lora_layers
+from viewdiff_nb.modules.stacked import StackedAdapters, StackedAttention
 from viewdiff_nb.training.optimiser import StackedAdamW
 
 SIZES = {"d_model": 32, "nhead": 4, "num_layers": 2, "dim_feedforward": 48, "dropout": 0.0, "voxel_resolution": 4}
@@ -85,6 +86,42 @@ def test_one_token_attention_shows_the_weights_of_each():
         torch.testing.assert_close(weights[2 * i : 2 * i + 2], own)
 
 
+def test_a_stack_offers_only_what_it_can_do():
+    """It is no LoRA layer: it can be neither merged nor disabled."""
+    stacked = StackedAdapters(models({"use_projection_layer": False, "lora_targets": ("attention", "feed_forward")}))
+    assert not lora_layers(stacked)
+    kinds = {type(module).__name__: module for module in stacked.modules() if type(module).__name__.startswith("Stacked")}
+    assert set(kinds) == {"StackedAdapters", "StackedAttention", "StackedLoRALinear"}
+    for kind in kinds.values():
+        assert not [name for name in ("merge", "unmerge", "adapter_enabled", "is_merged") if hasattr(kind, name)]
+
+
+def test_scores_beyond_float16_before_they_are_scaled():
+    """q . k is 102,400, more than float16 holds; divided by sqrt(64) it is 12,800."""
+    built = [PoseConditionedLoRAAttention(64, pose_dim=0, num_heads=1, rank=1).half() for _ in range(2)]
+    with torch.no_grad():
+        for attention in built:
+            for linear in (attention.query, attention.key, attention.value, attention.out):
+                linear.weight.copy_(torch.eye(64))
+                if linear.bias is not None:
+                    linear.bias.zero_()
+    x, memory = torch.full((2, 1, 64), 40.0).half(), torch.full((2, 6, 64), 39.0).half()
+    output, weights = StackedAttention(built)(x, None, memory, return_attention=True)
+    torch.testing.assert_close(output, x)
+    torch.testing.assert_close(weights, torch.tensor([1.0, 0, 0, 0, 0, 0, 0]).half().expand(2, 1, 1, 7))
+
+
+def test_a_stack_leaves_its_models_alone():
+    built = models({"use_projection_layer": True})
+    before = [{name: p.clone() for name, p in model.named_parameters()} for model in built]
+    stacked = StackedAdapters(built)
+    with torch.no_grad():
+        for parameter in stacked.trainable().values():
+            parameter.add_(1)
+    for model, old in zip(built, before, strict=True):
+        assert all(torch.equal(p, old[name]) for name, p in model.named_parameters())
+
+
 def test_what_cannot_be_stacked():
     built = models({"use_projection_layer": False})
     built[0].norm.weight.requires_grad_(True)
@@ -95,6 +132,9 @@ def test_what_cannot_be_stacked():
         StackedAdapters([crossed])
     with pytest.raises(ValueError, match="no dropout of their own"):
         StackedAdapters(models({"use_projection_layer": False, "lora_dropout": 0.1}))
+
+
+LOSS = torch.tensor([1.0, 2.0])
 
 
 @pytest.mark.parametrize("rates", [[1e-3, 1e-1], [1e-2, 1e-2]])
@@ -111,11 +151,11 @@ def test_stacked_adamw_is_adamw_row_by_row(weight_decay, rates):
         for parameter, gradient in zip(stacks, gradients, strict=True):
             parameter.grad = gradient.clone()
         optimiser.begin(factor)
-        norms = optimiser.step()
+        optimiser.step(LOSS)
         for i, (row, reference, rate) in enumerate(zip(rows, references, rates, strict=True)):
             for parameter, gradient in zip(row, gradients, strict=True):
                 parameter.grad = gradient[i].clone()
-            torch.testing.assert_close(norms[i], nn.utils.clip_grad_norm_(row, 1.0))
+            nn.utils.clip_grad_norm_(row, 1.0)
             reference.param_groups[0]["lr"] = rate * factor
             reference.step()
             for parameter, stack in zip(row, stacks, strict=True):
@@ -123,16 +163,31 @@ def test_stacked_adamw_is_adamw_row_by_row(weight_decay, rates):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["gradient", "loss"])
 @pytest.mark.parametrize("rates", [[0.1, 0.2], [0.1, 0.1]])
-def test_a_row_whose_gradient_is_not_finite_is_not_updated_by_it(rates, bad):
-    stack = nn.Parameter(torch.ones(2, 3))
-    optimiser = StackedAdamW([stack], torch.tensor(rates), 0.0, clip_norm=1.0)
-    stack.grad = torch.tensor([[1.0, 1.0, 1.0], [1.0, bad, 1.0]])
-    optimiser.begin(1.0)
-    norms = optimiser.step()
-    assert norms[0].isfinite() and not norms[1].isfinite()
-    assert (stack[0] < 1).all() and (stack[1] == 1).all()
-    stack.grad = torch.ones(2, 3)
-    optimiser.begin(1.0)
-    optimiser.step()
-    assert stack.isfinite().all() and (stack[1] < 1).all()
+def test_a_row_that_diverged_stays_where_it_was_to_the_bit(rates, where, bad):
+    """Momentum and weight decay would go on moving it; the other row is as in a run without it."""
+    torch.manual_seed(0)
+    start, gradients = [torch.randn(2, 3), torch.randn(2, 2, 4)], [[torch.randn(2, 3), torch.randn(2, 2, 4)] for _ in range(9)]
+
+    def steps(diverges: bool) -> list[list[torch.Tensor]]:
+        stacks = [nn.Parameter(x.clone()) for x in start]
+        optimiser = StackedAdamW(stacks, torch.tensor(rates), weight_decay=0.1, clip_norm=1.0)
+        seen = []
+        for i, both in enumerate(gradients):
+            loss = LOSS.clone()
+            for stack, gradient in zip(stacks, both, strict=True):
+                stack.grad = gradient.clone()
+            if diverges and i == 4:
+                (loss if where == "loss" else stacks[0].grad[:, 1])[1] = bad
+            optimiser.begin(1.0)
+            optimiser.step(loss)
+            assert optimiser.diverged.tolist() == [False, diverges and i >= 4]
+            seen.append([x.detach().clone() for x in (*stacks, optimiser.mean, optimiser.square)])
+        return seen
+
+    alone, seen = steps(False), steps(True)
+    for i in range(9):
+        assert all(torch.equal(one[0], other[0]) for one, other in zip(seen[i], alone[i], strict=True))
+        assert all(torch.equal(one[1], other[1]) for one, other in zip(seen[i], alone[min(i, 3)], strict=True))
+    assert not torch.equal(alone[8][0][1], alone[3][0][1])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import CONFIG, DEVICES, run, sets
 
+from viewdiff_nb.training.optimiser import StackedAdamW
 from viewdiff_nb.training.together import FREE, refusal, shared_part, train_together
 
 EXACT = replace(CONFIG, use_lora_attention=True, dropout=0.0, min_yaw=45.0, epochs=7)  # 7 x 8 batches
@@ -39,14 +40,28 @@ def test_mixed_precision_trains_to_about_the_same(base_path, mixup):
         assert b.history["train_loss"].iloc[-1] == pytest.approx(a.history["train_loss"].iloc[-1], rel=0.05)
 
 
-def test_one_diverged_run_does_not_disturb_the_others(base_path):
-    configs = cells(base_path, loss="mse")
-    configs[1] = replace(configs[1], lora_alpha=1e30, lora_lr=1e20)
+@pytest.mark.parametrize("changes", [{"lora_alpha": 1e30, "lora_lr": 1e-3}, {"lora_lr": 1e20}], ids=["at once", "later"])
+def test_one_diverged_run_stays_where_it_was_and_does_not_disturb_the_others(base_path, changes, monkeypatch):
+    configs = cells(base_path, loss="mse", weight_decay=0.5)
+    undisturbed = train_together(configs, *sets())
+    configs[1] = replace(configs[1], **changes)
+    steps: list[list[torch.Tensor]] = []
+    step = StackedAdamW.step
+
+    def recorded(self, loss):
+        before = [p.detach()[1].clone() for p in self.parameters]
+        step(self, loss)
+        if self.diverged[1]:
+            steps.append(before)
+
+    monkeypatch.setattr(StackedAdamW, "step", recorded)
     results = train_together(configs, *sets())
     assert [r.stopped for r in results] == ["finished", "diverged", "finished"]
-    alone = run(configs[2])
-    for a, b in zip(alone.model.parameters(), results[2].model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+    for i in (0, 2):
+        for a, b in zip(undisturbed[i].model.parameters(), results[i].model.parameters(), strict=True):
+            assert torch.equal(a, b)
+    first, *_, last = steps  # before the step that had no finite gradient, and before the last one
+    assert len(steps) > 50 and all(map(torch.equal, first, last))
     assert all(p.isfinite().all() for p in results[1].model.parameters())
 
 

@@ -75,11 +75,12 @@ def normalise_keypoints(keypoints: Tensor) -> Tensor:
         keypoints: (..., 5, 3), any unit.
 
     Returns:
-        (..., 5, 3), dimensionless.
+        (..., 5, 3), dimensionless; zeros, without a gradient, for points that coincide but for rounding.
     """
     centred = keypoints - keypoints.mean(-2, keepdim=True)
     size = centred.norm(dim=-1).mean(-1)[..., None, None]
-    return centred / size.clamp_min(torch.finfo(keypoints.dtype).tiny)
+    rounding = 4 * torch.finfo(keypoints.dtype).eps * keypoints.abs().amax((-2, -1), keepdim=True)
+    return centred / size.where(size > rounding, torch.inf)
 
 
 def to_face_frame(keypoints: Tensor, angles: Tensor) -> Tensor:

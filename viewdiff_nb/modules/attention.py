@@ -21,6 +21,18 @@ def encode_pose(pose: Tensor) -> Tensor:
     return torch.cat((pose.sin(), pose.cos()), -1)
 
 
+def pose_code(pose: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    """`encode_pose` for all tokens of a sample: (B, 1, 2 P).
+
+    Raises:
+        ValueError: if the pose is not of that shape, (B, P).
+    """
+    if pose is None or pose.shape != shape:
+        got = "none" if pose is None else tuple(pose.shape)
+        raise ValueError(f"pose must be {shape} angles in radians, got {got}")
+    return encode_pose(pose)[:, None]
+
+
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, T, D) to (B, heads, T, D / heads)."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
@@ -36,29 +48,40 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tenso
     Returns:
         (B, heads, Tq, Tk), each row summing to 1.
     """
-    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # in this order, so that float16 holds them
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(-1)
 
 
-def weighted_tokens(q: Tensor, tokens: Tensor, scale: float) -> Tensor:
-    """softmax(q t^T scale) t: the tokens themselves are keys and values.
+def weighted_tokens(q: Tensor, tokens: Tensor) -> Tensor:
+    """softmax(q t^T) t: the tokens themselves are keys and values.
 
     Args:
-        q: (B, Tq, D). tokens: (B, T, D).
+        q: (B, Tq, D), scaled already. tokens: (B, T, D).
 
     Returns:
         (B, Tq, D).
     """
     if q.is_cuda and q.shape[-1] > FUSED_WIDTH:
-        return (q @ tokens.transpose(1, 2) * scale).softmax(-1) @ tokens
-    return F.scaled_dot_product_attention(q[:, None], tokens[:, None], tokens[:, None], scale=scale)[:, 0]
+        return (q @ tokens.transpose(1, 2)).softmax(-1) @ tokens
+    return F.scaled_dot_product_attention(q[:, None], tokens[:, None], tokens[:, None], scale=1.0)[:, 0]
 
 
 def _check_heads(feature_dim: int, num_heads: int) -> None:
     if num_heads < 1 or feature_dim % num_heads:
         raise ValueError(f"feature_dim must be a multiple of num_heads, got {feature_dim} and {num_heads}")
+
+
+def _acting(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """The matrix and bias that a layer's input meets."""
+    return layer.acting if isinstance(layer, LoRALinearLayer) else (layer.weight, layer.bias)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    """Whether calling a layer does more than its forward; what `nn.Module.__call__` asks itself."""
+    own = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return bool(own) or bool(nn.modules.module._has_any_global_hook())
 
 
 class PoseConditionedLoRAAttention(nn.Module):
@@ -147,8 +170,9 @@ class PoseConditionedLoRAAttention(nn.Module):
 
     def _may_absorb(self, queries: int, keys: int) -> bool:
         """Whether the short way is shorter, and allowed: adapter dropout acts on projected tokens, and a
-        layer that somebody else has wrapped (PEFT, quantisation) has to be called."""
-        ours = all(type(layer) in (nn.Linear, LoRALinearLayer) for layer in (self.key, self.value))
+        layer that somebody else has wrapped (PEFT, quantisation) or watches by a hook has to be called."""
+        ours = all(type(layer) in (nn.Linear, LoRALinearLayer) and not _has_hooks(layer)
+                   for layer in (self.key, self.value))  # fmt: skip
         return keys > 2 * queries and ours and not (self.dropout and self.training)
 
     def _projected(self, q: Tensor, context: Tensor, code: Tensor | None, with_weights: bool):
@@ -161,15 +185,16 @@ class PoseConditionedLoRAAttention(nn.Module):
     def _absorbed(self, q: Tensor, context: Tensor, code: Tensor | None, with_weights: bool):
         """The same with W_k applied to the queries and W_v after the weighted sum of the tokens."""
         batch, heads, count, width = q.shape  # (B, H, T, d)
-        by_head = q.transpose(0, 1).reshape(heads, batch * count, width)  # (H, B T, d)
-        towards = by_head @ self.key.weight.unflatten(0, (heads, width))  # (H, B T, D)
+        (key, _), (value, bias) = _acting(self.key), _acting(self.value)
+        by_head = (q * width**-0.5).transpose(0, 1).reshape(heads, batch * count, width)  # (H, B T, d)
+        towards = by_head @ key.unflatten(0, (heads, width))  # (H, B T, D)
         if self.rank and self.key.adapter_acts:
             low = by_head @ self.key.lora_up.unflatten(0, (heads, width))  # (H, B T, r)
             towards = towards + (low * self.key.scale) @ self.key.lora_down
         towards = towards.unflatten(1, (batch, count)).transpose(0, 1).flatten(1, 2)  # (B, H T, D)
-        summed = weighted_tokens(towards, context, width**-0.5)
+        summed = weighted_tokens(towards, context)
         by_head = summed.unflatten(1, (heads, count)).transpose(0, 1).reshape(heads, batch * count, -1)
-        attended = by_head @ self.value.weight.unflatten(0, (heads, width)).transpose(1, 2)  # (H, B T, d)
+        attended = by_head @ value.unflatten(0, (heads, width)).transpose(1, 2)  # (H, B T, d)
         if self.rank and self.value.adapter_acts:
             down, pose_down = self.value.lora_down.split((self.feature_dim, self.value.pose_dim), 1)
             low = by_head @ down.T  # (H, B T, r)
@@ -177,10 +202,10 @@ class PoseConditionedLoRAAttention(nn.Module):
                 low = low + F.linear(code, pose_down).expand(-1, count, -1).flatten(0, 1)
             up = self.value.lora_up.unflatten(0, (heads, width)).transpose(1, 2)
             attended = attended + (low * self.value.scale) @ up
-        attended = attended.unflatten(1, (batch, count)).permute(1, 2, 0, 3).flatten(2) + self.value.bias
+        attended = attended.unflatten(1, (batch, count)).permute(1, 2, 0, 3).flatten(2) + bias
         if not with_weights:
             return attended, None
-        scores = towards @ context.transpose(1, 2) * width**-0.5
+        scores = towards @ context.transpose(1, 2)
         return attended, scores.softmax(-1).unflatten(1, (heads, count))
 
     def _pose_code(self, pose: Tensor | None, batch: int) -> Tensor | None:
@@ -189,10 +214,7 @@ class PoseConditionedLoRAAttention(nn.Module):
             return None
         if pose is None and not (self.query.adapter_acts or self.value.adapter_acts):
             return None
-        if pose is None or pose.shape != (batch, self.pose_dim):
-            got = "none" if pose is None else tuple(pose.shape)
-            raise ValueError(f"pose must be ({batch}, {self.pose_dim}) angles in radians, got {got}")
-        return encode_pose(pose)[:, None]
+        return pose_code(pose, (batch, self.pose_dim))
 
     def get_trainable_parameters(self) -> list[nn.Parameter]:
         """The adapters' parameters (with rank 0: all of them)."""

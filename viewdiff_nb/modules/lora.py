@@ -20,7 +20,8 @@ from torch import Tensor, nn
 class LoRALinearLayer(nn.Linear):
     """A frozen linear layer plus a trainable low-rank update.
 
-    It is an `nn.Linear` with two more parameters, so the state dict of a plain linear layer fits it.
+    It is an `nn.Linear` with two more parameters, so the state dict of a plain linear layer fits it. Merging makes no
+    difference to its state dict, which holds W, b, A and B as they are trained; loading one undoes the merge.
 
     Args:
         in_features, out_features: widths of the layer.
@@ -63,7 +64,8 @@ class LoRALinearLayer(nn.Linear):
         self.rslora, self.dropout = rslora, dropout
         self.scale = self.alpha / (math.sqrt(rank) if rslora else rank)
         self.adapter_enabled = True
-        self._unmerged: tuple[Tensor, Tensor | None] | None = None  # (W, b) while merged
+        for name in ("merged_weight", "merged_bias"):  # W and b with the adapter, while it is merged
+            self.register_buffer(name, None, persistent=False)
         self.lora_down = nn.Parameter(torch.empty(rank, in_features + pose_dim, device=device, dtype=dtype))
         self.lora_up = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
         self.reset_adapter()
@@ -98,12 +100,19 @@ class LoRALinearLayer(nn.Linear):
 
     @property
     def is_merged(self) -> bool:
-        return self._unmerged is not None
+        return self.merged_weight is not None
 
     @property
     def adapter_acts(self) -> bool:
         """Whether the adapter has to be computed beside W: not if it is merged or disabled."""
         return self.adapter_enabled and not self.is_merged
+
+    @property
+    def acting(self) -> tuple[Tensor, Tensor | None]:
+        """The matrix and bias that x meets: W and b, with the adapter if it is merged and not disabled."""
+        if self.is_merged and self.adapter_enabled:
+            return self.merged_weight, self.merged_bias
+        return self.weight, self.bias
 
     def forward(self, x: Tensor, pose: Tensor | None = None) -> Tensor:
         """
@@ -114,7 +123,7 @@ class LoRALinearLayer(nn.Linear):
         Returns:
             (..., out_features).
         """
-        y = F.linear(x, self.weight, self.bias)
+        y = F.linear(x, *self.acting)
         if not self.adapter_acts:
             return y
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_down[:, : self.in_features])
@@ -123,18 +132,15 @@ class LoRALinearLayer(nn.Linear):
         return y + F.linear(low * self.scale, self.lora_up)
 
     def delta_weight(self) -> Tensor:
-        """s B A_x, the update of W: (out_features, in_features)."""
-        return self.scale * (self.lora_up @ self.lora_down[:, : self.in_features])
-
-    def delta_bias(self, pose: Tensor) -> Tensor:
-        """s B A_p c, the update of b for one pose: (out_features,)."""
-        return self.scale * (self.lora_up @ (self.lora_down[:, self.in_features :] @ self._checked(pose)))
+        """s B A_x, the update of W: (out_features, in_features), in float64."""
+        return self.scale * (self.lora_up.double() @ self.lora_down[:, : self.in_features].double())
 
     @torch.no_grad()
     def merge(self, pose: Tensor | None = None) -> None:
         """Fold the adapter into W (and, for one pose of shape (pose_dim,), into b); `unmerge` undoes it.
 
-        The update is added in float32 at least, then rounded once to the layer's dtype.
+        W and b stay as they are; merged_weight and merged_bias are used in their place. They are computed in float64
+        and rounded once, to the layer's dtype.
         """
         if self.is_merged:
             raise RuntimeError("the adapter is merged already; call unmerge() first")
@@ -143,22 +149,23 @@ class LoRALinearLayer(nn.Linear):
                 raise RuntimeError("a pose merges into the bias, and this layer has none; build it with bias=True")
             if self._checked(pose).dim() != 1:
                 raise ValueError(f"merging is exact for one pose of shape ({self.pose_dim},), got {tuple(pose.shape)}")
-        saved = self.weight.clone(), None if self.bias is None else self.bias.clone()
-        self.weight.add_(self.delta_weight())
+        dtype = self.weight.dtype
+        self.merged_weight = (self.weight + self.delta_weight()).to(dtype)
+        if self.bias is not None:
+            self.merged_bias = self.bias.clone()
         if self.pose_dim:
-            self.bias.add_(self.delta_bias(pose))
-        self._unmerged = saved
+            low = self.lora_down[:, self.in_features :].double() @ pose.double()
+            self.merged_bias = (self.bias + self.scale * (self.lora_up.double() @ low)).to(dtype)
 
-    @torch.no_grad()
     def unmerge(self) -> None:
-        """Restore W and b bit for bit (from a copy: subtracting the update would leave rounding behind)."""
-        if self._unmerged is None:
+        """Compute W and b and the adapter beside them again."""
+        if not self.is_merged:
             raise RuntimeError("the adapter is not merged")
-        weight, bias = self._unmerged
-        self.weight.copy_(weight)
-        if bias is not None:
-            self.bias.copy_(bias)
-        self._unmerged = None
+        self.merged_weight = self.merged_bias = None
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.merged_weight = self.merged_bias = None  # they were made of what is replaced now
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _checked(self, pose: Tensor | None) -> Tensor:
         if pose is None or pose.shape[-1] != self.pose_dim:
@@ -177,14 +184,8 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinearLayer]:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Within this context the model's LoRA layers compute the frozen W x + b only.
-
-    Raises:
-        RuntimeError: if an adapter is merged, since W is then no longer the frozen one.
-    """
+    """Within this context the model's LoRA layers compute the frozen W x + b only, merged or not."""
     layers = lora_layers(model)
-    if merged := [name for name, layer in layers.items() if layer.is_merged]:
-        raise RuntimeError(f"cannot disable merged adapters ({', '.join(merged[:3])}); call unmerge() first")
     before = {name: layer.adapter_enabled for name, layer in layers.items()}
     try:
         for layer in layers.values():

@@ -53,15 +53,16 @@ class PriorPreservationLoss(nn.Module):
             raise ValueError(f"student and teacher must both be (B, D), got {tuple(student.shape)} "
                              f"and {tuple(teacher.shape)}")  # fmt: skip
         student, teacher = student.float(), teacher.detach().float()
-        s, t = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
-        anchors = t if self.anchors is None else self.anchors
-        log_q = (s @ anchors.T / self.temperature).log_softmax(-1)
-        log_p = (t @ anchors.T / self.temperature).log_softmax(-1)
-        terms = {
-            "kl_loss": (log_p.exp() * (log_p - log_q)).sum(-1).mean(),
-            "feature_loss": (1 - (s * t).sum(-1)).mean(),
-            "l2_loss": ((student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-12)).mean(),
-        }
+        with torch.autocast(student.device.type, enabled=False):  # which would round the vectors of a product again
+            s, t = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+            anchors = t if self.anchors is None else self.anchors
+            log_q = (s @ anchors.T / self.temperature).log_softmax(-1)
+            log_p = (t @ anchors.T / self.temperature).log_softmax(-1)
+            terms = {
+                "kl_loss": (log_p.exp() * (log_p - log_q)).sum(-1).mean(),
+                "feature_loss": (1 - (s * t).sum(-1)).mean(),
+                "l2_loss": ((student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-12)).mean(),
+            }
         loss = sum(w * term for w, term in zip(self.weights, terms.values(), strict=True))
         return loss, {name: term.detach() for name, term in terms.items()}
 

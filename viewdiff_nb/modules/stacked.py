@@ -13,33 +13,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from .attention import PoseConditionedLoRAAttention, split_heads
+from .attention import PoseConditionedLoRAAttention, pose_code, split_heads
 from .lora import LoRALinearLayer
 from .projection import LightweightFaceProjectionLayer
 from .transformer import EnhancedTransformerDecoderOnly3D
 
 
-class StackedLoRALinear(LoRALinearLayer):
-    """A LoRA layers over one frozen linear layer. Differs from `LoRALinearLayer` in that
+class StackedLoRALinear(nn.Module):
+    """A LoRA layers over one frozen linear layer, to be trained: they can be neither merged nor disabled.
 
-    lora_down is (A, R, in_features + pose_dim), lora_up (A, out_features, R), scale (A, 1, 1), with R the highest rank.
+    As in `LoRALinearLayer`, but lora_down is (A, R, in_features + pose_dim), lora_up (A, out_features, R), and scale
+    (A, 1, 1), with R the highest rank.
 
     Args:
         layers: of equal base and pose_dim, without adapter dropout; their parameters are copied.
     """
 
     def __init__(self, layers: Sequence[LoRALinearLayer]) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         first = layers[0]
         self.in_features, self.out_features, self.pose_dim = first.in_features, first.out_features, first.pose_dim
         if any(layer.dropout or layer.pose_dim != first.pose_dim or layer.is_merged for layer in layers):
-            raise ValueError("adapters that are trained together share pose_dim, and have no dropout of their own")
+            raise ValueError("adapters that are trained together share pose_dim, are not merged, and have no dropout "
+                             "of their own")  # fmt: skip
         self.weight, self.bias = first.weight, first.bias
-        self.ranks, self.rank, self.dropout = [layer.rank for layer in layers], max(x.rank for x in layers), 0.0
-        self.adapter_enabled, self._unmerged = True, None
+        self.ranks = [layer.rank for layer in layers]
         scales = torch.tensor([layer.scale for layer in layers], device=self.weight.device, dtype=self.weight.dtype)
         self.register_buffer("scale", scales[:, None, None], persistent=False)
-        pads = [self.rank - rank for rank in self.ranks]
+        pads = [max(self.ranks) - rank for rank in self.ranks]
         self.lora_down = nn.Parameter(torch.stack([F.pad(x.lora_down.detach(), (0, 0, 0, p))
                                                    for x, p in zip(layers, pads, strict=True)]))  # fmt: skip
         self.lora_up = nn.Parameter(torch.stack([F.pad(x.lora_up.detach(), (0, p))
@@ -61,7 +62,7 @@ class StackedLoRALinear(LoRALinearLayer):
         return y + ((low * self.scale) @ self.lora_up.transpose(1, 2)).view_as(y)
 
     def extra_repr(self) -> str:
-        return f"{nn.Linear.extra_repr(self)}, ranks={self.ranks}, pose_dim={self.pose_dim}"
+        return f"{self.in_features} to {self.out_features}, ranks={self.ranks}, pose_dim={self.pose_dim}"
 
     def _split_down(self) -> tuple[Tensor, Tensor]:
         return self.lora_down.split((self.in_features, self.pose_dim), 2)
@@ -80,7 +81,7 @@ class StackedLoRALinear(LoRALinearLayer):
         return self.lora_up.unflatten(1, (heads, -1))
 
 
-class StackedAttention(PoseConditionedLoRAAttention):
+class StackedAttention(nn.Module):
     """A attentions over one frozen one, for a single feature token with a memory.
 
     The short way of `PoseConditionedLoRAAttention`, and one step further for the adapters: what A_k and A_v make of a
@@ -91,10 +92,8 @@ class StackedAttention(PoseConditionedLoRAAttention):
     """
 
     def __init__(self, layers: Sequence[PoseConditionedLoRAAttention]) -> None:
-        nn.Module.__init__(self)
-        first = layers[0]
-        self.feature_dim, self.num_heads, self.pose_dim = first.feature_dim, first.num_heads, first.pose_dim
-        self.rank, self.dropout = first.rank, first.dropout
+        super().__init__()
+        self.num_heads, self.pose_dim = layers[0].num_heads, layers[0].pose_dim
         for name in ("query", "key", "value", "out"):
             setattr(self, name, StackedLoRALinear([getattr(layer, name) for layer in layers]))
 
@@ -110,16 +109,17 @@ class StackedAttention(PoseConditionedLoRAAttention):
         The feature token and the memory are kept apart: what a frozen base makes of pose and keypoints needs no
         gradient.
         """
-        runs, heads, scale = len(self.key.ranks), self.num_heads, (self.feature_dim // self.num_heads) ** -0.5
-        code = self._pose_code(pose, len(features))
-        q = split_heads(self.query(features, code) if self.pose_dim else self.query(features), heads)[:, :, 0]
-        towards = q.transpose(0, 1) @ self.key.weight.unflatten(0, (heads, -1))  # (H, N, D), N = A B
+        runs, heads = len(self.key.ranks), self.num_heads
+        code = pose_code(pose, (len(features), self.pose_dim)) if self.pose_dim else None
+        q = split_heads(self.query(features, code), heads)[:, :, 0]  # (N, H, d), N = A B
+        q = q * q.shape[-1] ** -0.5
+        towards = q.transpose(0, 1) @ self.key.weight.unflatten(0, (heads, -1))  # (H, N, D)
         towards = towards.transpose(0, 1)
         scores = torch.cat((towards @ features.transpose(1, 2), towards @ memory.transpose(1, 2)), 2)  # (N, H, 1 + M)
         low_q = q.unflatten(0, (runs, -1)).transpose(1, 2) @ self.key.up_by_head(heads)  # (A, H, B, R)
         low_q = low_q.transpose(1, 2) * self.key.scale[:, None]  # (A, B, H, R)
         low_k = torch.cat((self.key.down(features), self.key.down(memory)), 2)  # (A, B, 1 + M, R)
-        weights = ((scores + (low_q @ low_k.transpose(2, 3)).flatten(0, 1)) * scale).softmax(-1)
+        weights = (scores + (low_q @ low_k.transpose(2, 3)).flatten(0, 1)).softmax(-1)
 
         summed = weights[:, :, :1] * features + weights[:, :, 1:] @ memory  # (N, H, D)
         attended = summed.transpose(0, 1) @ self.value.weight.unflatten(0, (heads, -1)).transpose(1, 2)  # (H, N, d)
@@ -135,7 +135,7 @@ class StackedAttention(PoseConditionedLoRAAttention):
 
 
 class StackedProjection(nn.Module):
-    """A projection layers side by side: every parameter (A, ...).
+    """A projection layers side by side: one layer whose every parameter is a stack (A, ...).
 
     Args:
         layers: of the same sizes; their parameters are copied.
@@ -143,28 +143,28 @@ class StackedProjection(nn.Module):
 
     def __init__(self, layers: Sequence[LightweightFaceProjectionLayer]) -> None:
         super().__init__()
-        self.names = [name for name, _ in layers[0].named_parameters()]
-        self.layer = [copy.deepcopy(layers[0])]  # in a list, so that its parameters are not this module's
-        states = [dict(layer.named_parameters()) for layer in layers]
-        self.stack = nn.ParameterList(torch.stack([s[name].detach() for s in states]) for name in self.names)
+        self.count = len(layers)
+        self.layer = copy.deepcopy(layers[0])
+        for name, parameter in self.layer.named_parameters():
+            parameter.data = torch.stack([layer.get_parameter(name).detach() for layer in layers])
 
     @torch.no_grad()
     def copy_to(self, index: int, layer: LightweightFaceProjectionLayer) -> None:
         for name, parameter in layer.named_parameters():
-            parameter.copy_(self.stack[self.names.index(name)][index])
+            parameter.copy_(self.layer.get_parameter(name)[index])
 
     def forward(self, features: Tensor, keypoints_3d: Tensor, source_pose: Tensor) -> Tensor:
         """(A B, D), (A B, K, 3), (A B, 3) to (A B, D)."""
-        count = len(self.stack[0])
-        parts = [value.unflatten(0, (count, -1)) for value in (features, keypoints_3d, source_pose)]
+        stacks = dict(self.layer.named_parameters())
+        parts = [value.unflatten(0, (self.count, -1)) for value in (features, keypoints_3d, source_pose)]
         if features.is_cuda:  # one launch for all, of all voxels
-            self.layer[0].in_turns = False
-            return vmap(self._one)(list(self.stack), *parts).flatten(0, 1)
-        return torch.cat([self._one([p[i] for p in self.stack], *(x[i] for x in parts)) for i in range(count)])
+            self.layer.in_turns = False
+            return vmap(self._one)(stacks, *parts).flatten(0, 1)
+        return torch.cat([self._one({name: stack[i] for name, stack in stacks.items()}, *(part[i] for part in parts))
+                          for i in range(self.count)])  # fmt: skip
 
-    def _one(self, parameters: Sequence[Tensor], features: Tensor, keypoints: Tensor, pose: Tensor) -> Tensor:
-        named = dict(zip(self.names, parameters, strict=True))
-        return functional_call(self.layer[0], named, (features, keypoints), {"source_pose": pose})
+    def _one(self, parameters: dict[str, Tensor], features: Tensor, keypoints: Tensor, pose: Tensor) -> Tensor:
+        return functional_call(self.layer, parameters, (features, keypoints), {"source_pose": pose})
 
 
 class StackedAdapters(nn.Module):
@@ -181,7 +181,7 @@ class StackedAdapters(nn.Module):
         if first.cross_view is not None:
             raise ValueError("cross-view attention is trained one model at a time")
         self.models = list(models)  # not this module's own
-        self.together = copy.deepcopy(first, {id(p): p for p in first.parameters()})  # the frozen base is shared
+        self.together = copy.deepcopy(first)
         for name, kind in _outermost(first):
             parent, _, leaf = name.rpartition(".")
             stack = kind([model.get_submodule(name) for model in models])

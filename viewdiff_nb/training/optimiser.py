@@ -52,72 +52,58 @@ class StackedAdamW:
     """AdamW for stacks of parameters (A, ...), each row with a learning rate of its own and clipped by itself.
 
     As `torch.optim.AdamW` (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2) would treat the rows one by one.
-    Where all rows have one learning rate it is that optimiser that does it, in its fused form.
+    The parameters' values are moved into one tensor (A, N), so that a step is a few operations however many there are.
 
-    A row whose gradient is not finite is not updated by it.
+    A row whose loss or gradient is not finite has `diverged`: it is updated neither by this step nor by later ones.
 
     Args:
-        parameters: each (A, ...).
+        parameters: each (A, ...), of one dtype.
         lr: (A,).
         clip_norm: bound of each row's gradient over all parameters.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], lr: Tensor, weight_decay: float, clip_norm: float) -> None:
         self.parameters = list(parameters)
-        self.lr = lr.to(self.parameters[0].device, torch.float32)
-        self.weight_decay, self.clip_norm, self.steps = weight_decay, clip_norm, 0
-        self.rate = float(lr[0])
-        self.fused = None
-        if (lr == lr[0]).all():
-            self.fused = torch.optim.AdamW(self.parameters, lr=self.rate, weight_decay=weight_decay, fused=True)
-        else:
-            self.mean, self.square = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))
-            self.factor, self.correct1, self.correct2 = torch.ones(3, device=self.lr.device)  # of the step that begins
+        self.values = self._flat([p.detach() for p in self.parameters])
+        parts = self.values.split([p[0].numel() for p in self.parameters], 1)
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.data = part.unflatten(1, parameter.shape[1:])
+        device = self.values.device
+        self.mean, self.square = torch.zeros_like(self.values), torch.zeros_like(self.values)
+        self.lr, self.weight_decay, self.clip_norm = lr.to(device, torch.float32)[:, None], weight_decay, clip_norm
+        self.diverged = torch.zeros(len(lr), dtype=torch.bool, device=device)
+        self.steps = 0
+        self.factor, self.correct1, self.correct2 = torch.ones(3, device=device)  # of the step that begins
 
     def begin(self, factor: float) -> None:
         """Begin a step with learning rates factor * lr."""
-        if self.fused is not None:
-            [group] = self.fused.param_groups
-            if torch.is_tensor(group["lr"]):
-                group["lr"].fill_(factor * self.rate)
-            else:
-                group["lr"] = factor * self.rate
-            return
         self.steps += 1
         self.factor.fill_(factor)
         self.correct1.fill_(1 - BETAS[0] ** self.steps)
         self.correct2.fill_(math.sqrt(1 - BETAS[1] ** self.steps))
 
     @torch.no_grad()
-    def step(self) -> Tensor:
-        """Update as `begin` said; returns the norms (A,) of the gradients before clipping."""
-        gradients = [p.grad for p in self.parameters]
-        norm = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
-        fine = norm.isfinite()
-        scale = torch.where(fine, (self.clip_norm / (norm + 1e-6)).clamp(max=1.0), 0.0)
-        safe = not norm.is_cuda and bool(fine.all())  # on a GPU nobody waits for the answer
-        for gradient in gradients:
-            gradient.mul_(_rows(scale, gradient))
-            if not safe:
-                gradient.nan_to_num_(0.0, 0.0, 0.0)  # 0 times infinity
-        if self.fused is not None:
-            self.fused.step()
-        else:
-            self._update(gradients, fine)
+    def step(self, loss: Tensor) -> None:
+        """Update as `begin` said.
+
+        Args:
+            loss: (A,), of which the parameters have the gradients.
+        """
+        gradient = self._flat([p.grad for p in self.parameters])
+        norm = gradient.norm(dim=1)
+        self.diverged |= ~(norm.isfinite() & loss.isfinite())
+        moves = ~self.diverged[:, None]
+        gradient.mul_((self.clip_norm / (norm[:, None] + 1e-6)).clamp(max=1.0)).masked_fill_(~moves, 0.0)
+        rate = self.factor * self.lr * moves
+        self.mean.lerp_(gradient, (1 - BETAS[0]) * moves)
+        self.square.lerp_(gradient.square_(), (1 - BETAS[1]) * moves)
+        self.values.mul_(1 - rate * self.weight_decay)
+        spread = self.square.sqrt().div_(self.correct2).add_(EPS)
+        self.values.addcdiv_(self.mean * (-rate / self.correct1), spread)
         for p in self.parameters:
             p.grad = None
-        return norm
 
-    def _update(self, gradients: Sequence[Tensor], fine: Tensor) -> None:
-        (beta1, beta2), rate = BETAS, self.factor * self.lr * fine
-        for p, g, m, v in zip(self.parameters, gradients, self.mean, self.square, strict=True):
-            m.lerp_(g, _rows((1 - beta1) * fine, p))
-            v.lerp_(g * g, _rows((1 - beta2) * fine, p))
-            r = _rows(rate, p)
-            p.mul_(1 - r * self.weight_decay)
-            p.addcdiv_(m * (-r / self.correct1), v.sqrt().div_(self.correct2).add_(EPS))
-
-
-def _rows(values: Tensor, stack: Tensor) -> Tensor:
-    """(A,) to broadcast against the rows of a stack (A, ...)."""
-    return values.view(-1, *(1,) * (stack.dim() - 1)).to(stack.dtype)
+    @staticmethod
+    def _flat(stacks: Sequence[Tensor]) -> Tensor:
+        """(A, ...) each to (A, N)."""
+        return torch.cat([stack.flatten(1) for stack in stacks], 1)

@@ -17,7 +17,7 @@ from ..faces.views import FaceViews
 from ..modules.prior import PriorPreservationDataset, PriorPreservationLoss
 from ..modules.stacked import StackedAdapters
 from .batches import count_batches, place, take, views_to_train
-from .capture import Captured, set_capturable
+from .capture import Captured
 from .config import TrainConfig, choose_device
 from .evaluation import evaluate
 from .losses import LOSSES, mean_loss
@@ -53,8 +53,8 @@ def train_together(
 ) -> list[TrainResult]:
     """Train adapters that differ only in what `FREE` names.
 
-    train_seconds of each result is its share of the whole. A run whose loss or gradient is not finite is left where it
-    was, and its result says "diverged"; the others go on.
+    train_seconds of each result is its share of the whole. A run whose loss or gradient is not finite stays as it was
+    before that step, is validated no more, and its result says "diverged"; the others go on.
 
     Raises:
         ValueError: for configs that cannot be trained together.
@@ -81,8 +81,6 @@ class _Pass:
         self.parameters = list(self.model.trainable().values())
         rates = torch.tensor([c.lora_lr for c in self.configs])
         self.optimiser = StackedAdamW(self.parameters, rates, config.weight_decay, config.clip_norm)
-        if self.optimiser.fused is not None:
-            set_capturable(self.optimiser.fused, self.device, config.use_cuda_graph)
         self.schedule = warmup_cosine(config.warmup, config.epochs * self.batches)
         self.generators = [torch.Generator().manual_seed(c.seed) for c in self.configs]
         self.lambdas = torch.tensor([c.lambda_prior for c in self.configs], device=self.device)
@@ -92,7 +90,6 @@ class _Pass:
             self.prior = PriorPreservationDataset(prepared[0][1].to(self.device), kept.src, kept.conditions())
             self.prior_loss = PriorPreservationLoss(self.front)
         self.amp_dtype = amp_dtype_for(self.device) if config.use_amp else None
-        self.diverged = torch.zeros(len(self.configs), dtype=torch.bool, device=self.device)
 
     def run(self) -> list[TrainResult]:
         config, count = self.configs[0], len(self.configs)
@@ -118,9 +115,11 @@ class _Pass:
                 history.append({"epoch": epoch + 1, "train_loss": mean, "lr": rate * c.lora_lr,
                                 "seconds": seconds / count})  # fmt: skip
             if (epoch + 1) % config.val_every == 0 or epoch + 1 == config.epochs:
-                for history, model in zip(histories, self.model.unstack(), strict=True):
-                    history[-1] |= evaluate(model, self.val_faces, LOSSES[config.loss])
-        ended = ["diverged" if bad else "finished" for bad in self.diverged.tolist()]
+                diverged = self.optimiser.diverged.tolist()
+                for history, model, bad in zip(histories, self.model.unstack(), diverged, strict=True):
+                    if not bad:
+                        history[-1] |= evaluate(model, self.val_faces, LOSSES[config.loss])
+        ended = ["diverged" if bad else "finished" for bad in diverged]
         return [TrainResult(model, pd.DataFrame(history), seconds / count, config.epochs * self.batches, how, None)
                 for model, history, how in zip(self.model.unstack(), histories, ended, strict=True)]  # fmt: skip
 
@@ -143,8 +142,7 @@ class _Pass:
         """One step of all runs; returns their losses (A,) before it."""
         loss = self._losses(rows, weight, kept)
         loss.sum().backward()
-        norm = self.optimiser.step()
-        self.diverged |= ~(norm.isfinite() & loss.detach().isfinite())
+        self.optimiser.step(loss.detach())
         return loss.detach()
 
     def _losses(self, rows: Tensor, weight: Tensor | None, kept_rows: Tensor | None) -> Tensor:

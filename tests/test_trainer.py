@@ -175,9 +175,15 @@ def test_a_base_that_is_adapted_already_has_no_plain_teacher(tmp_path):
         run(replace(lora, use_prior_preservation=True, base_model_path=str(path)))
 
 
-def test_too_few_validation_people_are_found_before_training():
+def test_too_few_validation_people_for_what_is_monitored_are_found_before_training():
     with pytest.raises(ValueError, match="5 validation people with 30 predictions make 120 impostor pairs.*raise val_people"):
-        train(CONFIG, people(40), people(5, first=1000), progress=False)
+        train(replace(CONFIG, monitor="val_tar"), people(40), people(5, first=1000), progress=False)
+
+
+def test_few_validation_people_have_the_rates_that_can_be_told():
+    history = train(CONFIG, people(40), people(5, first=1000), progress=False).history
+    assert history["val_tar"].isna().all()
+    assert history[["val_loss", "val_rank1", "val_cosine", "val_auc"]].notna().all(axis=None)
 
 
 def test_a_given_model_is_not_combined_with_a_base(base_path):

@@ -25,10 +25,17 @@ def main() -> None:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
-    from ..paths import PROJECT, RUNS
+    from ..paths import FIGURES, PROJECT, RUNS, writable_folder
 
+    paths = arguments.notebooks or sorted((PROJECT / "notebooks").glob("*.ipynb"))
+    targets = {path: RUNS / "fast" / "notebooks" / path.name if arguments.fast else path for path in paths}
+    try:
+        for folder in {RUNS, FIGURES, *(target.parent for target in targets.values())}:
+            writable_folder(folder)
+    except OSError as error:
+        sys.exit(f"error: {error} (VIEWDIFF_NB_RUNS names the folder of results)")
     started = time.monotonic()
-    for path in arguments.notebooks or sorted((PROJECT / "notebooks").glob("*.ipynb")):
+    for path, target in targets.items():
         notebook = nbformat.read(path, as_version=4)
         begun = time.monotonic()
         print(f"{path.name} ...", flush=True)
@@ -42,8 +49,6 @@ def main() -> None:
             cell.metadata.pop("execution", None)  # time stamps, new with every run
             if cell.cell_type == "code":
                 cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
-        target = RUNS / "fast" / "notebooks" / path.name if arguments.fast else path
-        target.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook, target)
         print(f"{path.name} done in {time.monotonic() - begun:.0f} s: {target}", flush=True)
     print(f"all done in {(time.monotonic() - started) / 60:.1f} min")

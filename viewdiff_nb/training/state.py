@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..faces.views import FaceViews
 from .checkpoint import CheckpointError
 from .config import ARCHITECTURE, MONITORED, TrainConfig
+from .randomness import CPU, generator
 
 TRACE = ("loss", "grad_norm", "prior_loss")  # of every batch; the norm only where a window of batches ends
 PLAIN = ("epoch", "batch", "steps", "seconds", "history", "best", "stale")
@@ -90,8 +91,8 @@ class TrainingState:
             **{name: getattr(self, name) for name in PLAIN},
             **{name: getattr(self, name).state_dict() for name in STATEFUL},
             "generator": self.generator.get_state(), "order": self.order, "trace": self.trace,
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "torch_rng": generator(CPU).get_state(),
+            "cuda_rng": generator(device).get_state() if device.type == "cuda" else None,
             "config": self.config.to_dict(), "data": self.data,
         }  # fmt: skip
 
@@ -130,9 +131,9 @@ class TrainingState:
             self.order = state["order"].cpu()
         if "seed" not in changed:  # else what is drawn from here on is the new seed's
             self.generator.set_state(state["generator"].cpu())
-            torch.set_rng_state(state["torch_rng"].cpu())
+            generator(CPU).set_state(state["torch_rng"].cpu())
             if self.trace.device.type == "cuda" and state["cuda_rng"] is not None:
-                torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.trace.device)
+                generator(self.trace.device).set_state(state["cuda_rng"].cpu())
         same_goal = self._same_goal(state, changed)
         if not same_goal:
             self.forget_best()

@@ -32,6 +32,7 @@ from .objective import Objective
 from .optimiser import build_optimizer, set_rates, warmup_cosine
 from .parallel import OneProcess, SeveralProcesses, connect
 from .prepare import find_checkpoint, prepare_model
+from .randomness import manual_seed
 from .run_folder import RunFolder
 from .state import TRACE, TrainingState, data_fingerprint, file_fingerprint
 
@@ -167,7 +168,7 @@ class _Run:
             torch.Generator().manual_seed(config.seed), trace=torch.zeros(self.batches, len(TRACE), device=self.device),
         )  # fmt: skip
 
-        torch.manual_seed(config.seed)  # dropout
+        manual_seed(config.seed)  # dropout
         checkpoint = find_checkpoint(config.resume, config.save_dir)
         same_goal = self._resume(checkpoint) if checkpoint else True
         self.folder = RunFolder(config.save_dir if self.first else None, self.state, checkpoint, same_goal,

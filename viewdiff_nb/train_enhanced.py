@@ -4,18 +4,16 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
 
 import tyro
 
 from .faces.splits import load_split_file, split_by_person
 from .faces.views import load_face_views
-from .training.checkpoint import CheckpointError, load_config
 from .training.config import TrainConfig
 from .training.diagnosis import TrainingAdvice
 from .training.interrupt import TrainingInterrupted
 from .training.parallel import is_first
-from .training.prepare import find_checkpoint
+from .training.prepare import find_checkpoint, load_train_config
 from .training.trainer import train
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
@@ -29,11 +27,7 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
     given = first.parse_known_args(arguments)[0]
     default = TrainConfig()
     if path := find_checkpoint(given.resume, given.save_dir):
-        known = {field.name for field in fields(TrainConfig)}
-        config = load_config(path)
-        if unknown := sorted(set(config) - known):
-            raise CheckpointError(f"{path} was written by another version of the kit: it has {', '.join(unknown)}")
-        default = TrainConfig(**config)
+        default = load_train_config(path)
     return tyro.cli(TrainConfig, args=arguments, default=default, description=__doc__)
 
 

@@ -1,7 +1,14 @@
+import contextlib
+import json
+import os
+import resource
+import struct
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_transformer import build, inputs, trained_base
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from viewdiff_nb.modules.adapters import (
@@ -78,6 +85,16 @@ def test_fingerprint_is_that_of_the_base_alone():
         base_fingerprint(model)
 
 
+def test_parameters_without_dimensions_count(tmp_path):
+    """A learned temperature, say."""
+    base = trained_base()
+    base.temperature = nn.Parameter(torch.tensor(0.07))
+    before = base_fingerprint(base)
+    with torch.no_grad():
+        base.temperature += 1e-3
+    assert base_fingerprint(base) != before
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("targets", [("attention",), ("attention", "feed_forward")])
 def test_peft_reads_what_we_save(tmp_path, rslora, targets):
@@ -98,7 +115,7 @@ def test_we_read_what_peft_saves(tmp_path):
     theirs.save_pretrained(tmp_path)
     load_peft_adapter(model, tmp_path)
     torch.testing.assert_close(model(**x), theirs(**x), rtol=1e-5, atol=1e-5)
-    with pytest.raises(AdapterError, match=r"is \(4, 6.0, False, 0\) in the model and \(3, 6.0"):
+    with pytest.raises(AdapterError, match=r"is \(4, 6.0, False, 0\) in the model and \(3, 6"):
         load_peft_adapter(adapted(trained_base(), pose_dim=0, rank=4, lora_alpha=6.0), tmp_path)
     with pytest.raises(AdapterError, match="use load_peft_adapter"):
         load_adapter(model, tmp_path)
@@ -108,6 +125,146 @@ def test_peft_cannot_express_a_pose(tmp_path):
     with pytest.raises(AdapterError, match="no pose-conditioned LoRA"):
         save_peft_adapter(adapted(trained_base()), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_before_step(monkeypatch, number):
+    """Let the number-th change of a file in the folder, counted from 0, and all later ones, end the process."""
+    done = []
+    for name in ("replace", "unlink"):
+
+        def step(*args, real=getattr(os, name)):
+            if len(done) == number:
+                raise Killed
+            done.append(1)
+            return real(*args)
+
+        monkeypatch.setattr(os, name, step)
+
+
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("peft", [False, True])
+def test_a_killed_save_leaves_one_adapter_or_the_other(tmp_path, monkeypatch, peft, number):
+    """PEFT, which reads both files, never takes the weights of one with the alpha of the other."""
+    base, x = trained_base().eval(), inputs()
+    save, load = (save_peft_adapter, load_peft_adapter) if peft else (save_adapter, load_adapter)
+    models = [train_a_bit(adapted(base, pose_dim=0, rank=3, lora_alpha=alpha)) for alpha in (3.0, 30.0)]
+    wanted = [model(**x) for model in models]
+    save(models[0], tmp_path)
+    with monkeypatch.context() as patch:
+        killed_before_step(patch, number)
+        with contextlib.suppress(Killed):
+            save(models[1], tmp_path)
+    found = []
+    for alpha, result in zip((3.0, 30.0), wanted, strict=True):
+        fresh = adapted(base, pose_dim=0, rank=3, lora_alpha=alpha)
+        try:
+            load(fresh, tmp_path)
+        except AdapterError:
+            continue
+        assert torch.equal(fresh(**x), result)
+        found.append(alpha)
+    assert len(found) == 1 and found[0] == (3.0 if number < 3 else 30.0)
+    if peft and (tmp_path / "adapter_config.json").exists():
+        theirs = PeftModel.from_pretrained(base, tmp_path).eval()
+        torch.testing.assert_close(theirs(**x), wanted[found[0] == 30], rtol=1e-5, atol=1e-5)
+
+
+def test_a_full_disk_leaves_the_old_adapter(tmp_path):
+    base = trained_base()
+    save_adapter(adapted(base, rank=2), tmp_path)
+    before, limit = {p.name: p.read_bytes() for p in tmp_path.iterdir()}, resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limit[1]))
+        with pytest.raises(OSError, match="File too large"):
+            save_adapter(adapted(base, rank=4), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_adapters_whose_config_is_only_beside_them_load(tmp_path):
+    """As the kit's first versions, and PEFT, save them."""
+    base, x = trained_base(), inputs()
+    model, other = train_a_bit(adapted(base)), adapted(base)
+    save_adapter(model, tmp_path)
+    save_file(load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_model.safetensors")
+    load_adapter(other, tmp_path)
+    assert torch.equal(other(**x), model(**x))
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks adapter_config\.json"):
+        load_adapter(other, tmp_path)
+
+
+def edited(change):
+    def damage(folder):
+        weights, path = load_file(folder / "adapter_model.safetensors"), folder / "adapter_config.json"
+        save_file(weights, folder / "adapter_model.safetensors")  # without the header's config, as PEFT does
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+    return damage
+
+
+def without_header(text):
+    return lambda folder: (edited(dict)(folder), (folder / "adapter_config.json").write_text(text))
+
+
+def cut(length):
+    def damage(folder):
+        path = folder / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:length])
+
+    return damage
+
+
+def header_longer_than_the_file(folder):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(struct.pack("<Q", 2**60) + path.read_bytes()[8:])
+
+
+def no_weights(folder):
+    save_file({}, folder / "adapter_model.safetensors")
+
+
+BAD = {"empty": cut(0), "seven bytes": cut(7), "eight bytes": cut(8), "half a header": cut(200), "half the weights": cut(-999),
+       "one byte less": cut(-1), "endless header": header_longer_than_the_file, "no weights": no_weights,
+       "a text": edited(lambda c: "config"), "a list": edited(lambda c: [c]), "nothing": edited(lambda c: None),
+       "nested": without_header("[" * 100_000), "no JSON": without_header("{"), "digits": without_header("9" * 5000)}  # fmt: skip
+OURS = {"no layers": edited(lambda c: {k: v for k, v in c.items() if k != "layers"}),
+        "no base": edited(lambda c: {k: v for k, v in c.items() if k != "base_fingerprint"}),
+        "layers in a list": edited(lambda c: c | {"layers": [1]}), "settings in a text": edited(lambda c: c | {"settings": "x"}),
+        "a long layer": edited(lambda c: c | {"layers": {k: "x" * 5000 for k in c["layers"]}})}  # fmt: skip
+THEIRS = {"no rank": edited(lambda c: {k: v for k, v in c.items() if k != "r"}),
+          "a pattern in a list": edited(lambda c: c | {"rank_pattern": [1]}),
+          "alpha in words": edited(lambda c: c | {"lora_alpha": "x" * 5000}),
+          "a rank in words": edited(lambda c: c | {"rank_pattern": {k: "x" * 5000 for k in c["target_modules"]}}),
+          "a name without parts": lambda folder: save_file({"x": torch.ones(1)}, folder / "adapter_model.safetensors")}  # fmt: skip
+
+
+@pytest.mark.parametrize(("peft", "case"), [*((False, case) for case in BAD | OURS), *((True, case) for case in BAD | THEIRS)])
+def test_a_damaged_adapter_is_one_clear_error_and_changes_nothing(tmp_path, peft, case):
+    model = train_a_bit(adapted(trained_base(), pose_dim=0))
+    save, load = (save_peft_adapter, load_peft_adapter) if peft else (save_adapter, load_adapter)
+    save(model, tmp_path)
+    load(model, tmp_path)
+    (BAD | (THEIRS if peft else OURS))[case](tmp_path)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(AdapterError) as caught:
+        load(model, tmp_path)
+    assert str(tmp_path) in str(caught.value) and len(str(caught.value)) < 600 + len(str(tmp_path))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_files_of_two_adapters_are_refused(tmp_path):
+    base = trained_base()
+    for rank in (2, 4):
+        save_adapter(adapted(base, rank=rank), tmp_path / str(rank))
+    (tmp_path / "2/adapter_config.json").replace(tmp_path / "4/adapter_config.json")
+    with pytest.raises(AdapterError, match=r"adapter_config\.json is not the config that"):
+        load_adapter(adapted(base, rank=4), tmp_path / "4")
 
 
 def test_nothing_to_save_or_to_load(tmp_path):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import people
@@ -11,6 +13,7 @@ from viewdiff_nb.training.batches import (
     padded_groups,
     place,
     view_groups,
+    views_to_train,
 )
 from viewdiff_nb.training.config import TrainConfig
 
@@ -21,6 +24,20 @@ def test_an_epoch_sees_every_view_once():
     assert sorted(torch.cat(batches).tolist()) == list(range(42)) and len(batches) == count_batches(faces, config) == 3
     again = draw_batches(faces, config, torch.Generator().manual_seed(0))
     assert all(torch.equal(a, b) for a, b in zip(batches, again, strict=True))
+
+
+def test_views_within_the_yaw_range_are_trained():
+    faces = people(2, views=7)
+    degrees = torch.tensor([-180.0, -90.0, 0.0, 45.0, 90.0, 179.0, 180.0]).repeat(2)
+    faces = replace(faces, angles=torch.stack((0 * degrees, degrees.deg2rad(), 0 * degrees), 1))
+
+    def kept(**options):
+        return views_to_train(faces, TrainConfig(**options)).angles[:, 1].rad2deg().round().unique().tolist()
+
+    assert kept() == [-180, -90, 0, 45, 90, 179, 180]  # the default leaves nobody's view out
+    assert kept(min_yaw=45.0, max_yaw=179.5) == [-90, 45, 90, 179]
+    with pytest.raises(ValueError, match="no training view"):
+        kept(min_yaw=100.0, max_yaw=120.0)
 
 
 def test_cross_view_groups_are_views_of_one_person_and_no_view_comes_twice():

@@ -1,12 +1,16 @@
 import os
 import resource
+import struct
+import zipfile
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import CONFIG, run, sets
 from safetensors.torch import load_file, save_file
 
+from viewdiff_nb.files import PART
 from viewdiff_nb.training import checkpoint
 from viewdiff_nb.training.checkpoint import (
     CheckpointError,
@@ -55,6 +59,21 @@ def test_a_flipped_byte_is_found_wherever_it_is(tmp_path):
     assert refused > 150
 
 
+@pytest.mark.parametrize("bit", [0x01, 0x10, 0x80])
+def test_no_flipped_bit_of_the_table_of_contents_makes_other_numbers(tmp_path, bit):
+    """Checksums do not cover it. One of its bits calls an entry a folder, and torch then reads memory as it lies."""
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, CONTENT)
+    whole = path.read_bytes()
+    for place in range(whole.index(b"PK\1\2"), len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+        try:
+            found = load_checkpoint(path)
+        except CheckpointError:
+            continue
+        assert torch.equal(found["model"]["w"], CONTENT["model"]["w"]) and found["epoch"] == 4, place
+
+
 def test_nothing_but_tensors_and_plain_values_is_unpickled(tmp_path):
     class Trap:
         def __reduce__(self):
@@ -90,30 +109,132 @@ def test_a_full_disk_is_found_before_training(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-def test_the_newest_usable_checkpoint_of_a_folder(tmp_path):
+def run_of(epoch, batch=0, **more):
+    return CONTENT | {"epoch": epoch, "batch": batch, "steps": 10 * epoch + batch} | more
+
+
+def test_the_newest_checkpoint_is_the_one_that_has_come_furthest(tmp_path):
+    """A copy of a folder may give its files any times, and names say nothing about the work behind them."""
     assert newest_checkpoint(tmp_path) is None
-    for number in (1, 2, 3):
-        save_checkpoint(tmp_path / f"{number}.pth", CONTENT)
-        os.utime(tmp_path / f"{number}.pth", (number, number))
-    assert newest_checkpoint(tmp_path) == tmp_path / "3.pth"
-    (tmp_path / "3.pth").write_bytes(b"PK")
-    with pytest.warns(DamagedCheckpoint, match=r"passed over .*3\.pth is truncated"):
-        assert newest_checkpoint(tmp_path) == tmp_path / "2.pth"
-    with (
-        pytest.warns(DamagedCheckpoint),
-        pytest.raises(CheckpointError, match=r"3\.pth is truncated.*; .*2\.pth can be"),
-    ):
-        find_checkpoint(str(tmp_path / "3.pth"), None)
-    for number in (1, 2):
-        torch.save({"model": {}}, tmp_path / f"{number}.pth")
-    with pytest.raises(CheckpointError, match="no checkpoint in .* can be used: .*not written by.*truncated"):
+    progress = {"a": (2, 0), "last_enhanced": (2, 7), "checkpoint_epoch_10_enhanced": (10, 0), "z": (9, 12)}
+    for age, (name, (epoch, batch)) in enumerate(progress.items()):
+        save_checkpoint(tmp_path / f"{name}.pth", run_of(epoch, batch))
+        os.utime(tmp_path / f"{name}.pth", (1000 - age, 1000 - age))
+    for name in ("checkpoint_epoch_10_enhanced", "z", "last_enhanced", "a"):
+        assert find_checkpoint("auto", str(tmp_path)) == newest_checkpoint(tmp_path) == tmp_path / f"{name}.pth"
+        (tmp_path / f"{name}.pth").unlink()
+
+
+def test_files_that_no_run_can_go_on_from_are_passed_over(tmp_path):
+    save_checkpoint(tmp_path / "a.pth", run_of(1))
+    torch.save({"w": torch.ones(2)}, tmp_path / "foreign.pth")
+    save_checkpoint(tmp_path / "base.pth", {"model": {"w": torch.ones(2)}})
+    with pytest.warns(DamagedCheckpoint) as told:
+        assert newest_checkpoint(tmp_path) == tmp_path / "a.pth"
+    assert [str(warning.message).split()[2].split("/")[-1] for warning in told] == ["base.pth", "foreign.pth"]
+    (tmp_path / "a.pth").write_bytes(b"PK")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used: .*a\.pth is trunc.*base\.pth.*foreign\.pth"):
         newest_checkpoint(tmp_path)
+
+
+SMALLEST = [b"", b".", b"K", b"U", b"h", b"G", b"J", b"R", b"\x80", b"PK\3\4", b"PK\5\6" + bytes(18), b"[" * 1000]
+
+
+@pytest.mark.parametrize("content", SMALLEST)
+def test_a_damaged_last_checkpoint_is_passed_over(tmp_path, content):
+    save_checkpoint(tmp_path / "checkpoint_epoch_3_enhanced.pth", run_of(3))
+    (tmp_path / checkpoint.LAST).write_bytes(content)
+    with pytest.warns(DamagedCheckpoint, match=checkpoint.LAST):
+        assert find_checkpoint("auto", str(tmp_path)) == tmp_path / "checkpoint_epoch_3_enhanced.pth"
+    with pytest.warns(DamagedCheckpoint), pytest.raises(CheckpointError, match=r"epoch_3_enhanced\.pth can be resumed"):
+        find_checkpoint(str(tmp_path / checkpoint.LAST), None)
+
+
+def test_damaged_numbers_of_the_last_checkpoint_are_found(tmp_path):
+    """Its pickle, which says how far it has come, is whole; the tensor's bytes are not."""
+    save_checkpoint(tmp_path / "a.pth", run_of(3))
+    save_checkpoint(tmp_path / "b.pth", run_of(4))
+    whole = (tmp_path / "b.pth").read_bytes()
+    place = whole.index(struct.pack("<4f", 100, 101, 102, 103))
+    (tmp_path / "b.pth").write_bytes(whole[:place] + b"\1" + whole[place + 1 :])
+    with pytest.warns(DamagedCheckpoint, match=r"b\.pth is truncated, damaged"):
+        assert newest_checkpoint(tmp_path) == tmp_path / "a.pth"
+
+
+def repickled(path, change):
+    """The checkpoint with another pickle in it; all checksums are right."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, change(content) if name.endswith("/data.pkl") else content)
+
+
+def refused(path):
+    try:
+        load_checkpoint(path)
+    except CheckpointError as error:
+        return len(str(error)) < 500 + len(str(path))
+    return False
+
+
+@pytest.mark.parametrize("content", SMALLEST)
+def test_a_damaged_pickle_with_right_checksums_is_refused(tmp_path, content):
+    save_checkpoint(tmp_path / "a.pth", run_of(1))
+    repickled(tmp_path / "a.pth", lambda _: content)
+    assert refused(tmp_path / "a.pth")
+
+
+def test_every_shorter_pickle_is_refused(tmp_path):
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, run_of(1))
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        length = len(archive.read("archive/data.pkl"))
+    for end in range(length):
+        path.write_bytes(whole)
+        repickled(path, lambda content, end=end: content[:end])
+        assert refused(path), end
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol", "ignore:TypedStorage is deprecated")
+def test_other_bytes_in_the_pickle_raise_no_other_error(tmp_path):
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, run_of(1))
+    whole, generator = path.read_bytes(), np.random.default_rng(0)
+
+    def damage(content):
+        content = bytearray(content)
+        for _ in range(generator.integers(1, 4)):
+            content[generator.integers(len(content))] = generator.choice(list(b".KUhGJR\x80\x8a()[]}tqXcsuQ\x00\xff"))
+        return bytes(content)
+
+    count = 0
+    for _ in range(500):
+        path.write_bytes(whole)
+        repickled(path, damage)
+        count += refused(path)  # any other error ends the test
+    assert count > 300
+
+
+def test_an_archive_larger_than_its_file_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10**7))
+    assert (tmp_path / "a.pth").stat().st_size < 20_000 and refused(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("entry", [{"epoch": "3"}, {"epoch": True}, {"epoch": None}, {"history": {}}, {"history": [1]},
+                                   {"config": []}, {"model": []}, {"trace": [1.0]}, {"data": 5}, {"best": "1"}])  # fmt: skip
+def test_entries_of_another_type_are_refused(tmp_path, entry):
+    save_checkpoint(tmp_path / "a.pth", run_of(3) | entry)
+    with pytest.raises(CheckpointError, match=f"is damaged: .*{next(iter(entry))}"):
+        load_checkpoint(tmp_path / "a.pth")
 
 
 def test_what_a_run_leaves_behind(tmp_path):
     config = replace(CONFIG, use_lora_attention=True, lora_targets=("attention", "feed_forward"), save_every=1,
                      save_dir=str(tmp_path))  # fmt: skip
-    (tmp_path / f"{checkpoint.LAST}.77{checkpoint.PART}").write_bytes(b"a run that was killed")
+    (tmp_path / f"{checkpoint.LAST}.77{PART}").write_bytes(b"a run that was killed")
     result = run(config)
     assert {p.name for p in tmp_path.iterdir()} == {
         ".lock", checkpoint.BEST, checkpoint.BEST_WEIGHTS, "checkpoint_epoch_1_enhanced.pth", "checkpoint_epoch_2_enhanced.pth"
@@ -133,12 +254,14 @@ def test_weights_of_a_base_in_every_format(tmp_path):
     save_checkpoint(tmp_path / "a.pth", {"model": weights})
     torch.save(weights, tmp_path / "b.pth")
     save_file(weights, tmp_path / "c.safetensors")
-    torch.save(weights, tmp_path / "d.pth", _use_new_zipfile_serialization=False)
     for path in tmp_path.iterdir():
         assert torch.equal(load_base_weights(path)["w"], weights["w"])
     (tmp_path / "c.safetensors").write_bytes(b"short")
     with pytest.raises(CheckpointError, match="no safetensors file"):
         load_base_weights(tmp_path / "c.safetensors")
+    torch.save(weights, tmp_path / "d.pth", _use_new_zipfile_serialization=False)  # that of old, without checksums
+    with pytest.raises(CheckpointError, match=r"d\.pth is truncated, damaged or no checkpoint: .*not a zip file"):
+        load_base_weights(tmp_path / "d.pth")
     save_file(weights, tmp_path / "c.safetensors")
     with pytest.raises(CheckpointError, match="not written by this version"):
         load_model(tmp_path / "c.safetensors")

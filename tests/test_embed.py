@@ -313,7 +313,7 @@ def test_what_changed_is_embedded_again(tmp_path, two_people, models, model_call
     os.utime(two_people / "anna/03_up.png")  # a new time stamp: anna's files may have changed
     assert calls_of() == 6
     assert calls_of(min_face=61) == 10
-    (next((out / ".parts").glob("*.npz"))).write_bytes(b"damaged")
+    (next((out / ".parts").glob("*.pt"))).write_bytes(b"damaged")
     assert calls_of(min_face=61) in (4, 6)
     (two_people / "anna/03_up.png").unlink()
     assert calls_of(min_face=61) == 5

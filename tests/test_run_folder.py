@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import CONFIG, run, sets
 
+from viewdiff_nb.files import PART
 from viewdiff_nb.training import checkpoint
-from viewdiff_nb.training.checkpoint import BEST, BEST_WEIGHTS, LAST, PART, load_checkpoint
+from viewdiff_nb.training.checkpoint import BEST, BEST_WEIGHTS, LAST, load_checkpoint
 from viewdiff_nb.training.trainer import train
 
 

@@ -1,4 +1,5 @@
 import json
+import resource
 
 import pytest
 import torch
@@ -135,9 +136,13 @@ BAD = {
     "unknown": (edited(stranger), "1 people are not in this face set, e.g. 'nobody'"),
     "overlap": (edited(lambda c: c["test"].__setitem__(0, c["train"][0])), "is in train and again in test"),
     "twice": (edited(lambda c: c["val"].__setitem__(0, c["val"][1])), "is in val and again in val"),
-    "moved": (edited(moved), r"sizes are \{'train': 10, .*, but the lists hold \{'train': 11"),
+    "moved": (edited(moved), r"sizes are \{.*'train': 10, .*, but the lists hold \{'train': 11"),
     "forgotten": (edited(forgotten), "1 of this set's 20 people are in no part, e.g. 'person_"),
-    "fingerprint": (edited(lambda c: c.update(people="0" * 16)), "a split of another set: .* is 0000000000000000"),
+    "nested": (lambda path: path.write_text("[" * 100_000), "split.json: not valid JSON: .*nested"),
+    "half a character": (edited(lambda c: c["val"].__setitem__(1, "\ud800")), "'val' must list the names"),
+    "a long fingerprint": (edited(lambda c: c.update(people="x" * 5000)), "a split of another set"),
+    "a long stranger": (edited(lambda c: c["val"].__setitem__(1, "x" * 5000)), "1 people are not in this face set"),
+    "fingerprint": (edited(lambda c: c.update(people="0" * 16)), "a split of another set: .* is '0000000000000000'"),
 }
 
 
@@ -147,8 +152,22 @@ def test_a_file_that_makes_no_split_is_refused(tmp_path, case):
     faces, path = people(20), tmp_path / "split.json"
     save_split(path, split_by_person(faces, 4, 6))
     damage(path)
-    with pytest.raises(FaceDataError, match=message):
+    with pytest.raises(FaceDataError, match=message) as caught:
         load_split_file(path, faces)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_split_is_not_lost_when_the_disk_is_full(tmp_path):
+    path, split = tmp_path / "split.json", split_by_person(people(60), 4, 6)
+    save_split(path, split)
+    before, limit = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+        with pytest.raises(OSError, match=r"File too large"):
+            save_split(path, split)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["split.json"]
 
 
 def test_a_split_of_another_set_is_refused(tmp_path):

@@ -122,8 +122,60 @@ def test_what_does_not_fit_together_is_named(tmp_path):
         load_turntable(folder)
     about = json.loads((folder / "metadata.json").read_text())
     (folder / "metadata.json").write_text(json.dumps(about | {"yaws": about["yaws"][1:]}))
-    with pytest.raises(FaceDataError, match=r"features\.npy must be \(8, 5, 36, 512\).*got \(8, 5, 37, 512\)"):
+    with pytest.raises(FaceDataError, match=r"features\.npy: shape is \(8, 5, 37, 512\), must be \(8, 5, 36, 512\)"):
         load_turntable(folder)
+
+
+def about(**changes):
+    def damage(folder):
+        content = json.loads((folder / "metadata.json").read_text())
+        (folder / "metadata.json").write_text(json.dumps(content | changes))
+
+    return damage
+
+
+def array(name, change):
+    return lambda folder: np.save(folder / name, change(np.load(folder / name)))
+
+
+def with_nan(values):
+    values[1, 0, 2] = np.nan
+    return values
+
+
+BAD = {
+    "a name that leads away": (about(people=["person_0000", "../person_0003"]), "metadata.json: people must be"),
+    "a name that is a path": (about(people=["person_0000", "/tmp/person"]), "metadata.json: people must be"),
+    "a long name": (about(people=["person_0000", "x" * 5000]), "metadata.json: people must be"),
+    "half a name": (about(people=["person_0000", "\ud800"]), "metadata.json: people must be"),
+    "one name for two": (about(people=["person_0000", "person_0000"]), "metadata.json: people must be"),
+    "no people": (about(people=None), "metadata.json: people must be"),
+    "falling yaws": (about(yaws=[60, 0, -60]), "metadata.json: yaws must be"),
+    "yaws in words": (about(yaws=["left", "0", "right"]), "metadata.json: yaws must be"),
+    "a pitch that is no number": (about(pitches=[-10, float("nan")]), "metadata.json: pitches must be"),
+    "width": (about(feature_dim=None), "metadata.json: feature_dim must be"),
+    "huge pictures": (about(picture_size=10**9), r"webp: must be \(3000000000, 2000000000\) pixels.* got \(192, 128\)"),
+    "no scale": (about(pixels_per_photo_pixel=0), "metadata.json: pixels_per_photo_pixel must be"),
+    "a list": (lambda f: (f / "metadata.json").write_text("[]"), "metadata.json: people must be"),
+    "no JSON": (lambda f: (f / "metadata.json").write_text("[" * 100_000), "metadata.json: not valid JSON"),
+    "NaN": (array("features.npy", with_nan), "features.npy: row 1: not finite"),
+    "keypoint NaN": (array("keypoints.npy", with_nan), "keypoints.npy: row 1: not finite"),
+    "zeros": (array("features.npy", np.zeros_like), "features.npy: row 0: the embedding has length 0"),
+    "complex": (array("keypoints.npy", lambda v: v.astype(complex)), "keypoints.npy: must hold floats"),
+    "no picture": (lambda f: (f / "person_0003.webp").write_bytes(b"RIFF"), r"person_0003\.webp: not a readable picture"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_turntable_that_cannot_be_is_refused(shot, tmp_path, case):
+    damage, message = BAD[case]
+    folder = tmp_path / "table"
+    shutil.copytree(shot[0].folder, folder)
+    assert load_turntable(folder).names == ("person_0000", "person_0003")
+    damage(folder)
+    with pytest.raises(FaceDataError, match=message) as caught:
+        load_turntable(folder)
+    assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -1,5 +1,6 @@
 import json
 import pickle
+import struct
 import tracemalloc
 from dataclasses import replace
 
@@ -57,6 +58,12 @@ def rewrite(name, content):
     return lambda folder: (folder / name).write_bytes(content(folder / name))
 
 
+def npy(shape, kind="<f4", length=None):
+    """A .npy file with that text as its shape, in numpy's own form, and no numbers."""
+    header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return lambda path: b"\x93NUMPY\1\0" + struct.pack("<H", length or len(header)) + header
+
+
 def metadata(kind, change):
     return lambda folder: edit_json(folder / f"{kind}_metadata.json", change)
 
@@ -64,20 +71,20 @@ def metadata(kind, change):
 BAD = {
     "NaN": (corrupt_row("video_feature.npy", 7, np.nan), r"video_feature.npy: row 7: not finite"),
     "infinite keypoint": (corrupt_row("front_keypoints.npy", 2, np.inf), r"front_keypoints.npy: row 2: not finite"),
-    "zero embedding": (corrupt_row("video_feature.npy", 9, 0), r"video_feature.npy: row 9: the embedding is zero"),
+    "zero embedding": (corrupt_row("video_feature.npy", 9, 0), r"video_feature.npy: row 9: the embedding has length 0 "),
     "truncated": (rewrite("video_feature.npy", lambda p: p.read_bytes()[:-50]), r"video_feature.npy: not a readable"),
     "empty file": (rewrite("front_feature.npy", lambda p: b""), r"front_feature.npy: not a readable"),
     "no array": (rewrite("front_feature.npy", lambda p: b"hello"), r"front_feature.npy: not a readable"),
     "pickle": (rewrite("front_feature.npy", lambda p: pickle.dumps([1])), r"front_feature.npy: not a readable"),
     "pickled objects": (lambda f: np.save(f / "front_feature.npy", np.array([{}, 1]), allow_pickle=True),
-                        r"front_feature.npy: not a readable"),
+                        r"front_feature.npy: must hold floats, got '\|O'"),
     "too large for float32": (lambda f: np.save(f / "video_keypoints.npy", np.full((48, 5, 3), 1e300)),
                               r"video_keypoints.npy: row 0: not finite \(48 such rows\)"),
     "no halves": (lambda f: (np.save(f / "front_feature.npy", np.ones((8, 31))),
                              edit_json(f / "front_metadata.json", lambda m: m.update(
                                  feature_dim=31, standard_info={"embedding": "crop and mirrored crop"}))),
                   r"says 'crop and mirrored crop', but 31 numbers have no halves"),
-    "integers": (lambda f: np.save(f / "front_feature.npy", np.ones((8, 32), int)), r"must hold floats, got int64"),
+    "integers": (lambda f: np.save(f / "front_feature.npy", np.ones((8, 32), int)), r"must hold floats, got '<i8'"),
     "one dimension": (lambda f: np.save(f / "video_feature.npy", np.ones(5)), r"shape is \(5,\), must be \(any, any\)"),
     "four keypoints": (lambda f: np.save(f / "video_keypoints.npy", np.ones((48, 4, 3))),
                        r"video_keypoints.npy: shape is \(48, 4, 3\), must be \(48, 5, 3\)"),
@@ -100,6 +107,31 @@ BAD = {
                        r"video_metadata.json: row 11: person 'nobody' has no frontal sample"),
     "two fronts": (metadata("front", lambda m: m["metadata"][5].update(person_name="person_0001")),
                    r"row 5: person 'person_0001' already has a frontal sample in row 1"),
+    "begins like a zip": (rewrite("front_feature.npy", lambda p: b"PK\3\4"), r"front_feature.npy: not a readable"),
+    "endless header": (rewrite("front_feature.npy", npy("(8, 32)", length=65535)), r"front_feature.npy: not a readable"),
+    "header of brackets": (rewrite("front_feature.npy", npy("(" * 999)), r"front_feature.npy: not a readable"),
+    "header in the middle of a token": (rewrite("front_feature.npy", npy('(8, """')), r"front_feature.npy: not a readable"),
+    "boolean length": (rewrite("front_feature.npy", npy("(True, 512)")), r"front_feature.npy: not a readable"),
+    "negative length": (rewrite("front_feature.npy", npy("(-8, 32)")), r"front_feature.npy: not a readable"),
+    "terabytes": (rewrite("front_feature.npy", npy("(100000000000, 512)")),
+                  r"front_feature.npy: .* 0 bytes are no float32 numbers of shape \(100000000000, 512\)"),
+    "terabytes of video": (rewrite("video_feature.npy", npy("(100000000000, 512)")), r"video_feature.npy: .* 0 bytes"),
+    "more than the shape says": (rewrite("video_feature.npy", lambda p: p.read_bytes() + b"1234"), r"6148 bytes are no"),
+    "complex": (lambda f: np.save(f / "front_keypoints.npy", np.ones((8, 5, 3), complex)), r"must hold floats, got '<c16'"),
+    "as long as a galaxy": (corrupt_row("video_feature.npy", 5, 1e25), r"video_feature.npy: row 5: .* length 5.66e\+25"),
+    "as short as an atom": (corrupt_row("front_feature.npy", 6, 1e-15), r"front_feature.npy: row 6: .* length 5.66e-15"),
+    "nested lists": (rewrite("video_metadata.json", lambda p: b"[" * 100_000), r"video_metadata.json: not valid JSON: .*nested"),
+    "nested objects": (rewrite("video_metadata.json", lambda p: b'{"a":' * 100_000), r"not valid JSON: .*nested"),
+    "5,000 digits": (rewrite("video_metadata.json", lambda p: b'{"num_samples": ' + b"9" * 5000 + b"}"),
+                     r"video_metadata.json: not valid JSON: .*5000 digits"),
+    "a key twice": (rewrite("front_metadata.json", lambda p: b'{"poses": [], "poses": []}'), r"the key 'poses' comes twice"),
+    "more text than samples": (rewrite("front_metadata.json", lambda p: b" " * 2_000_000), r"has 2000000 bytes"),
+    "a long pose": (metadata("video", lambda m: m["poses"].__setitem__(4, "x" * 5000)), r"row 4: a pose"),
+    "a long count": (metadata("video", lambda m: m.update(num_samples="x" * 5000)), r"num_samples is 'xxx"),
+    "a long entry": (metadata("video", lambda m: m["metadata"].__setitem__(4, {"a": "x" * 5000})), r"row 4: needs a person_name"),
+    "a long stranger": (metadata("video", lambda m: m["metadata"][1].update(person_name="x" * 5000)), r"row 1: person 'xxx"),
+    "half a character": (metadata("front", lambda m: m["metadata"][2].update(person_name="\ud800")),
+                         r"front_metadata.json: row 2: needs a person_name, a text in UTF-8"),
 }  # fmt: skip
 
 
@@ -109,8 +141,9 @@ def test_bad_input_gives_one_clear_error_and_changes_nothing(face_set, case, mma
     damage, message = BAD[case]
     damage(face_set)
     before = {path.name: path.read_bytes() for path in face_set.iterdir()}
-    with pytest.raises(FaceDataError, match=message):
+    with pytest.raises(FaceDataError, match=message) as caught:
         load_face_views(face_set, mmap=mmap)
+    assert len(str(caught.value)) < 500
     assert {path.name: path.read_bytes() for path in face_set.iterdir()} == before
 
 
@@ -119,6 +152,37 @@ def test_missing_files_are_all_named(face_set):
     (face_set / "video_metadata.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks .*front_keypoints.npy, .*video_metadata.json"):
         load_face_views(face_set)
+
+
+def test_sets_are_compared_without_comparing_numbers():
+    faces = people(3)
+    assert faces == faces and faces != replace(faces) and len({faces, faces}) == 1
+
+
+def test_nobody_is_selected_twice():
+    faces = people(6)
+    mask = torch.tensor([False, True, False, False, True, False])
+    for same in (torch.tensor([1, 4]), mask, torch.tensor([1, -2])):
+        picked = faces.select(same)
+        assert picked.names == (faces.names[1], faces.names[4]) and torch.equal(picked.target[:6], faces.front[[1] * 6])
+    for twice in ([2, 3, 2], [5, -1]):
+        with pytest.raises(ValueError, match=f"person {twice[0]} is selected 2 times"):
+            faces.select(torch.tensor(twice))
+
+
+@pytest.mark.parametrize("scale", [1e-5, 20.0, 1e4])
+def test_embeddings_of_usual_lengths_load(face_set, scale):
+    np.save(face_set / "video_feature.npy", scale * np.load(face_set / "video_feature.npy"))
+    torch.testing.assert_close(load_face_views(face_set).src.norm(dim=1), torch.full((48,), scale), rtol=1e-4, atol=0)
+
+
+def test_headers_of_other_programs_are_read(face_set):
+    """As written by Julia's NPZ.jl: no space after commas, and columns first."""
+    features = np.load(face_set / "front_feature.npy")
+    header = b"{'descr': '<f4', 'fortran_order': True, 'shape': (8,32,), }\n"
+    start = b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header
+    (face_set / "front_feature.npy").write_bytes(start + features.T.tobytes())
+    assert np.array_equal(load_face_views(face_set).front.numpy(), features)
 
 
 def test_float16_is_read_as_float32(face_set):

@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -67,6 +68,16 @@ def test_a_search_agrees_with_the_metrics(gallery, model):
         assert (found.other[i] != own).all()
         cosine = torch.cosine_similarity(embeddings[:, None], gallery.front[found.other[i]][:, None], dim=-1)
         np.testing.assert_allclose(found.best[i], cosine[:, 0], atol=1e-6)
+
+
+def test_names_are_text_and_no_markup():
+    """A face set may come from anybody, and a notebook runs what its HTML says."""
+    trap = "<img src=x onerror=alert(1)> & 李雷"
+    faces = people(2, width=64)
+    faces = replace(faces, names=(faces.names[0], trap))
+    explorer = PoseExplorer(RawEmbedding(), faces, RecordedPeople(faces), person=faces.names[0])
+    cells = ElementTree.fromstring(explorer.readout.value.replace("class=vd-right", "").replace("class=vd-wrong", ""))
+    assert not list(cells.iter("img")) and [cell.text for cell in cells.iter("td")][3].endswith(f", {trap}")
 
 
 def test_the_pose_explorer_shows_the_pose_it_says(gallery, model):

@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -13,12 +13,12 @@ import tyro
 
 from .faces.splits import Split, load_split_file, split_by_person
 from .faces.views import load_face_views
-from .training.checkpoint import BEST_WEIGHTS, CheckpointError, load_config
+from .training.checkpoint import BEST_WEIGHTS
 from .training.config import TrainConfig
 from .training.diagnosis import TrainingAdvice
 from .training.interrupt import TrainingInterrupted
 from .training.parallel import is_first
-from .training.prepare import find_checkpoint
+from .training.prepare import find_checkpoint, load_train_config
 from .training.trainer import TrainResult, train
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
@@ -32,11 +32,7 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
     given = first.parse_known_args(arguments)[0]
     default = TrainConfig()
     if path := find_checkpoint(given.resume, given.save_dir):
-        known = {field.name for field in fields(TrainConfig)}
-        config = load_config(path)
-        if unknown := sorted(set(config) - known):
-            raise CheckpointError(f"{path} was written by another version of the kit: it has {', '.join(unknown)}")
-        default = TrainConfig(**config)
+        default = load_train_config(path)
     return tyro.cli(TrainConfig, args=arguments, default=default, description=__doc__)
 
 

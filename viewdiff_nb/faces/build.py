@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from ..files import read_json, write_atomically, write_text
 from .geometry import ARCFACE_TEMPLATE
 from .recogniser import RECOGNISERS, Recogniser
 from .render import PHOTO_FIELD, PHOTO_SIZE, HeadRenderer
@@ -133,10 +134,8 @@ def build_part(job):
         features.append(tools.recogniser.embed(samples.crops))
         keypoints.append(samples.keypoints)
         poses.append(samples.poses)
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.savez(file, features=np.stack(features), keypoints=np.stack(keypoints), poses=np.stack(poses))
-    partial.replace(path)
+    arrays = {"features": np.stack(features), "keypoints": np.stack(keypoints), "poses": np.stack(poses)}
+    write_atomically(path, lambda file: np.savez(file, **arrays))
     return len(people)
 
 
@@ -167,9 +166,9 @@ def claim_folder(folder, fingerprint):
     if not note.is_file():
         if any(folder.glob("part_*.npz")):
             raise ValueError(f"{folder} holds parts but no config.json: delete it or give another folder")
-        note.write_text(json.dumps(fingerprint, indent=1) + "\n")
+        write_text(note, json.dumps(fingerprint, indent=1) + "\n")
         return
-    found = json.loads(note.read_text())
+    found = read_json(note, ValueError)
     if found != fingerprint:
         differences = [
             f"{key}: {found.get(key)!r} there, {fingerprint.get(key)!r} now"

@@ -24,11 +24,12 @@ import numpy as np
 import tyro
 from tqdm.auto import tqdm
 
+from ..files import write_text
 from ..paths import writable_folder
 from .frames import ARRAYS, Person, choose_front, fingerprint_of, frontal_angles, load_part, save_part
 from .insight import FaceReader, RefusedError
 from .photos import UnreadableError, is_picture, list_people, read_pictures
-from .sixfiles import CONVENTIONS, KINDS, write_samples, write_text
+from .sixfiles import CONVENTIONS, KINDS, write_samples
 
 
 class ConsentError(ValueError):
@@ -150,7 +151,7 @@ def embed_folder(photos: str | Path, out: str | Path, options: EmbedOptions = Em
     with tqdm(total=sum(map(len, people.values())), unit="file", desc="photos and videos") as bar:
         for name, files in people.items():
             bar.set_postfix_str(name)
-            path = parts / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.npz"  # fits any file system
+            path = parts / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.pt"  # fits any file system
             fingerprint = fingerprint_of(files, photos, settings)
             person = load_part(path, fingerprint)
             if person is None:

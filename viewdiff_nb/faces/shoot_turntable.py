@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ..files import write_atomically, write_text
 from .render import PHOTO_FIELD, PHOTO_SIZE
 from .sixfiles import CONVENTIONS
 
@@ -73,8 +74,10 @@ def shoot_turntable(out: str | Path, studio, recogniser, config: TurntableConfig
         features.append(recogniser.embed(np.stack(crops)))
         keypoints.append(np.stack(points))
     grid = len(names), len(config.pitches), len(config.yaws)
-    np.save(out / "features.npy", np.stack(features).reshape(*grid, -1).astype(np.float16))
-    np.save(out / "keypoints.npy", np.stack(keypoints).reshape(*grid, 5, 3).round(3).astype(np.float32))
+    arrays = {"features.npy": np.stack(features).reshape(*grid, -1).astype(np.float16),
+              "keypoints.npy": np.stack(keypoints).reshape(*grid, 5, 3).round(3).astype(np.float32)}  # fmt: skip
+    for name, values in arrays.items():
+        write_atomically(out / name, lambda file, values=values: np.save(file, values))
     about = {
         "content": "synthetic people only",
         "recogniser": recogniser.name,
@@ -88,7 +91,7 @@ def shoot_turntable(out: str | Path, studio, recogniser, config: TurntableConfig
         "pixels_per_photo_pixel": (size / config.picture_field) / (PHOTO_SIZE / PHOTO_FIELD),
         **CONVENTIONS,
     }
-    (out / "metadata.json").write_text(json.dumps(about, indent=1) + "\n")
+    write_text(out / "metadata.json", json.dumps(about, indent=1) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:

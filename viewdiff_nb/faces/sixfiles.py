@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import write_atomically, write_text
 from .geometry import KEYPOINT_NAMES
 
 KINDS = ("front", "video")
@@ -35,18 +36,10 @@ def write_samples(folder, kind, features, keypoints, poses, entries, info):
         raise ValueError(f"kind must be one of {KINDS} and all counts equal, got {kind!r} and counts {sorted(counts)}")
     folder = Path(folder)
     for part, array in (("feature", features), ("keypoints", keypoints)):
-        partial = folder / f"{kind}_{part}.npy.partial"
-        with partial.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-        partial.replace(folder / f"{kind}_{part}.npy")
+        write_atomically(
+            folder / f"{kind}_{part}.npy", lambda file, array=array: np.save(file, array, allow_pickle=False)
+        )
     write_text(folder / f"{kind}_metadata.json", metadata_text(features.shape[1], info, poses, entries))
-
-
-def write_text(path, text):
-    """Write a UTF-8 text file that appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def metadata_text(feature_dim, info, poses, entries):

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..files import is_text, read_json, shorten, write_text
 from .rows import FaceDataError
 from .views import FaceViews, running_number
 
@@ -89,7 +90,7 @@ def save_split(path: str | Path, split: Split) -> None:
     everybody = [name for part in PARTS for name in names[part]]
     about = {"seed": split.seed, "sizes": {part: len(names[part]) for part in PARTS},
              "people": names_fingerprint(everybody)}  # fmt: skip
-    Path(path).write_text(json.dumps(about | names, indent=0) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(about | names, indent=0) + "\n")
 
 
 def load_split_file(path: str | Path, faces: FaceViews) -> Split:
@@ -101,30 +102,27 @@ def load_split_file(path: str | Path, faces: FaceViews) -> Split:
         FaceDataError: if the file is damaged, puts someone into two parts, or is of another set.
     """
     path = Path(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FaceDataError(f"{path}: not valid JSON: {error}") from error
+    content = read_json(path, FaceDataError)
     parts = {part: content.get(part) if isinstance(content, dict) else None for part in PARTS}
     for part, names in parts.items():
-        if not isinstance(names, list) or len(names) < 2 or not all(isinstance(name, str) for name in names):
+        if not isinstance(names, list) or len(names) < 2 or not all(map(is_text, names)):
             raise FaceDataError(f"{path}: '{part}' must list the names of 2 people or more")
     if (sizes := {part: len(names) for part, names in parts.items()}) != content.get("sizes", sizes):
-        raise FaceDataError(f"{path}: sizes are {content['sizes']}, but the lists hold {sizes}")
+        raise FaceDataError(f"{path}: sizes are {shorten(content['sizes'])}, but the lists hold {sizes}")
     rows, part_of = {name: i for i, name in enumerate(faces.names)}, {}
     for part, names in parts.items():
         for name in names:
             if name in part_of:
-                raise FaceDataError(f"{path}: person {name!r} is in {part_of[name]} and again in {part}")
+                raise FaceDataError(f"{path}: person {shorten(name)} is in {part_of[name]} and again in {part}")
             part_of[name] = part
     if content.get("people", fingerprint := names_fingerprint(faces.names)) != fingerprint:
         raise FaceDataError(f"{path}: a split of another set: the fingerprint of its people is "
-                            f"{content['people']}, of this set's {fingerprint}")  # fmt: skip
+                            f"{shorten(content['people'])}, of this set's {fingerprint}")  # fmt: skip
     if unknown := [name for name in part_of if name not in rows]:
-        raise FaceDataError(f"{path}: {len(unknown)} people are not in this face set, e.g. {unknown[0]!r}")
+        raise FaceDataError(f"{path}: {len(unknown)} people are not in this face set, e.g. {shorten(unknown[0])}")
     if missing := [name for name in faces.names if name not in part_of]:
         raise FaceDataError(f"{path}: {len(missing)} of this set's {len(faces.names)} people are in no part, "
-                            f"e.g. {missing[0]!r}")  # fmt: skip
+                            f"e.g. {shorten(missing[0])}")  # fmt: skip
     index = (torch.tensor([rows[name] for name in names], device=faces.device) for names in parts.values())
     return Split(*(faces.select(people) for people in index), seed=content.get("seed"))
 

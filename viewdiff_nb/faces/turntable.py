@@ -6,7 +6,8 @@ person, `NAME.webp`, a row a pitch and a column a yaw. `shoot_turntable.py` make
 therefore what the recogniser saw, not something in between.
 """
 
-import json
+import math
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,17 +18,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..files import is_text, read_json, shorten
 from ..paths import TURNTABLE
 from .alignment import fit_similarity
 from .geometry import ARCFACE_TEMPLATE, rotation_matrix
-from .rows import FaceDataError
+from .rows import FaceDataError, load_rows
 from .views import FaceViews
 
 TEMPLATE_SIZE = 112  # pixels of the crop that `ARCFACE_TEMPLATE` is given in
 GREY = (128, 128, 128)  # around a picture that is rolled
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Turntable:
     """P people, each seen at every pitch and yaw of a grid.
 
@@ -129,23 +131,61 @@ def load_turntable(folder: str | Path = TURNTABLE) -> Turntable:
 
     Raises:
         FileNotFoundError: naming the file that is not there.
-        FaceDataError: naming the file, for sizes that do not fit together.
+        FaceDataError: naming the file, for values that cannot be, and for sizes that do not fit together.
     """
     folder = Path(folder)
-    about = json.loads((folder / "metadata.json").read_text())
+    about = _check_metadata(folder / "metadata.json")
     names, pitches, yaws = (tuple(about[key]) for key in ("people", "pitches", "yaws"))
     grid = len(names), len(pitches), len(yaws)
-    features = np.load(folder / "features.npy", allow_pickle=False)
-    keypoints = np.load(folder / "keypoints.npy", allow_pickle=False)
-    for name, values, shape in (("features.npy", features, (*grid, about["feature_dim"])),
-                                ("keypoints.npy", keypoints, (*grid, 5, 3))):  # fmt: skip
-        if values.shape != shape:
-            raise FaceDataError(f"{folder / name} must be {shape} as metadata.json says, got {values.shape}")
+    features = load_rows(folder / "features.npy", (*grid, about["feature_dim"]), embeddings=True)
+    keypoints = load_rows(folder / "keypoints.npy", (*grid, 5, 3))
+    wanted = about["picture_size"] * len(yaws), about["picture_size"] * len(pitches)
     for name in names:
-        if not (folder / f"{name}.webp").is_file():
-            raise FileNotFoundError(f"turntable {folder} lacks the pictures {name}.webp")
-    return Turntable(names, pitches, yaws, torch.from_numpy(features).float(), torch.from_numpy(keypoints),
-                     about["photo_size"], about["pixels_per_photo_pixel"], about["picture_size"], folder)  # fmt: skip
+        path = folder / f"{name}.webp"
+        if not path.is_file():
+            raise FileNotFoundError(f"turntable {folder} lacks the pictures {path.name}")
+        try:
+            with Image.open(path) as sheet:  # which reads no more than the header
+                size = sheet.size
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise FaceDataError(f"{path}: not a readable picture") from error
+        if size != wanted:
+            raise FaceDataError(f"{path}: must be {wanted} pixels as metadata.json says, got {size}")
+    return Turntable(names, pitches, yaws, features, keypoints, about["photo_size"], about["pixels_per_photo_pixel"],
+                     about["picture_size"], folder)  # fmt: skip
+
+
+def _check_metadata(path: Path) -> dict:
+    about = read_json(path, FaceDataError)
+    checks = {"people": (_are_names, "different names that can be names of files"),
+              "pitches": (_are_angles, "rising degrees within ±90"), "yaws": (_are_angles, "rising degrees within ±90"),
+              "feature_dim": (_is_size, "a positive whole number"), "photo_size": (_is_size, "a positive whole number"),
+              "picture_size": (_is_size, "a positive whole number"),
+              "pixels_per_photo_pixel": (_is_scale, "a positive number")}  # fmt: skip
+    for key, (fits, wanted) in checks.items():
+        value = about.get(key) if isinstance(about, dict) else None
+        if not fits(value):
+            raise FaceDataError(f"{path}: {key} must be {wanted}, got {shorten(value)}")
+    return about
+
+
+def _are_names(value: object) -> bool:
+    """Pictures lie in files of these names, which must not lead out of the folder."""
+    return (isinstance(value, list) and all(is_text(name) and re.fullmatch(r"[^/\\:\0]{1,100}", name) for name in value)
+            and 0 < len(value) == len(set(value)))  # fmt: skip
+
+
+def _are_angles(value: object) -> bool:
+    return (isinstance(value, list) and len(value) > 0 and all(type(v) in (int, float) and abs(v) <= 90 for v in value)
+            and all(low < high for low, high in zip(value, value[1:], strict=False)))  # fmt: skip
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_scale(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _closest(values: tuple[float, ...], wanted: float) -> int:

@@ -12,7 +12,6 @@ On disk a set is a folder of six files (the guide's format):
 The target of a side view is the frontal sample of the same person_name.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import is_text, read_json, shorten
 from .rows import DiskRows, FaceDataError, chunks, load_rows
 
 if TYPE_CHECKING:
@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 
 YAW_BINS = ((0, 30), (30, 45), (45, 60), (60, 75), (75, 90))  # |yaw| in degrees, upper end included in the last
 MAX_ANGLE = 180.0
+SAMPLE_LIMIT = 2**14  # bytes of metadata a sample
 MIRRORED_KEYPOINTS = (1, 0, 2, 4, 3)  # which keypoint is seen in the place of each: left and right change names
 FLIP_TEST = "crop and mirrored crop"  # in standard_info: an embedding is that of the crop, then that of its mirror
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # two sets are equal if they are the same one: comparing tensors gives no bool
 class FaceViews:
     """P people with one frontal embedding each, and M side views of them.
 
@@ -111,7 +112,17 @@ class FaceViews:
                                 for name, v in picked.items()})  # fmt: skip
 
     def select(self, people: Tensor) -> "FaceViews":
-        """Only the people in the index (Q,), in that order, and their side views; person is renumbered."""
+        """Only some people, and their side views; person is renumbered.
+
+        Args:
+            people: (Q,) different rows of front, which come in that order, or a (P,) mask.
+
+        Raises:
+            ValueError: if somebody comes twice: a side view belongs to one row of front.
+        """
+        people = torch.arange(len(self.names), device=self.device)[people]
+        if (counts := torch.bincount(people, minlength=1)).max() > 1:
+            raise ValueError(f"person {int(counts.argmax())} is selected {int(counts.max())} times; select each once")
         new_row = torch.full((len(self.names),), -1, dtype=torch.long, device=self.device)
         new_row[people] = torch.arange(len(people), device=self.device)
         kept = self.where(new_row[self.person] >= 0)
@@ -221,12 +232,12 @@ def load_face_views(folder: str | Path, device: torch.device | str = "cpu", mmap
     rows = {}
     for i, name in enumerate(names):
         if name in rows:
-            raise FaceDataError(f"{folder / 'front_metadata.json'}: row {i}: person {name!r} already has a frontal "
+            raise FaceDataError(f"{folder / 'front_metadata.json'}: row {i}: person {shorten(name)} already has a frontal "
                                 f"sample in row {rows[name]}; keep one per person")  # fmt: skip
         rows[name] = i
     for i, name in enumerate(owners):
         if name not in rows:
-            raise FaceDataError(f"{folder / 'video_metadata.json'}: row {i}: person {name!r} has no frontal sample")
+            raise FaceDataError(f"{folder / 'video_metadata.json'}: row {i}: person {shorten(name)} has no frontal sample")
     person = torch.tensor([rows[name] for name in owners])
     return FaceViews(tuple(names), front, src, keypoints, angles.deg2rad(), person,
                      flipped_front and flipped_src).to(device)  # fmt: skip
@@ -234,22 +245,19 @@ def load_face_views(folder: str | Path, device: torch.device | str = "cpu", mmap
 
 def _load_samples(folder: Path, kind: str, mmap: bool = False) -> tuple:
     """One half of a set: features (N, D), keypoints (N, 5, 3), poses in degrees (N, 3), N person names, flip_halves."""
-    features = load_rows(folder / f"{kind}_feature.npy", (None, None), mmap, nonzero=True)
+    features = load_rows(folder / f"{kind}_feature.npy", (None, None), mmap, embeddings=True)
     count = len(features)
     if not count:
         raise FaceDataError(f"{folder / f'{kind}_feature.npy'}: holds no sample")
     keypoints = load_rows(folder / f"{kind}_keypoints.npy", (count, 5, 3), mmap)
     path = folder / f"{kind}_metadata.json"
-    try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise FaceDataError(f"{path}: not valid JSON: {error}") from error
+    metadata = read_json(path, FaceDataError, 2**20 + SAMPLE_LIMIT * count)
     if not isinstance(metadata, dict) or not {"poses", "metadata"} <= metadata.keys():
         raise FaceDataError(f"{path}: must be an object with at least 'poses' and 'metadata'")
     declared = {"num_samples": count, "feature_dim": features.shape[1]}
     for key, value in declared.items():
         if metadata.get(key, value) != value:
-            raise FaceDataError(f"{path}: {key} is {metadata[key]}, but {kind}_feature.npy has {value}")
+            raise FaceDataError(f"{path}: {key} is {shorten(metadata[key])}, but {kind}_feature.npy has {value}")
     for key in ("poses", "metadata"):
         if not isinstance(metadata[key], list) or len(metadata[key]) != count:
             size = len(metadata[key]) if isinstance(metadata[key], list) else type(metadata[key]).__name__
@@ -272,12 +280,12 @@ def _poses(path: Path, poses: list) -> Tensor:
         numbers = isinstance(pose, list) and len(pose) == 3 and all(type(a) in (int, float) for a in pose)
         if not numbers or not all(abs(a) <= MAX_ANGLE for a in pose):  # NaN fails the comparison too
             raise FaceDataError(f"{path}: row {i}: a pose is [pitch, yaw, roll] in degrees within "
-                                f"{MAX_ANGLE:g}, got {pose!r}")  # fmt: skip
+                                f"{MAX_ANGLE:g}, got {shorten(pose)}")  # fmt: skip
     return torch.tensor(poses, dtype=torch.float32)
 
 
 def _person_names(path: Path, entries: list) -> list[str]:
     for i, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not isinstance(entry.get("person_name"), str) or not entry["person_name"]:
-            raise FaceDataError(f"{path}: row {i}: needs a person_name, got {entry!r}")
+        if not isinstance(entry, dict) or not is_text(entry.get("person_name")):
+            raise FaceDataError(f"{path}: row {i}: needs a person_name, a text in UTF-8, got {shorten(entry)}")
     return [entry["person_name"] for entry in entries]

@@ -2,19 +2,20 @@
 
 A folder of the kit holds
 
-    adapter_model.safetensors   everything that was added to the base: LoRA, projection, cross-view attention
-    adapter_config.json         rank, alpha, ... of every adapted layer, and a fingerprint of the base
+    adapter_model.safetensors   everything that was added to the base: LoRA, projection, cross-view attention; and in
+                                its header the config, so that both change at once
+    adapter_config.json         the config again, for readers and for PEFT: rank, alpha, ... of every adapted layer,
+                                and a fingerprint of the base
 """
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..files import parse_json, read_json, read_safetensors, shorten, write_safetensors, write_text
 from .lora import LoRALinearLayer, lora_layers
 
 FORMAT = "viewdiff_nb adapter 1"
@@ -42,12 +43,12 @@ def base_fingerprint(model: nn.Module) -> str:
     for name, parameter in sorted(model.named_parameters()):
         if name not in added:
             digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(parameter.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())  # 0-dim, too
     return digest.hexdigest()
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Write the adapters of a model; existing files are replaced only once the new ones are complete.
+    """Write the adapters of a model; those that are there are replaced only once the new ones are complete.
 
     Raises:
         AdapterError: if the model has none.
@@ -65,22 +66,23 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
 
     Raises:
         FileNotFoundError: if a file is missing.
-        AdapterError: if the folder is not of this format, the layers differ, or the base is another one.
+        AdapterError: if a file is damaged or not of this format, the layers differ, or the base is another one.
     """
     weights, config = _read(Path(folder))
     if config.get("format") != FORMAT:
         raise AdapterError(f"{folder} is not an adapter of this kit; for PEFT's format use load_peft_adapter")
+    _check_types(folder, config, {"layers": dict, "settings": dict, "base_fingerprint": str})
     mine = {name: _layer_config(layer) for name, layer in lora_layers(model).items()}
     if mine != config["layers"]:
         differing = sorted(name for name in mine.keys() | config["layers"].keys()
                            if mine.get(name) != config["layers"].get(name))  # fmt: skip
         first = differing[0]
-        raise AdapterError(f"{len(differing)} adapted layers differ, e.g. {first}: the adapter has "
-                           f"{config['layers'].get(first)}, the model {mine.get(first)}")  # fmt: skip
+        raise AdapterError(f"{len(differing)} adapted layers differ, e.g. {first}: the adapter in {folder} has "
+                           f"{shorten(config['layers'].get(first))}, the model {mine.get(first)}")  # fmt: skip
     if (mine := _settings(model)) != config["settings"]:
         differing = sorted(name for name in mine if mine[name] != config["settings"].get(name)) or ["other modules"]
         raise AdapterError(f"the model is built differently: {differing[0]} is {mine.get(differing[0])}, and "
-                           f"{config['settings'].get(differing[0])} in {folder}")  # fmt: skip
+                           f"{shorten(config['settings'].get(differing[0]))} in {folder}")  # fmt: skip
     if config["base_fingerprint"] != base_fingerprint(model):
         raise AdapterError(f"the adapter in {folder} belongs to another base model: its weights would be added to "
                            "the wrong ones; load its base first")  # fmt: skip
@@ -121,26 +123,29 @@ def load_peft_adapter(model: nn.Module, folder: str | Path) -> None:
 
     Raises:
         FileNotFoundError: if a file is missing.
-        AdapterError: if ranks, alphas, rslora or the set of layers differ.
+        AdapterError: if a file is damaged, or ranks, alphas, rslora or the set of layers differ.
     """
     weights, config = _read(Path(folder))
     if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{folder} holds no LoRA adapter of PEFT (peft_type is {config.get('peft_type')!r})")
+        raise AdapterError(f"{folder} holds no LoRA adapter of PEFT (peft_type is {shorten(config.get('peft_type'))})")
+    patterns = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+    config = patterns | {key: value for key, value in config.items() if value is not None}
+    _check_types(folder, config, {"r": int, "lora_alpha": int | float, "rank_pattern": dict, "alpha_pattern": dict,
+                                  "use_rslora": bool})  # fmt: skip
     layers = lora_layers(model)
     for name, layer in layers.items():
         mine = layer.rank, layer.alpha, layer.rslora, layer.pose_dim
-        theirs = (config.get("rank_pattern", {}).get(name, config["r"]),
-                  float(config.get("alpha_pattern", {}).get(name, config["lora_alpha"])),
-                  bool(config.get("use_rslora", False)), 0)  # fmt: skip
+        theirs = (config["rank_pattern"].get(name, config["r"]), config["alpha_pattern"].get(name, config["lora_alpha"]),
+                  config["use_rslora"], 0)  # fmt: skip
         if mine != theirs:
-            raise AdapterError(f"{name}: (rank, alpha, rslora, pose_dim) is {mine} in the model and {theirs} "
+            raise AdapterError(f"{name}: (rank, alpha, rslora, pose_dim) is {mine} in the model and {shorten(theirs)} "
                                f"in {folder}")  # fmt: skip
     names = {"lora_A": "lora_down", "lora_B": "lora_up"}
     renamed = {}
     for key, value in weights.items():
-        name, part, _ = key.removeprefix(PEFT_PREFIX).rsplit(".", 2)
+        name, part = key.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".")[::2]
         if part not in names:
-            raise AdapterError(f"{folder} holds {key}: only plain LoRA (lora_A, lora_B) can be loaded")
+            raise AdapterError(f"{folder} holds {shorten(key)}: only plain LoRA (lora_A, lora_B) can be loaded")
         renamed[f"{name}.{names[part]}"] = value
     parameters = {f"{name}.{p}": getattr(layer, p) for name, layer in layers.items() for p in names.values()}
     _copy(parameters, renamed, folder)
@@ -178,16 +183,37 @@ def _copy(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor], folde
             parameter.copy_(weights[name])
 
 
+def _check_types(folder: str | Path, config: dict, wanted: dict[str, type]) -> None:
+    for key, kind in wanted.items():
+        if not isinstance(config.get(key), kind):
+            raise AdapterError(f"the config in {folder} is damaged: {key} is {shorten(config.get(key))}")
+
+
 def _write(folder: Path, weights: dict[str, Tensor], config: dict) -> None:
+    """Whenever this ends early, the folder holds the old adapter or the new one, and no config beside other weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    parts = folder / f"{WEIGHTS}.part", folder / f"{CONFIG}.part"
-    save_file({name: value.detach().contiguous().cpu() for name, value in weights.items()}, parts[0])
-    parts[1].write_text(json.dumps(config, indent=1))
-    for part, name in zip(parts, (WEIGHTS, CONFIG), strict=True):
-        os.replace(part, folder / name)
+    new = folder / f"{WEIGHTS}.new"
+    write_safetensors(new, weights, {"format": "pt", CONFIG: json.dumps(config)})
+    (folder / CONFIG).unlink(missing_ok=True)
+    new.replace(folder / WEIGHTS)
+    write_text(folder / CONFIG, json.dumps(config, indent=1))
 
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict]:
-    if missing := [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]:
+    """Weights and config; adapters of PEFT, and those of the kit's first versions, have a config only beside them."""
+    missing = [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
+    if WEIGHTS in missing:
         raise FileNotFoundError(f"{folder} lacks {' and '.join(missing)}")
-    return load_file(folder / WEIGHTS), json.loads((folder / CONFIG).read_text())
+    weights, header = read_safetensors(folder / WEIGHTS, AdapterError)
+    if CONFIG in header:
+        config = parse_json(header[CONFIG], f"the header of {folder / WEIGHTS}", AdapterError)
+        if CONFIG not in missing and read_json(folder / CONFIG, AdapterError) != config:
+            raise AdapterError(f"{folder / CONFIG} is not the config that {WEIGHTS} was saved with (its header has "
+                               "that); take both files from one adapter")  # fmt: skip
+    elif missing:
+        raise FileNotFoundError(f"{folder} lacks {CONFIG}")
+    else:
+        config = read_json(folder / CONFIG, AdapterError)
+    if not isinstance(config, dict):
+        raise AdapterError(f"{folder / CONFIG} must hold an object, got {shorten(config)}")
+    return weights, config

@@ -2,13 +2,22 @@
 
 import hashlib
 import json
-import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 from .. import __version__
 from ..faces.splits import Split
+from ..files import read_json, write_text
 from ..paths import RUNS
+
+
+class DamagedResult(UserWarning):
+    """A stored result that cannot be read, and is made again."""
+
+
+class _Unreadable(ValueError):
+    pass
 
 
 class Store:
@@ -31,15 +40,22 @@ class Store:
             return found
         path = self.path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps({"key": key} | make(path)))
-        os.replace(part, path)
-        return json.loads(path.read_text())
+        write_text(path, json.dumps({"key": key} | make(path)))
+        return read_json(path, _Unreadable)
 
     def find(self, key: dict) -> dict | None:
-        """The stored result of key; None if there is none."""
+        """The stored result of key; None if there is none, or (with a warning) if its file is damaged."""
         path = self.path(key)
-        return json.loads(path.read_text()) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            found = read_json(path, _Unreadable)
+            if not isinstance(found, dict) or found.get("key") != json.loads(json.dumps(key)):
+                raise _Unreadable(f"{path}: is not the result of its key")
+        except _Unreadable as error:
+            warnings.warn(f"{error}; the result is made again", DamagedResult, stacklevel=3)
+            return None
+        return found
 
     def get_with_weights(self, key: dict, make: Callable[[Path], dict]) -> tuple[Path, dict]:
         """As `get`, for a make that also writes a checkpoint, path with suffix .pth; made again if that is gone."""
@@ -66,6 +82,6 @@ class FinishedStore(Store):
     """Tells whether a result is stored: `get` makes nothing, and raises `NotFinishedError` instead."""
 
     def get(self, key: dict, make: Callable[[Path], dict]) -> dict:
-        if not self.path(key).is_file():
+        if self.find(key) is None:
             raise NotFinishedError(self.path(key).name)
         return {}

@@ -42,12 +42,13 @@ def place(faces: FaceViews, device: torch.device, share: float = MEMORY_SHARE) -
 
 
 def views_to_train(faces: FaceViews, config: TrainConfig) -> FaceViews:
-    """The side views within the config's yaw range.
+    """The side views within the config's yaw range; max_yaw=180 leaves none out, not even those at 180 degrees.
 
     Raises:
         ValueError: if there is none.
     """
-    kept = faces.where((faces.abs_yaw >= config.min_yaw) & (faces.abs_yaw < config.max_yaw))
+    below = math.inf if config.max_yaw >= 180 else config.max_yaw
+    kept = faces.where((faces.abs_yaw >= config.min_yaw) & (faces.abs_yaw < below))
     if not len(kept):
         raise ValueError(f"no training view has {config.min_yaw} <= |yaw| < {config.max_yaw} degrees")
     return kept

@@ -1,31 +1,30 @@
 """Checkpoints that survive a crash while they are written, and are checked when they are read.
 
-A checkpoint is a file of `torch.save`, a zip archive, with the CRC-32 of everything in it. Torch does not look at
-these when it reads; this module does. Weights alone travel as safetensors, with the model's config in their header.
+A checkpoint is a file of `torch.save`. Weights alone travel as safetensors, with the model's config in their header.
 """
 
 import errno
 import json
 import os
-import pickle
 import shutil
 import warnings
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
 from torch import Tensor
+
+from ..files import parse_json, read_safetensors, read_torch, shorten, write_atomically, write_safetensors
 
 FORMAT = "viewdiff_nb checkpoint 2"
 LAST, PREVIOUS = "last_enhanced.pth", "previous_enhanced.pth"
 BEST, BEST_WEIGHTS = "best_model_enhanced.pth", "best_model_enhanced.safetensors"
 PERIODIC = "checkpoint_epoch_{}_enhanced.pth"
-PART = ".part"  # of a file that is being written
+TYPES = {  # of what a checkpoint may hold; the rest is checked by those who load it
+    "model": dict, "optimizer": dict, "scheduler": dict, "scaler": dict, "config": dict, "data": dict | str, "history": list,
+    "epoch": int, "batch": int, "steps": int, "stale": int, "seconds": float | int, "best": float | int,
+    "generator": Tensor, "trace": Tensor, "torch_rng": Tensor, "order": Tensor | None, "cuda_rng": Tensor | None,
+}  # fmt: skip
 
 
 class CheckpointError(ValueError):
@@ -42,7 +41,7 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     Raises:
         OSError: if it cannot be written, a full disk for example; nothing is left behind.
     """
-    _write_atomically(Path(path), lambda file: torch.save({"format": FORMAT, **content}, file))
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, **content}, file))
 
 
 def keep_previous(folder: Path) -> None:
@@ -53,28 +52,7 @@ def keep_previous(folder: Path) -> None:
 
 def save_weights(path: str | Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
     """A state dict as safetensors, its config as JSON in the header; any program that reads safetensors can."""
-    weights = {name: value.detach().contiguous().cpu() for name, value in weights.items()}
-    header = {"format": FORMAT, "config": json.dumps(config)}
-    _write_atomically(Path(path), lambda file: file.write(to_safetensors(weights, header)))
-
-
-def _write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__context__  # torch's writer raises an error of its own on top of the disk's
-        if cause is not None:
-            raise OSError(cause.errno, f"cannot write {path}: {cause.strerror}; older files are whole") from error
-        raise
+    write_safetensors(path, weights, {"format": FORMAT, "config": json.dumps(config)})
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -87,57 +65,60 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    content = _read(path, device)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} was not written by this version of the kit (no '{FORMAT}' in it)")
+    content = read_torch(path, CheckpointError, device)
+    _check_content(path, content)
     return content
 
 
-def _read(path: Path, device: torch.device | str) -> Any:
-    try:
-        if zipfile.is_zipfile(path):  # other torch files have no checksums; weights_only guards them all the same
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise CheckpointError(f"{path} is damaged: the checksum of {damaged} in it does not fit")
-        return torch.load(path, map_location=device, weights_only=True)
-    except CheckpointError:
-        raise
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError,
-            zipfile.BadZipFile) as error:  # fmt: skip
-        reason = str(error).split("\n")[0].split(". ")[0]  # torch goes on to advise against its own safeguard
-        raise CheckpointError(f"{path} is truncated, damaged or no checkpoint: {reason}") from error
+def _check_content(path: Path, content: Any) -> None:
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} was not written by this version of the kit (no '{FORMAT}' in it)")
+    for name, kind in TYPES.items():
+        if name in content and (not isinstance(content[name], kind) or isinstance(content[name], bool)):
+            raise CheckpointError(f"{path} is damaged: {name} is {type(content[name]).__name__} in it")
+    if not all(isinstance(row, dict) for row in content.get("history", ())):
+        raise CheckpointError(f"{path} is damaged: its history has rows that name no values")
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint of a folder that was written last; damaged and foreign files are named and passed over.
+    """The checkpoint of a folder whose run has come furthest, whatever the files' times are.
 
-    None if there is no checkpoint at all.
+    Files that are damaged, or that no run can go on from, are named and passed over. None if there is no file at all.
 
     Raises:
         CheckpointError: if there are some, and none can be used.
     """
-    refused = []
-    for path in sorted(Path(folder).glob("*.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    found, refused = [], []
+    for path in Path(folder).glob("*.pth"):
         try:
-            load_checkpoint(path)
+            found.append((*progress(path), path))
+        except CheckpointError as error:
+            refused.append(str(error))
+    for *_, path in sorted(found, reverse=True):
+        try:
+            load_checkpoint(path)  # all of it, while a look at the progress leaves out the tensors
         except CheckpointError as error:
             refused.append(str(error))
             continue
-        for reason in refused:
+        for reason in sorted(refused):
             warnings.warn(f"passed over {reason}", DamagedCheckpoint, stacklevel=3)
         return path
     if refused:
-        raise CheckpointError(f"no checkpoint in {folder} can be used: {'; '.join(refused)}")
+        raise CheckpointError(f"no checkpoint in {folder} can be used: {'; '.join(sorted(refused))}")
     return None
 
 
-def progress(path: Path) -> tuple[int, int] | None:
-    """Finished epochs, and batches of the next one: how far the run of a checkpoint has come; None if it is damaged."""
-    try:
-        content = load_checkpoint(path)
-    except CheckpointError:
-        return None
-    return content["epoch"], content["batch"]
+def progress(path: Path) -> tuple[int, int, int]:
+    """Finished epochs, batches of the next one, and steps: how far the run of a checkpoint has come.
+
+    Raises:
+        CheckpointError: if it is damaged, or no run can go on from it.
+    """
+    content = read_torch(path, CheckpointError, mmap=True)
+    _check_content(path, content)
+    if missing := {"epoch", "batch", "steps"} - set(content):
+        raise CheckpointError(f"{path} holds no training run to go on with (no {', '.join(sorted(missing))})")
+    return content["epoch"], content["batch"], content["steps"]
 
 
 def load_base_weights(path: str | Path) -> dict[str, Tensor]:
@@ -150,39 +131,52 @@ def load_base_weights(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no base model {path}; train one first, or correct base_model_path")
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is truncated, damaged or no safetensors file: {error}") from error
-    content = _read(path, "cpu")
+        content, _ = read_safetensors(path, CheckpointError)
+    else:
+        content = read_torch(path, CheckpointError)
     state = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not state or not all(map(_is_weight, state, state.values())):
         raise CheckpointError(f"{path} holds no state dict of a model")
+    if sum(value.nbytes for value in state.values()) > path.stat().st_size:
+        raise CheckpointError(f"{path} is damaged: its weights would be larger than the file")
     return state
 
 
+def _is_weight(name: object, value: object) -> bool:
+    return (isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided
+            and value.device.type == "cpu" and not value.is_quantized)  # fmt: skip
+
+
 def load_config(path: str | Path) -> dict[str, Any]:
-    """The config that a checkpoint, or a safetensors file of `save_weights`, was trained with.
+    """The config that a checkpoint, or a safetensors file of `save_weights`, was trained with: plain values by name.
 
     Raises:
         FileNotFoundError, CheckpointError: as `load_checkpoint`.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        content = load_checkpoint(path)
-        if "config" not in content:
-            raise CheckpointError(f"{path} holds weights without the config of a training run")
-        return content["config"]
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is truncated, damaged or no safetensors file: {error}") from error
-    if header.get("format") != FORMAT:
-        raise CheckpointError(f"{path} was not written by this version of the kit (no '{FORMAT}' in its header)")
-    return json.loads(header["config"])
+        config = load_checkpoint(path).get("config")
+    else:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}")
+        _, header = read_safetensors(path, CheckpointError)
+        if header.get("format") != FORMAT:
+            raise CheckpointError(f"{path} was not written by this version of the kit (no '{FORMAT}' in its header)")
+        config = parse_json(header.get("config", "null"), f"the config in {path}", CheckpointError)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds weights without the config of a training run")
+    config = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}  # as JSON has
+    for name, value in config.items():
+        if not all(map(_is_plain, (name, *value) if isinstance(value, tuple) else (name, value))):
+            raise CheckpointError(f"the config in {path} is damaged: {shorten(name)} is {shorten(value)}")
+    return config
+
+
+def _is_plain(value: object) -> bool:
+    """Whether messages may show it: no container, no endless text or number."""
+    if isinstance(value, str):
+        return len(value) < 2**12
+    return value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def check_space(folder: Path, wanted: int) -> None:

@@ -72,7 +72,7 @@ class TrainConfig:
     split_file: str | None = None
     """A split written by `save_split`, instead of drawing one."""
     min_yaw: float = 0.0
-    """Train on side views with min_yaw <= |yaw| < max_yaw, degrees."""
+    """Train on side views with min_yaw <= |yaw| < max_yaw, degrees; 180 is no limit."""
     max_yaw: float = 180.0
 
     d_model: int = 512

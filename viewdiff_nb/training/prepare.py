@@ -1,10 +1,12 @@
 """Models before and after training: built for a run, and loaded from what a run has left."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from ..files import shorten
 from ..modules.transformer import EnhancedTransformerDecoderOnly3D
 from .checkpoint import CheckpointError, load_base_weights, load_checkpoint, load_config, newest_checkpoint
 from .config import TrainConfig
@@ -40,10 +42,40 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> Enhanced
     Raises:
         FileNotFoundError, CheckpointError: if there is no such file, or it was not written by `train`.
     """
-    config, weights = load_config(path), load_base_weights(path)
-    model = TrainConfig(**config).build_model(weights["output.weight"].shape[0])
-    model.load_state_dict(weights)
+    config, weights = load_train_config(path), load_base_weights(path)
+    try:
+        if config.num_layers > len(weights):
+            raise ValueError(f"its config asks for {config.num_layers} layers, and it has {len(weights)} weights")
+        if "output.weight" not in weights or weights["output.weight"].ndim != 2:
+            raise ValueError("no matrix output.weight, which every transformer of this kit has")
+        width = len(weights["output.weight"])
+        with torch.device("meta"):  # which takes no memory: the config may describe a model far larger than the file
+            wanted = config.build_model(width).state_dict()
+        if foreign := sorted(wanted.keys() ^ weights.keys()):
+            raise ValueError(f"{len(foreign)} parameters are either missing or unknown, e.g. {shorten(foreign[0])}")
+        for name, value in wanted.items():
+            if value.shape != weights[name].shape:
+                raise ValueError(f"{name} is {tuple(weights[name].shape)} and should be {tuple(value.shape)}")
+        model = config.build_model(width)
+        model.load_state_dict(weights)
+    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"{path} holds no model of its config: {error}") from error
     return model.to(device).eval()
+
+
+def load_train_config(path: str | Path) -> TrainConfig:
+    """`load_config` as the `TrainConfig` that it was.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `load_config`, and if it is no config of this version.
+    """
+    config = load_config(path)
+    if unknown := sorted(config.keys() - {field.name for field in fields(TrainConfig)}):
+        raise CheckpointError(f"{path} was written by another version of the kit: it has {', '.join(unknown)}")
+    try:
+        return TrainConfig(**config)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise CheckpointError(f"the config in {path} is damaged: {error}") from error
 
 
 def find_checkpoint(resume: str | None, save_dir: str | None) -> Path | None:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..files import PART
 from ..paths import writable_folder
 from . import checkpoint
-from .checkpoint import BEST, BEST_WEIGHTS, LAST, PART
+from .checkpoint import BEST, BEST_WEIGHTS, LAST, CheckpointError
 from .state import TrainingState
 
 LOCK = ".lock"  # the system releases it when its process ends, however it ends
@@ -91,8 +92,10 @@ class RunFolder:
         if self.newest is None or not self.same_goal or self.newest.parent.resolve() != self.path.resolve():
             return False
         here = self.state.epoch, self.state.batch
-        progress = [checkpoint.progress(path) for path in earlier if path.suffix == ".pth"]
-        return not any(found and found > here for found in progress)
+        try:
+            return all(checkpoint.progress(path)[:2] <= here for path in earlier if path.suffix == ".pth")
+        except CheckpointError:  # what is damaged is put aside
+            return False
 
     def _put_aside(self, earlier: list[Path]) -> None:
         if not earlier:
@@ -110,7 +113,11 @@ class RunFolder:
         if self.newest is None or math.isnan(state.best):
             return
         best = self.newest.parent / BEST
-        if best.is_file() and checkpoint.load_checkpoint(best)["best"] == state.best:
+        try:
+            found = best.is_file() and checkpoint.load_checkpoint(best).get("best") == state.best
+        except CheckpointError:
+            found = False
+        if found:
             for name in (BEST, BEST_WEIGHTS):
                 shutil.copyfile(best.with_name(name), self.path / name)
         elif state.stale == 0 and state.batch == 0 and state.config.monitor in state.history[-1]:

@@ -1,5 +1,6 @@
 """Turn a head, see who is recognised."""
 
+import html
 from dataclasses import dataclass
 
 import ipywidgets as widgets
@@ -156,7 +157,7 @@ class PoseExplorer(Explorer):
     def _table(self, found: Search, at: int) -> str:
         lines = []
         for i, name in enumerate(("raw side view", "predicted")):
-            place, best = int(found.place[i, at]), self.gallery.names[found.other[i, at]]
+            place, best = int(found.place[i, at]), html.escape(self.gallery.names[found.other[i, at]])
             word, style = ("right", "vd-right") if place == 0 else ("wrong", "vd-wrong")
             lines.append(f"<tr><td>{name}</td><td>{found.own[i, at]:.3f}</td><td class={style}>{place + 1} ({word})"
                          f"</td><td>{found.best[i, at]:.3f}, {best}</td></tr>")  # fmt: skip

@@ -1,15 +1,27 @@
 """Finished results of studies, kept so that a second run only does what is missing."""
 
+import ast
+import functools
 import hashlib
 import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from .. import __version__
+import torch
+
 from ..faces.splits import Split
 from ..files import read_json, write_text
 from ..paths import RUNS
+
+
+PACKAGE = Path(__file__).parents[1]
+RESULT_CODE = (
+    "faces/geometry.py", "faces/rows.py", "faces/splits.py", "faces/views.py", "metrics.py", "modules/*.py",
+    "training/*.py", "studies/ablation.py", "studies/adaptation.py", "studies/forgetting.py", "studies/module_study.py",
+    "studies/recipe_study.py", "studies/significance.py",
+)  # fmt: skip
+"""What trains and scores; the rest of the package draws, tells, or makes faces, whose tensors are in the key."""
 
 
 class DamagedResult(UserWarning):
@@ -21,7 +33,7 @@ class _Unreadable(ValueError):
 
 
 class Store:
-    """Finished results, one JSON file per key: config, data and version.
+    """Finished results, one JSON file per key: config, data, the code that makes the result, and torch's version.
 
     Training times are those of the machine, and of its load, on which a result was made.
     """
@@ -31,7 +43,8 @@ class Store:
         self.data = fingerprint(split)
 
     def path(self, key: dict) -> Path:
-        text = json.dumps(key | {"data": self.data, "version": __version__}, sort_keys=True)
+        made_by = {"data": self.data, "code": code_fingerprint(), "torch": torch.__version__}
+        text = json.dumps(key | made_by, sort_keys=True)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
 
     def get(self, key: dict, make: Callable[[Path], dict]) -> dict:
@@ -72,6 +85,23 @@ def fingerprint(split: Split) -> str:
         for tensor in (faces.front, faces.src, faces.keypoints_3d, faces.angles, faces.person):
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+@functools.cache
+def code_fingerprint(package: Path = PACKAGE) -> str:
+    """A hash of what `RESULT_CODE` does; comments, docstrings and the layout of the lines are no part of it."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in RESULT_CODE for path in package.glob(pattern)):
+        tree = _WithoutTexts().visit(ast.parse(path.read_text(encoding="utf-8")))
+        digest.update(f"{path.relative_to(package).as_posix()} {ast.dump(tree)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+class _WithoutTexts(ast.NodeTransformer):
+    """Removes statements that are nothing but a text, as docstrings are."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:  # noqa: N802, the name that ast asks for
+        return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
 
 
 class NotFinishedError(LookupError):

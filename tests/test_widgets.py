@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+import threading
 import time
 from dataclasses import replace
 
@@ -250,6 +251,37 @@ def test_a_monitored_run_is_the_run(tmp_path):
     assert monitor.progress.value == CONFIG.epochs and "finished" in monitor.status.value
     for mine, theirs in zip(result.model.parameters(), run().model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_a_monitored_run_and_the_cells_beside_it_draw_nothing_of_each_other():
+    """The model's start and its dropout are random, and so is what a cell draws meanwhile."""
+    config, ended = replace(CONFIG, dropout=0.3, epochs=6), threading.Event()
+
+    def hammer():
+        while not ended.is_set():
+            torch.rand(100)
+
+    torch.manual_seed(0)
+    wanted, state = torch.rand(3), torch.get_rng_state()
+    alone = TrainingMonitor(config, *sets()).start().wait()
+    assert torch.equal(torch.get_rng_state(), state)
+    thread = threading.Thread(target=hammer)
+    thread.start()
+    try:
+        disturbed = TrainingMonitor(config, *sets()).start().wait()
+    finally:
+        ended.set()
+        thread.join()
+    for mine, theirs in zip(alone.model.parameters(), disturbed.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+    beside = TrainingMonitor(replace(config, epochs=1000, val_every=1000), *sets()).start()
+    for _ in range(50):
+        torch.manual_seed(0)
+        time.sleep(0.01)
+        assert torch.equal(torch.rand(3), wanted)
+    beside.stop()
+    assert beside.wait().steps > 0
 
 
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path):

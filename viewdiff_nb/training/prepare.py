@@ -8,6 +8,7 @@ from torch import nn
 from ..modules.transformer import EnhancedTransformerDecoderOnly3D
 from .checkpoint import CheckpointError, load_base_weights, load_checkpoint, load_config, newest_checkpoint
 from .config import TrainConfig
+from .randomness import OwnRandomness
 
 
 def prepare_model(config: TrainConfig, feature_dim: int) -> tuple[EnhancedTransformerDecoderOnly3D, nn.Module | None]:
@@ -15,8 +16,7 @@ def prepare_model(config: TrainConfig, feature_dim: int) -> tuple[EnhancedTransf
 
     Without a base there is nothing worth freezing: LoRA layers then train their random W as well.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with OwnRandomness(config.seed):
         model, base = config.build_model(feature_dim), config.build_model(feature_dim, base=True)
     if not config.base_model_path:
         model.requires_grad_(True)

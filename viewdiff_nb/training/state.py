@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..faces.views import FaceViews
 from .checkpoint import CheckpointError
 from .config import ARCHITECTURE, MONITORED, TrainConfig
+from .randomness import CPU, generator
 
 TRACE = ("loss", "grad_norm", "prior_loss")  # of every batch; the norm only where a window of batches ends
 PLAIN = ("epoch", "batch", "steps", "seconds", "history", "best", "stale")
@@ -58,8 +59,8 @@ class TrainingState:
             **{name: getattr(self, name) for name in PLAIN},
             **{name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scheduler", "scaler")},
             "generator": self.generator.get_state(), "order": self.order, "trace": self.trace,
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            "torch_rng": generator(CPU).get_state(),
+            "cuda_rng": generator(device).get_state() if device.type == "cuda" else None,
             "config": config.to_dict(), "data": data,
         }  # fmt: skip
 
@@ -96,9 +97,9 @@ class TrainingState:
             self.trace.copy_(state["trace"])
             self.order = state["order"].cpu()
         self.generator.set_state(state["generator"].cpu())
-        torch.set_rng_state(state["torch_rng"].cpu())
+        generator(CPU).set_state(state["torch_rng"].cpu())
         if self.trace.device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.trace.device)
+            generator(self.trace.device).set_state(state["cuda_rng"].cpu())
 
 
 def data_fingerprint(faces: FaceViews) -> str:

@@ -31,6 +31,7 @@ from .objective import Objective
 from .optimiser import build_optimizer, warmup_cosine
 from .parallel import OneProcess, SeveralProcesses, connect
 from .prepare import find_checkpoint, prepare_model
+from .randomness import manual_seed
 from .state import TRACE, TrainingState, data_fingerprint
 
 LOOK = 1.0  # seconds between looks at the loss; each waits for the device
@@ -156,7 +157,7 @@ class _Run:
             trace=torch.zeros(self.batches, len(TRACE), device=self.device),
         )  # fmt: skip
 
-        torch.manual_seed(config.seed)  # dropout
+        manual_seed(config.seed)  # dropout
         self.checkpoint = find_checkpoint(config.resume, config.save_dir)
         if self.checkpoint:
             content = checkpoint.load_checkpoint(self.checkpoint, self.device)

@@ -13,6 +13,7 @@ from ..faces.views import FaceViews
 from ..plots import learning_curves
 from ..training.config import TrainConfig
 from ..training.interrupt import StopRequest
+from ..training.randomness import OwnRandomness
 from ..training.trainer import TrainResult, train
 from .explorer import DPI, SLIDER, STYLE, Explorer, side_by_side
 from .live_figure import figure_png
@@ -27,8 +28,9 @@ class TrainingMonitor(Explorer):
         monitor.start().wait()      # the same without a mouse
         monitor.result.model
 
-    The run is in a thread of its own, so the notebook answers meanwhile. `train(..., on_epoch=monitor.show)` shows a
-    run that was started elsewhere.
+    The run is in a thread of its own, so the notebook answers meanwhile. Its random numbers are its own: cells do
+    not change what it learns, nor does it change what cells draw; on a GPU its dropout differs from `train`'s.
+    `train(..., on_epoch=monitor.show)` shows a run that was started elsewhere.
 
     Args:
         config: with a save_dir, or there is nothing to go on from. Its use_cuda_graph is left out.
@@ -114,7 +116,8 @@ class TrainingMonitor(Explorer):
 
     def _run(self, config: TrainConfig) -> None:
         try:
-            result = train(config, *self.faces, on_epoch=self.show, progress=False, stop=self._stop)
+            with OwnRandomness():  # cells draw meanwhile
+                result = train(config, *self.faces, on_epoch=self.show, progress=False, stop=self._stop)
             said = f"{result.stopped} after {result.steps} steps, {result.train_seconds:.0f} s of training"
             self.result = result
         except BaseException as error:  # told here, and raised again by wait()

@@ -52,7 +52,8 @@ class StackedAdamW:
     """AdamW for stacks of parameters (A, ...), each row with a learning rate of its own and clipped by itself.
 
     As `torch.optim.AdamW` (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2) would treat the rows one by one.
-    The parameters' values are moved into one tensor (A, N), so that a step is a few operations however many there are.
+    The parameters become views of one tensor (A, N), so that a step is a few operations however many there are; a
+    module that is moved or converted afterwards is not trained by it any more.
 
     A row whose loss or gradient is not finite has `diverged`: it is updated neither by this step nor by later ones.
 

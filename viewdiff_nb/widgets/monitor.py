@@ -29,8 +29,8 @@ class TrainingMonitor(Explorer):
         monitor.result.model
 
     The run is in a thread of its own, so the notebook answers meanwhile. Its random numbers are its own: cells do
-    not change what it learns, nor does it change what cells draw; on a GPU its dropout differs from `train`'s. `train(..., on_epoch=monitor.show)` shows a
-    run that was started elsewhere.
+    not change what it learns, nor does it change what cells draw; on a GPU its dropout differs from `train`'s.
+    `train(..., on_epoch=monitor.show)` shows a run that was started elsewhere.
 
     Args:
         config: with a save_dir, or there is nothing to go on from. Its use_cuda_graph is left out.

@@ -142,6 +142,7 @@ BAD = {
     "half a character": (edited(lambda c: c["val"].__setitem__(1, "\ud800")), "'val' must list the names"),
     "a long fingerprint": (edited(lambda c: c.update(people="x" * 5000)), "a split of another set"),
     "a long stranger": (edited(lambda c: c["val"].__setitem__(1, "x" * 5000)), "1 people are not in this face set"),
+    "a seed in words": (edited(lambda c: c.update(seed="x" * 5000)), "seed must be a whole number"),
     "fingerprint": (edited(lambda c: c.update(people="0" * 16)), "a split of another set: .* is '0000000000000000'"),
 }
 

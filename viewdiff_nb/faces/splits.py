@@ -109,6 +109,9 @@ def load_split_file(path: str | Path, faces: FaceViews) -> Split:
             raise FaceDataError(f"{path}: '{part}' must list the names of 2 people or more")
     if (sizes := {part: len(names) for part, names in parts.items()}) != content.get("sizes", sizes):
         raise FaceDataError(f"{path}: sizes are {shorten(content['sizes'])}, but the lists hold {sizes}")
+    if not isinstance(seed := content.get("seed"), int | None):
+        raise FaceDataError(f"{path}: seed must be a whole number, or null for a split that was not drawn, got "
+                            f"{shorten(seed)}")  # fmt: skip
     rows, part_of = {name: i for i, name in enumerate(faces.names)}, {}
     for part, names in parts.items():
         for name in names:
@@ -124,7 +127,7 @@ def load_split_file(path: str | Path, faces: FaceViews) -> Split:
         raise FaceDataError(f"{path}: {len(missing)} of this set's {len(faces.names)} people are in no part, "
                             f"e.g. {shorten(missing[0])}")  # fmt: skip
     index = (torch.tensor([rows[name] for name in names], device=faces.device) for names in parts.values())
-    return Split(*(faces.select(people) for people in index), seed=content.get("seed"))
+    return Split(*(faces.select(people) for people in index), seed=seed)
 
 
 def names_fingerprint(names: Iterable[str]) -> str:

@@ -232,12 +232,13 @@ def load_face_views(folder: str | Path, device: torch.device | str = "cpu", mmap
     rows = {}
     for i, name in enumerate(names):
         if name in rows:
-            raise FaceDataError(f"{folder / 'front_metadata.json'}: row {i}: person {shorten(name)} already has a frontal "
-                                f"sample in row {rows[name]}; keep one per person")  # fmt: skip
+            raise FaceDataError(f"{folder / 'front_metadata.json'}: row {i}: person {shorten(name)} already has a "
+                                f"frontal sample in row {rows[name]}; keep one per person")  # fmt: skip
         rows[name] = i
     for i, name in enumerate(owners):
         if name not in rows:
-            raise FaceDataError(f"{folder / 'video_metadata.json'}: row {i}: person {shorten(name)} has no frontal sample")
+            raise FaceDataError(f"{folder / 'video_metadata.json'}: row {i}: person {shorten(name)} has no frontal "
+                                "sample")  # fmt: skip
     person = torch.tensor([rows[name] for name in owners])
     return FaceViews(tuple(names), front, src, keypoints, angles.deg2rad(), person,
                      flipped_front and flipped_src).to(device)  # fmt: skip

@@ -135,8 +135,9 @@ def load_peft_adapter(model: nn.Module, folder: str | Path) -> None:
     layers = lora_layers(model)
     for name, layer in layers.items():
         mine = layer.rank, layer.alpha, layer.rslora, layer.pose_dim
-        theirs = (config["rank_pattern"].get(name, config["r"]), config["alpha_pattern"].get(name, config["lora_alpha"]),
-                  config["use_rslora"], 0)  # fmt: skip
+        rank = config["rank_pattern"].get(name, config["r"])
+        alpha = config["alpha_pattern"].get(name, config["lora_alpha"])
+        theirs = rank, alpha, config["use_rslora"], 0
         if mine != theirs:
             raise AdapterError(f"{name}: (rank, alpha, rslora, pose_dim) is {mine} in the model and {shorten(theirs)} "
                                f"in {folder}")  # fmt: skip

@@ -105,7 +105,7 @@ def test_a_backend_that_is_not_there_is_found_before_any_work(toy, tiny, monkeyp
     with pytest.raises(ValueError, match="backend must be one of sequential, loky, dask, ray, got 'spark'"):
         run_grid(GRID, toy, tiny, backend="spark")
     monkeypatch.setitem(__import__("sys").modules, "distributed", None)
-    with pytest.raises(ImportError, match=r'pip install "viewdiff_nb\[cluster\]"'):
+    with pytest.raises(ImportError, match=r'pip install "\.\[cluster\]"'):
         run_grid(GRID, toy, tiny, backend="dask")
     assert not list(Store(toy).folder.glob("*"))
 

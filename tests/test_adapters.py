@@ -75,14 +75,34 @@ def test_fingerprint_is_that_of_the_base_alone():
     base = trained_base()
     model = train_a_bit(adapted(base, projection=True))
     assert base_fingerprint(model) == base_fingerprint(base)
-    with torch.no_grad():
-        base.norm.bias[0] += 1e-6
-    assert base_fingerprint(model) != base_fingerprint(base)
     for layer in lora_layers(model).values():
         if not layer.pose_dim:
             layer.merge()
-    with pytest.raises(AdapterError, match="is merged"):
-        base_fingerprint(model)
+    assert base_fingerprint(model) == base_fingerprint(base)  # merged or not, W is the base's
+    with torch.no_grad():
+        base.norm.bias[0] += 1e-6
+    assert base_fingerprint(model) != base_fingerprint(base)
+
+
+def test_a_merged_adapter_is_saved_as_it_is_trained_and_replaced_by_what_is_loaded(tmp_path):
+    base = trained_base()
+    first, second = (train_a_bit(adapted(base)) for _ in range(2))
+    with torch.no_grad():
+        for layer in lora_layers(second).values():
+            layer.lora_up.mul_(-3.0)
+    merged_layers = [name for name, layer in lora_layers(first).items() if not layer.pose_dim]
+    save_adapter(first, tmp_path / "apart")
+    for name in merged_layers:
+        first.get_submodule(name).merge()
+    save_adapter(first, tmp_path / "merged")
+    apart, merged = (load_file(tmp_path / kind / "adapter_model.safetensors") for kind in ("apart", "merged"))
+    assert all(torch.equal(merged[name], value) for name, value in apart.items())
+    save_adapter(second, tmp_path / "second")
+    load_adapter(first, tmp_path / "second")
+    layer, other = (model.get_submodule(merged_layers[0]) for model in (first, second))
+    x = torch.randn(5, layer.in_features)
+    assert not layer.is_merged
+    torch.testing.assert_close(layer(x), other(x), rtol=0, atol=0)
 
 
 def test_parameters_without_dimensions_count(tmp_path):

@@ -427,9 +427,9 @@ def test_the_command_line(two_people, tmp_path, models, capsys):
 def test_without_insightface_one_message_says_what_to_install(two_people, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "insightface", None)
     monkeypatch.setitem(sys.modules, "insightface.app", None)
-    with pytest.raises(ImportError, match=r'needs InsightFace: pip install "viewdiff_nb\[insightface\]"'):
+    with pytest.raises(ImportError, match=r'needs InsightFace: pip install "\.\[insightface\]"'):
         embed_folder(two_people, tmp_path / "out", EmbedOptions(i_have_consent=True))
-    with pytest.raises(SystemExit, match=r'error: embedding photos needs InsightFace: pip install "viewdiff_nb'):
+    with pytest.raises(SystemExit, match=r'error: embedding photos needs InsightFace: pip install "\.\[insightface'):
         embed.main([str(two_people), str(tmp_path / "out"), "--i_have_consent"])
 
 

@@ -213,7 +213,7 @@ def test_a_missing_anny_names_the_extra(monkeypatch):
         return import_module(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", without_anny)
-    with pytest.raises(ImportError, match=r'pip install "viewdiff_nb\[heads\]"'):
+    with pytest.raises(ImportError, match=r'pip install "\.\[heads\]"'):
         load_anny_model()
 
 

@@ -319,7 +319,7 @@ def test_the_other_recogniser_scales_pixels_and_gives_unit_embeddings_in_order(l
 
 def test_a_missing_runtime_is_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "ai_edge_litert.interpreter", None)
-    with pytest.raises(ImportError, match=r'needs ai-edge-litert: pip install "viewdiff_nb\[heads\]"'):
+    with pytest.raises(ImportError, match=r'needs ai-edge-litert: pip install "\.\[heads\]"'):
         MobileFaceNet192()
 
 

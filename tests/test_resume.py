@@ -143,20 +143,30 @@ def test_a_thread_can_train(tmp_path):
     assert found[0].stopped == "finished"
 
 
-def _train_folder(folder: str) -> None:
+KILLED = {
+    "LoRA, projection, mix-up, accumulation": FULL,
+    "plain": replace(CONFIG, epochs=4, batch_size=4),
+    "mixed precision": replace(FULL, use_amp=True),
+    "cross-view": replace(FULL, use_cross_view=True, n_views=2, mixup=False),
+    "pairs of views": replace(FULL, loss="two-way+pairs", paired_views=True),
+}
+
+
+def _train_folder(folder: str, name: str) -> None:
     torch.set_num_threads(1)
-    faces = [load_face_views(f"{folder}/{name}") for name in ("train", "val")]
-    train(replace(FULL, save_dir=f"{folder}/runs", resume="auto", save_minutes=0.0, save_every=2), *faces, progress=False)
+    faces = [load_face_views(f"{folder}/{part}") for part in ("train", "val")]
+    config = replace(KILLED[name], save_dir=f"{folder}/runs", resume="auto", save_minutes=0.0, save_every=2)
+    train(config, *faces, progress=False)
 
 
-def test_killed_at_many_moments_and_resumed_ends_with_the_same_weights(tmp_path):
+def killed_and_resumed(tmp_path, name: str, kills: int) -> None:
     """SIGKILL, which no program can catch, while it computes, validates, or writes; with a write after every step."""
-    for name, faces in zip(("train", "val"), sets(), strict=True):
-        write_set(tmp_path / name, faces)
+    for part, faces in zip(("train", "val"), sets(), strict=True):
+        write_set(tmp_path / part, faces)
     context = multiprocessing.get_context("forkserver")
     # all that is slow to import: what conftest needs, and what torch's first optimiser does
     context.set_forkserver_preload(["viewdiff_nb.studies.recipe_study", "pytest", "torch._dynamo"])
-    moments, last, kills = random.Random(0), tmp_path / "runs" / checkpoint.LAST, 12
+    moments, last = random.Random(name), tmp_path / "runs" / checkpoint.LAST
 
     def written() -> int:
         try:
@@ -166,7 +176,7 @@ def test_killed_at_many_moments_and_resumed_ends_with_the_same_weights(tmp_path)
 
     for kill in range(kills + 1):
         before = written()
-        process = context.Process(target=_train_folder, args=(str(tmp_path),))
+        process = context.Process(target=_train_folder, args=(str(tmp_path), name))
         process.start()
         while kill > 1 and process.is_alive() and written() in (0, before):  # the first ones die before any write
             time.sleep(1e-3)
@@ -178,13 +188,25 @@ def test_killed_at_many_moments_and_resumed_ends_with_the_same_weights(tmp_path)
     assert process.exitcode == 0
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    whole = train(FULL, *[load_face_views(tmp_path / name) for name in ("train", "val")], progress=False)
+    whole = train(KILLED[name], *[load_face_views(tmp_path / part) for part in ("train", "val")], progress=False)
     torch.set_num_threads(threads)
     state = load_checkpoint(tmp_path / "runs/checkpoint_epoch_4_enhanced.pth")
-    for name, value in whole.model.state_dict().items():
-        assert torch.equal(state["model"][name], value), name
+    for parameter, value in whole.model.state_dict().items():
+        assert torch.equal(state["model"][parameter], value), parameter
     assert [row["val_rank1"] for row in state["history"]] == whole.history["val_rank1"].tolist()
-    assert not list((tmp_path / "runs").glob("*.part"))
+    best = load_checkpoint(tmp_path / "runs" / checkpoint.BEST)
+    assert best["best"] == whole.history["val_loss"].min() and best["epoch"] == whole.history["val_loss"].idxmin() + 1
+    assert not list((tmp_path / "runs").glob("*.part")) and not list((tmp_path / "runs").glob("earlier*"))
+
+
+def test_killed_at_many_moments_and_resumed_ends_with_the_same_weights(tmp_path):
+    killed_and_resumed(tmp_path, "LoRA, projection, mix-up, accumulation", kills=12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KILLED)
+def test_killed_far_more_often(tmp_path, name):
+    killed_and_resumed(tmp_path, name, kills=32)
 
 
 def test_the_previous_checkpoint_is_used_where_the_last_is_truncated(tmp_path):

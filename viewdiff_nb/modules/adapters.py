@@ -37,7 +37,6 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def base_fingerprint(model: nn.Module) -> str:
     """A hash of names, types, shapes and values of the base's parameters, the same with and without adapters."""
-    refuse_merged(model)
     added = adapter_parameters(model)
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
@@ -86,7 +85,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     if config["base_fingerprint"] != base_fingerprint(model):
         raise AdapterError(f"the adapter in {folder} belongs to another base model: its weights would be added to "
                            "the wrong ones; load its base first")  # fmt: skip
-    _copy(adapter_parameters(model), weights, folder)
+    _copy(model, adapter_parameters(model), weights, folder)
 
 
 def save_peft_adapter(model: nn.Module, folder: str | Path) -> None:
@@ -98,7 +97,6 @@ def save_peft_adapter(model: nn.Module, folder: str | Path) -> None:
     layers = lora_layers(model)
     if not layers:
         raise AdapterError("the model has no LoRA layer to save")
-    refuse_merged(model)
     if posed := [name for name, layer in layers.items() if layer.pose_dim]:
         raise AdapterError(f"PEFT has no pose-conditioned LoRA: {posed[0]} has pose_dim={layers[posed[0]].pose_dim}")
     first = next(iter(layers.values()))
@@ -149,16 +147,7 @@ def load_peft_adapter(model: nn.Module, folder: str | Path) -> None:
             raise AdapterError(f"{folder} holds {shorten(key)}: only plain LoRA (lora_A, lora_B) can be loaded")
         renamed[f"{name}.{names[part]}"] = value
     parameters = {f"{name}.{p}": getattr(layer, p) for name, layer in layers.items() for p in names.values()}
-    _copy(parameters, renamed, folder)
-
-
-def refuse_merged(model: nn.Module) -> None:
-    """
-    Raises:
-        AdapterError: if an adapter is merged, since the weights are then not the base's.
-    """
-    if merged := [name for name, layer in lora_layers(model).items() if layer.is_merged]:
-        raise AdapterError(f"{merged[0]} is merged, so its weights are not the base's; call unmerge() first")
+    _copy(model, parameters, renamed, folder)
 
 
 def _layer_config(layer: LoRALinearLayer) -> dict:
@@ -171,7 +160,7 @@ def _settings(model: nn.Module) -> dict[str, int]:
             for setting in ("num_heads", "voxel_resolution") if hasattr(module, setting)}  # fmt: skip
 
 
-def _copy(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor], folder: str | Path) -> None:
+def _copy(model: nn.Module, parameters: dict[str, nn.Parameter], weights: dict[str, Tensor], folder: str | Path) -> None:
     missing, foreign = sorted(parameters.keys() - weights.keys()), sorted(weights.keys() - parameters.keys())
     if missing or foreign:
         raise AdapterError(f"{folder} lacks {missing[:3] or 'nothing'} and holds {foreign[:3] or 'nothing'} beyond "
@@ -182,6 +171,9 @@ def _copy(parameters: dict[str, nn.Parameter], weights: dict[str, Tensor], folde
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
+    for layer in lora_layers(model).values():
+        if layer.is_merged:  # with what has been replaced
+            layer.unmerge()
 
 
 def _check_types(folder: str | Path, config: dict, wanted: dict[str, type]) -> None:

@@ -350,6 +350,16 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path, halfway):
     assert_equal_runs(one, other)
 
 
+@pytest.mark.parametrize("damage", [
+    {"optimizer": {"state": {0: None}, "param_groups": [{"params": [0]}]}}, {"optimizer": {"state": 5, "param_groups": []}},
+    {"generator": torch.zeros(3)}, {"torch_rng": torch.zeros(5, dtype=torch.uint8)}, {"model": {"norm.weight": "x"}},
+], ids=lambda damage: next(iter(damage)))  # fmt: skip
+def test_a_state_that_no_run_wrote_is_refused(tmp_path, halfway, damage):
+    save_checkpoint(tmp_path / "damaged.pth", load_checkpoint(halfway) | damage)
+    with pytest.raises(CheckpointError, match=r"damaged\.pth does not fit the model"):
+        run(replace(CONFIG, epochs=4, resume=str(tmp_path / "damaged.pth")))
+
+
 def test_an_early_stop_can_be_gone_on_from(tmp_path):
     config = replace(CONFIG, epochs=50, lr=1e-30, patience=2, save_dir=str(tmp_path), save_every=100, save_minutes=1e9)
     stopped = run(config)

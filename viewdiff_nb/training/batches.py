@@ -45,12 +45,15 @@ def views_to_train(faces: FaceViews, config: TrainConfig) -> FaceViews:
     """The side views within the config's yaw range; max_yaw=180 leaves none out, not even those at 180 degrees.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or if all are of one person, who can be told from nobody.
     """
     below = math.inf if config.max_yaw >= 180 else config.max_yaw
     kept = faces.where((faces.abs_yaw >= config.min_yaw) & (faces.abs_yaw < below))
     if not len(kept):
         raise ValueError(f"no training view has {config.min_yaw} <= |yaw| < {config.max_yaw} degrees")
+    if (seen := len(kept.person.unique())) < 2:
+        raise ValueError(f"training tells people from each other and needs views of at least 2 people, got {seen}; "
+                         "add people, or widen min_yaw and max_yaw")  # fmt: skip
     return kept
 
 

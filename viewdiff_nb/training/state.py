@@ -120,24 +120,27 @@ class TrainingState:
             for name in STATEFUL:
                 if state[name]:  # a scaler has no state where none was needed
                     getattr(self, name).load_state_dict(state[name])
-        except (RuntimeError, ValueError, KeyError) as error:
+            if "seed" not in changed:  # else what is drawn from here on is the new seed's
+                self._restore_generators(state)
+            if state["batch"]:
+                self.trace.copy_(state["trace"])
+                self.order = state["order"].cpu()
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise CheckpointError(f"{source} does not fit the model that is trained here: {error}") from error
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
         for name in PLAIN:
             setattr(self, name, state[name])
-        if self.batch:
-            self.trace.copy_(state["trace"])
-            self.order = state["order"].cpu()
-        if "seed" not in changed:  # else what is drawn from here on is the new seed's
-            self.generator.set_state(state["generator"].cpu())
-            generator(CPU).set_state(state["torch_rng"].cpu())
-            if self.trace.device.type == "cuda" and state["cuda_rng"] is not None:
-                generator(self.trace.device).set_state(state["cuda_rng"].cpu())
         same_goal = self._same_goal(state, changed)
         if not same_goal:
             self.forget_best()
         return Resumption({name: values for name, values in changed.items() if name not in ELSEWHERE}, same_goal)
+
+    def _restore_generators(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"].cpu())
+        generator(CPU).set_state(state["torch_rng"].cpu())
+        if self.trace.device.type == "cuda" and state["cuda_rng"] is not None:
+            generator(self.trace.device).set_state(state["cuda_rng"].cpu())
 
     def _refuse(self, state: dict[str, Any], changed: dict[str, tuple[Any, Any]], source: str) -> None:
         """

@@ -7,8 +7,8 @@ import struct
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_transformer import build, inputs, trained_base
 from safetensors.torch import load_file, save_file
+from test_transformer import build, inputs, trained_base
 from torch import nn
 
 from viewdiff_nb.modules.adapters import (
@@ -156,7 +156,7 @@ def killed_before_step(monkeypatch, number):
     done = []
     for name in ("replace", "unlink"):
 
-        def step(*args, real=getattr(os, name)):
+        def step(*args, real=getattr(os, name)):  # noqa: B008
             if len(done) == number:
                 raise Killed
             done.append(1)
@@ -256,11 +256,11 @@ BAD = {"empty": cut(0), "seven bytes": cut(7), "eight bytes": cut(8), "half a he
 OURS = {"no layers": edited(lambda c: {k: v for k, v in c.items() if k != "layers"}),
         "no base": edited(lambda c: {k: v for k, v in c.items() if k != "base_fingerprint"}),
         "layers in a list": edited(lambda c: c | {"layers": [1]}), "settings in a text": edited(lambda c: c | {"settings": "x"}),
-        "a long layer": edited(lambda c: c | {"layers": {k: "x" * 5000 for k in c["layers"]}})}  # fmt: skip
+        "a long layer": edited(lambda c: c | {"layers": dict.fromkeys(c["layers"], "x" * 5000)})}  # fmt: skip
 THEIRS = {"no rank": edited(lambda c: {k: v for k, v in c.items() if k != "r"}),
           "a pattern in a list": edited(lambda c: c | {"rank_pattern": [1]}),
           "alpha in words": edited(lambda c: c | {"lora_alpha": "x" * 5000}),
-          "a rank in words": edited(lambda c: c | {"rank_pattern": {k: "x" * 5000 for k in c["target_modules"]}}),
+          "a rank in words": edited(lambda c: c | {"rank_pattern": dict.fromkeys(c["target_modules"], "x" * 5000)}),
           "a name without parts": lambda folder: save_file({"x": torch.ones(1)}, folder / "adapter_model.safetensors")}  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from viewdiff_nb.training.config import ARCHITECTURE, LIMITS, TrainConfig, choos
     ({"use_lora_attention": True, "rank": 999}, "rank must not exceed 32.* got 999"), ({"lambda_prior": -1.0}, "lambda"),
     ({"use_lora_attention": True, "lora_targets": ()}, "adapts nothing"), ({"devices": 0}, "devices must be from 1"),
     ({"patience": 0}, "patience must be from 1"), ({"monitor": "val_lss"}, "monitor must be one of val_loss"),
-    ({"resume": "auto"}, "give save_dir"), ({"save_minutes": -1.0}, "save_minutes must be 0 or more, got -1"),
+    ({"resume": "auto"}, "give save_dir"), ({"save_minutes": -1.0}, "save_minutes must be >= 0, got -1"),
     ({"d_model": 0}, "d_model must be from 1"), ({"num_layers": 0}, "num_layers must be from 1"),
     ({"num_layers": -1}, "num_layers must be from 1"), ({"num_layers": 10**6}, "num_layers .*, got 1000000"),
     ({"dim_feedforward": 0}, "dim_feedforward must be from 1"), ({"nhead": 5}, "d_model must be a multiple of nhead=5"),

@@ -107,7 +107,7 @@ def two_processes(tmp_path):
 def test_workers_end_with_their_parent(two_processes):
     process, workers = two_processes
     process.kill()
-    gone, alive = psutil.wait_procs(workers, timeout=20)
+    _, alive = psutil.wait_procs(workers, timeout=20)
     assert not alive
 
 
@@ -117,7 +117,7 @@ def test_a_signal_to_the_program_stops_its_workers_with_a_checkpoint(two_process
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert re.search(r"interrupted; go on with --resume .*_enhanced\.pth", errors)
-    gone, alive = psutil.wait_procs(workers, timeout=20)
+    _, alive = psutil.wait_procs(workers, timeout=20)
     assert not alive
 
 

@@ -5,7 +5,15 @@ import pytest
 from conftest import people
 
 from viewdiff_nb.faces import split_by_person
-from viewdiff_nb.studies.store import PACKAGE, RESULT_CODE, DamagedResult, FinishedStore, NotFinishedError, Store, code_fingerprint
+from viewdiff_nb.studies.store import (
+    PACKAGE,
+    RESULT_CODE,
+    DamagedResult,
+    FinishedStore,
+    NotFinishedError,
+    Store,
+    code_fingerprint,
+)
 
 KEY = {"name": "x", "config": {"lr": 1.0, "lora_targets": ("attention",)}}
 

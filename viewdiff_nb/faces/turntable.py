@@ -6,6 +6,7 @@ person, `NAME.webp`, a row a pitch and a column a yaw. `shoot_turntable.py` make
 therefore what the recogniser saw, not something in between.
 """
 
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -177,7 +178,7 @@ def _are_names(value: object) -> bool:
 
 def _are_angles(value: object) -> bool:
     return (isinstance(value, list) and len(value) > 0 and all(type(v) in (int, float) and abs(v) <= 90 for v in value)
-            and all(low < high for low, high in zip(value, value[1:], strict=False)))  # fmt: skip
+            and all(low < high for low, high in itertools.pairwise(value)))  # fmt: skip
 
 
 def _is_size(value: object) -> bool:

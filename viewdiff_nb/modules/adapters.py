@@ -160,7 +160,9 @@ def _settings(model: nn.Module) -> dict[str, int]:
             for setting in ("num_heads", "voxel_resolution") if hasattr(module, setting)}  # fmt: skip
 
 
-def _copy(model: nn.Module, parameters: dict[str, nn.Parameter], weights: dict[str, Tensor], folder: str | Path) -> None:
+def _copy(
+    model: nn.Module, parameters: dict[str, nn.Parameter], weights: dict[str, Tensor], folder: str | Path
+) -> None:
     missing, foreign = sorted(parameters.keys() - weights.keys()), sorted(weights.keys() - parameters.keys())
     if missing or foreign:
         raise AdapterError(f"{folder} lacks {missing[:3] or 'nothing'} and holds {foreign[:3] or 'nothing'} beyond "

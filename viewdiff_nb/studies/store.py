@@ -14,7 +14,6 @@ from ..faces.splits import Split
 from ..files import read_json, write_text
 from ..paths import RUNS
 
-
 PACKAGE = Path(__file__).parents[1]
 RESULT_CODE = (
     "faces/geometry.py", "faces/rows.py", "faces/splits.py", "faces/views.py", "metrics.py", "modules/*.py",
@@ -100,7 +99,7 @@ def code_fingerprint(package: Path = PACKAGE) -> str:
 class _WithoutTexts(ast.NodeTransformer):
     """Removes statements that are nothing but a text, as docstrings are."""
 
-    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:  # noqa: N802, the name that ast asks for
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
         return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
 
 

@@ -21,10 +21,14 @@ LAST, PREVIOUS = "last_enhanced.pth", "previous_enhanced.pth"
 BEST, BEST_WEIGHTS = "best_model_enhanced.pth", "best_model_enhanced.safetensors"
 PERIODIC = "checkpoint_epoch_{}_enhanced.pth"
 TYPES = {  # of what a checkpoint may hold; the rest is checked by those who load it
-    "model": dict, "optimizer": dict, "scheduler": dict, "scaler": dict, "config": dict, "data": dict | str, "history": list,
-    "epoch": int, "batch": int, "steps": int, "stale": int, "seconds": float | int, "best": float | int,
-    "generator": Tensor, "trace": Tensor, "torch_rng": Tensor, "order": Tensor | None, "cuda_rng": Tensor | None,
-}  # fmt: skip
+    **dict.fromkeys(("model", "optimizer", "scheduler", "scaler", "config"), dict),
+    **dict.fromkeys(("epoch", "batch", "steps", "stale"), int),
+    **dict.fromkeys(("seconds", "best"), float | int),
+    **dict.fromkeys(("generator", "trace", "torch_rng"), Tensor),
+    **dict.fromkeys(("order", "cuda_rng"), Tensor | None),
+    "data": dict | str,
+    "history": list,
+}
 
 
 class CheckpointError(ValueError):

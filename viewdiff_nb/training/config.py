@@ -30,8 +30,8 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
                     _between(1, 10**9)),
     **dict.fromkeys(("val_people", "test_people"), _between(2, 2**31 - 1)),
     **dict.fromkeys(("seed", "split_seed"), _between(0, LARGEST_INTEGER)),
-    **dict.fromkeys(("lr", "lora_lr", "lora_alpha", "clip_norm"), (lambda value: value > 0, "positive")),
-    **dict.fromkeys(("lambda_prior", "weight_decay", "save_minutes", "min_yaw"), (lambda value: value >= 0, "0 or more")),
+    **dict.fromkeys(("lr", "lora_lr", "lora_alpha", "clip_norm"), (lambda value: value > 0, "above 0")),
+    **dict.fromkeys(("lambda_prior", "weight_decay", "save_minutes", "min_yaw"), (lambda value: value >= 0, ">= 0")),
     **dict.fromkeys(("dropout", "warmup"), (lambda value: 0 <= value < 1, "in [0, 1)")),
     "prior_fraction": (lambda value: 0 < value <= 1, "in (0, 1]"),
 }

@@ -40,7 +40,13 @@ class RunFolder:
     """
 
     def __init__(
-        self, path: str | None, state: TrainingState, resumed: Path | None, same_goal: bool, base: str | None, wanted: int
+        self,
+        path: str | None,
+        state: TrainingState,
+        resumed: Path | None,
+        same_goal: bool,
+        base: str | None,
+        wanted: int,
     ) -> None:
         self.path = None if path is None else Path(path)
         self.newest = resumed  # the newest checkpoint of the run, wherever it is
@@ -60,7 +66,8 @@ class RunFolder:
         try:
             self.lock.acquire(timeout=0)
         except Timeout:
-            raise OSError(f"another run is writing to {self.path}; wait for its end, or choose another save_dir") from None
+            what = f"another run is writing to {self.path}; wait for its end, or choose another save_dir"
+            raise OSError(what) from None
         try:
             self._prepare()
         except BaseException:

@@ -20,8 +20,8 @@ PLAIN = ("epoch", "batch", "steps", "seconds", "history", "best", "stale")
 STATEFUL = ("model", "optimizer", "scaler")
 WITHIN_EPOCH = ("batch_size", "gradient_accumulation_steps", "n_views", "mixup", "paired_views", "seed")
 """Settings that say which batches an epoch has: they may change between epochs, but not within one."""
-ELSEWHERE = ("data_dir", "val_people", "test_people", "split_seed", "split_file", "min_yaw", "max_yaw", "base_model_path",
-             "num_workers", "device", "devices", "save_dir", "log_dir", "save_every", "save_minutes",
+ELSEWHERE = ("data_dir", "val_people", "test_people", "split_seed", "split_file", "min_yaw", "max_yaw",
+             "base_model_path", "num_workers", "device", "devices", "save_dir", "log_dir", "save_every", "save_minutes",
              "resume")  # fmt: skip
 """Settings that may change silently: what they lead to is compared itself, or they change no weight."""
 

@@ -95,7 +95,8 @@ def train(
     impostors = probes * (people - 1)
     if config.monitor == "val_tar" and not can_tell(impostors):
         raise ValueError(f"{people} validation people with {probes} predictions make {impostors} impostor pairs, too "
-                         f"few for a false accept rate of {FAR:g}; raise val_people, or monitor another rate")  # fmt: skip
+                         f"few for a false accept rate of {FAR:g}; raise val_people, or monitor something "
+                         "else")  # fmt: skip
     if model is not None and (config.base_model_path or config.use_prior_preservation):
         raise ValueError("a model given to train() is trained as it is: base_model_path and prior preservation are "
                          "for models that the config builds")  # fmt: skip

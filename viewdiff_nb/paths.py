@@ -8,7 +8,7 @@ FAST = os.environ.get("FAST", "") not in ("", "0")  # the smoke profile: less wo
 PROJECT = Path(os.environ.get("VIEWDIFF_NB_HOME", Path(__file__).resolve().parents[1]))
 HEADS = PROJECT / "data" / "heads"  # the shipped set of synthetic people
 TURNTABLE = PROJECT / "data" / "turntable"  # eight of its test people at every pose of a grid, with pictures
-GPU_RESULTS = PROJECT / "data" / "results" / "h200"  # measured elsewhere, shown beside what is measured here
+GPU_RESULTS = PROJECT / "data" / "results" / "gpu"  # measured elsewhere, shown beside what is measured here
 RUNS = Path(os.environ.get("VIEWDIFF_NB_RUNS", PROJECT / "runs"))  # finished runs, reused; not in the repository
 FIGURES = RUNS / "fast" / "figures" if FAST else PROJECT / "figures"  # what the notebooks write
 

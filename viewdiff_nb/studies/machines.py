@@ -1,4 +1,4 @@
-"""What was measured here, beside what was measured on a GPU (data/results/h200)."""
+"""What was measured here, beside what was measured on a GPU (data/results/gpu)."""
 
 from pathlib import Path
 

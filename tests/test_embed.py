@@ -19,7 +19,7 @@ from viewdiff_nb.faces import embed, load_face_views
 from viewdiff_nb.faces.embed import ConsentError, EmbedError, EmbedOptions, embed_folder
 from viewdiff_nb.faces.frames import choose_front, frontal_angles
 from viewdiff_nb.faces.insight import FaceReader, RefusedError
-from viewdiff_nb.faces.photos import UnreadableError, read_pictures
+from viewdiff_nb.faces.photos import UnreadableError, list_people, read_pictures
 
 POSES = {  # of anna's photos: pitch, yaw, roll in degrees
     "00_left.png": (5.0, -40.0, 0.0),
@@ -440,3 +440,9 @@ print(sorted({"insightface", "cv2", "onnxruntime", "onnx", "skimage"} & set(sys.
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_a_folder_whose_name_is_no_text_is_named_before_any_work(tmp_path):
+    os.mkdir(os.fsencode(tmp_path) + b"/anna\xff")
+    with pytest.raises(ValueError, match=r"a folder whose name is not UTF-8, 'anna\\udcff'; rename it"):
+        list_people(tmp_path)

@@ -147,6 +147,32 @@ def test_q5_the_module_is_named_and_the_last_good_state_kept(good, tmp_path):
             assert torch.equal(model.state_dict()[name], value)
 
 
+class FailingWhenAsked(nn.Module):
+    """A model that trains well and whose predictions are infinite from the second validation on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.validations = nn.Linear(32, 32), 0
+
+    def train(self, mode: bool = True):
+        self.validations += not mode
+        return super().train(mode)
+
+    def forward(self, src, return_residual=True, **conditions):
+        lost = not self.training and self.validations > 1
+        return self.scale(src) * (float("inf") if lost else 1.0)
+
+
+def test_q5_validation_that_is_not_finite_keeps_the_last_good_state(tmp_path):
+    model = FailingWhenAsked()
+    with pytest.raises(TrainingDiverged, match=r"after epoch 2 the validation people's predictions are not finite.*Try: "
+                       r"lower lr.*after epoch 1; .*checkpoint_epoch_1_enhanced\.pth is the last") as caught:  # fmt: skip
+        run(replace(CONFIG, save_dir=str(tmp_path), save_every=1), model=model)
+    saved = torch.load(tmp_path / "checkpoint_epoch_1_enhanced.pth", weights_only=True)["model"]
+    assert len(caught.value.result.history) == 1
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in saved.items())
+
+
 def test_a_gradient_that_is_not_finite_changes_no_weight():
     """Not even within the second before anybody looks at it."""
     model = Overflowing(3)

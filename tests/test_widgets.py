@@ -27,6 +27,7 @@ from viewdiff_nb.paths import HEADS
 from viewdiff_nb.training.diagnosis import TrainingDiverged
 from viewdiff_nb.widgets import AttentionExplorer, PoseExplorer, TrainingMonitor, VoxelExplorer
 from viewdiff_nb.widgets.explorer import STATIC
+from viewdiff_nb.widgets.live_figure import figure_png
 from viewdiff_nb.widgets.pose import search
 from viewdiff_nb.widgets.stage import Stage
 
@@ -78,6 +79,14 @@ def test_names_are_text_and_no_markup():
     explorer = PoseExplorer(RawEmbedding(), faces, RecordedPeople(faces), person=faces.names[0])
     cells = ElementTree.fromstring(explorer.readout.value.replace("class=vd-right", "").replace("class=vd-wrong", ""))
     assert not list(cells.iter("img")) and [cell.text for cell in cells.iter("td")][3].endswith(f", {trap}")
+
+
+def test_names_are_no_formulas():
+    """Two dollar signs would make matplotlib read what is between them."""
+    faces = replace(people(2, width=64), names=(r"$\frac$", r"$x_{$"))
+    figure_png(PoseExplorer(RawEmbedding(), faces, RecordedPeople(faces)).figure())
+    model = replace(CONFIG, d_model=32, nhead=4, num_layers=1).build_model(64)
+    figure_png(AttentionExplorer(model, people=RecordedPeople(faces)).figure())
 
 
 def test_the_pose_explorer_shows_the_pose_it_says(gallery, model):

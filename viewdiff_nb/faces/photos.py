@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import is_text, shorten
+
 PHOTO_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 VIDEO_SUFFIXES = frozenset((".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"))
 FRAMES_TOLD = 0.95  # containers only estimate their number of frames; fewer than this share is a broken file
@@ -28,6 +30,9 @@ def list_people(photos: Path) -> dict[str, list[Path]]:
     if not photos.is_dir():
         raise NotADirectoryError(f"{photos} is a file; give the folder that holds one folder per person")
     people = {}
+    if odd := [path.name for path in photos.iterdir() if path.is_dir() and not is_text(path.name)]:
+        raise ValueError(f"{photos} has a folder whose name is not UTF-8, {shorten(odd[0])}; rename it, for it is the "
+                         "person's name")  # fmt: skip
     for folder in sorted(path for path in photos.iterdir() if path.is_dir() and not path.name.startswith(".")):
         files = [path for path in folder.rglob("*") if path.is_file()
                  and not any(part.startswith(".") for part in path.relative_to(folder).parts)]  # fmt: skip

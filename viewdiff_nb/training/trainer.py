@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..faces.views import FaceViews
-from ..metrics import FAR, can_tell
+from ..metrics import FAR, NotFiniteError, can_tell
 from ..modules.transformer import EnhancedTransformerDecoderOnly3D
 from ..paths import writable_folder
 from .batches import FaceBatch, count_batches, feed, place, views_to_train
@@ -333,14 +333,18 @@ class _Run:
         [batch] = feed(self.faces, rows[i : i + 1], self.device)
         beside = self._beside(batch, weights and weights[i])
         cause = find_cause(self.forward, batch, lambda b: self.objective(b, *beside).loss)
-        with torch.no_grad():
-            torch._foreach_copy_(self.trainable, self.good)
-        message = (f"batch {i} of epoch {state.epoch + 1} has loss {state.trace[i, 0].item():g} and gradient norm "
-                   f"{state.trace[i, 1].item():g}: {cause}. Try: {divergence_advice(self.config)}. The model is again "
-                   f"what it was after epoch {state.epoch}")  # fmt: skip
+        raise self._diverged(f"batch {i} of epoch {state.epoch + 1} has loss {state.trace[i, 0].item():g} and gradient "
+                             f"norm {state.trace[i, 1].item():g}: {cause}")  # fmt: skip
+
+    @torch.no_grad()
+    def _diverged(self, what: str) -> TrainingDiverged:
+        """The error, with the model as it was when all was well."""
+        torch._foreach_copy_(self.trainable, self.good)
+        message = (f"{what}. Try: {divergence_advice(self.config)}. The model is again what it was after epoch "
+                   f"{self.state.epoch}")  # fmt: skip
         if self.folder.newest:
             message += f"; {self.folder.newest} is the last checkpoint"
-        raise TrainingDiverged(message, self._result("diverged"))
+        return TrainingDiverged(message, self._result("diverged"))
 
     @torch.no_grad()
     def _finish_epoch(self) -> None:
@@ -355,7 +359,11 @@ class _Run:
             row["prior_loss"] = prior / self.batches
         validated = (state.epoch + 1) % config.val_every == 0 or state.epoch + 1 == config.epochs
         if validated:
-            row |= self.machines.from_first(evaluate(state.model, self.val_faces, LOSSES[config.loss]))
+            try:
+                row |= self.machines.from_first(evaluate(state.model, self.val_faces, LOSSES[config.loss]))
+            except NotFiniteError as error:
+                raise self._diverged(f"after epoch {state.epoch + 1} the validation people's predictions are not "
+                                     "finite, though every loss and gradient was") from error  # fmt: skip
         best = validated and state.judge(row)
         torch._foreach_copy_(self.good, self.trainable)
         self.log.losses(state.epoch * self.batches, state.trace[:, 0].tolist(),

@@ -115,5 +115,5 @@ class AttentionExplorer(Explorer):
         fig, maps = self._make_maps(110)
         maps.show(self.weights())
         a, b = ("pitch {:.0f}°, yaw {:.0f}°, roll {:.0f}°".format(*pose) for pose in self.poses())
-        fig.suptitle(f"{self.person.value}; A: {a}; B: {b}", fontsize=9)
+        fig.suptitle(f"{self.person.value}; A: {a}; B: {b}", fontsize=9, parse_math=False)
         return fig

@@ -176,12 +176,12 @@ class PoseExplorer(Explorer):
             names = (title, "side view, as the recogniser sees it", "frontal view: its embedding is the target")
             for ax, picture, name in zip(top.subplots(1, 3), pictures, names, strict=True):
                 ax.imshow(picture)
-                ax.set_title(name, fontsize=9)
+                ax.set_title(name, fontsize=9, parse_math=False)
                 ax.axis("off")
         else:
             face = KeypointFace(ax := top.subplots())
             face.show(normalise_keypoints(row.keypoints_3d[at]).numpy())
-            ax.set_title(title, fontsize=9)
+            ax.set_title(title, fontsize=9, parse_math=False)
         left, right = bottom.subplots(1, 2, width_ratios=(1.5, 1))
         YawCurves(left, len(self.gallery.names)).show(row.angles[:, 1].rad2deg().numpy(), found.own, found.best, at)
         right.axis("off")

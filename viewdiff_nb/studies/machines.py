@@ -47,6 +47,6 @@ def speed_on_both(measured: pd.DataFrame, batch_size: int, folder: Path = GPU_RE
 
 
 def gpu_note(folder: Path = GPU_RESULTS) -> str:
-    """Seeds, interval and machine of what was measured on the GPU, in words; steps and rates may be of different ones."""
+    """Seeds, interval and machine of the rates that a GPU gave, and the machine of the steps, in words."""
     steps = pd.read_csv(folder / "speed.csv", usecols=["machine"])["machine"].iloc[0]
     return f"{(folder / 'claims.md').read_text().strip().splitlines()[-1]}; training steps: {steps}"

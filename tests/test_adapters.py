@@ -7,6 +7,7 @@ import struct
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_transformer import build, inputs, trained_base
 from torch import nn
@@ -262,6 +263,20 @@ THEIRS = {"no rank": edited(lambda c: {k: v for k, v in c.items() if k != "r"}),
           "alpha in words": edited(lambda c: c | {"lora_alpha": "x" * 5000}),
           "a rank in words": edited(lambda c: c | {"rank_pattern": dict.fromkeys(c["target_modules"], "x" * 5000)}),
           "a name without parts": lambda folder: save_file({"x": torch.ones(1)}, folder / "adapter_model.safetensors")}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [lambda v: v * float("nan"), lambda v: v.int(), lambda v: v > 0], ids=["NaN", "int", "bool"])
+def test_weights_that_are_no_finite_floats_are_refused(tmp_path, change):
+    model = train_a_bit(adapted(trained_base()))
+    save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    weights = load_file(path)
+    first = sorted(weights)[0]
+    save_file(weights | {first: change(weights[first])}, path, header)
+    with pytest.raises(AdapterError, match=f"{first} in .* no finite floats"):
+        load_adapter(model, tmp_path)
 
 
 @pytest.mark.parametrize(("peft", "case"), [*((False, case) for case in BAD | OURS), *((True, case) for case in BAD | THEIRS)])

@@ -188,6 +188,14 @@ def test_a_merged_attention_is_saved_and_loaded_as_it_was_trained(tokens):
         torch.testing.assert_close(ours(x, None, memory), without, rtol=0, atol=0)
 
 
+def test_an_attention_is_merged_whole_or_not_at_all():
+    ours = trained(PoseConditionedLoRAAttention(32, num_heads=4, rank=4))
+    ours.out.merge()
+    with pytest.raises(RuntimeError, match="out is merged already"):
+        ours.merge(torch.randn(3))
+    assert not any(layer.is_merged for layer in (ours.query, ours.key, ours.value))
+
+
 def test_refuses_wrong_shapes():
     with pytest.raises(ValueError, match="multiple of num_heads, got 30 and 4"):
         PoseConditionedLoRAAttention(30, num_heads=4)

@@ -40,6 +40,15 @@ def test_views_within_the_yaw_range_are_trained():
         kept(min_yaw=100.0, max_yaw=120.0)
 
 
+@pytest.mark.parametrize("factor,told", [(1e-15, "1e-15"), (1e25, "inf")])
+@pytest.mark.parametrize("name", ["front", "src"])
+def test_lengths_that_float32_cannot_calculate_with_are_refused(name, factor, told):
+    faces = people(3)
+    faces = replace(faces, **{name: getattr(faces, name) * factor})
+    with pytest.raises(ValueError, match=f"{name}: an embedding has length {told}; .* Scale all embeddings alike"):
+        views_to_train(faces, TrainConfig())
+
+
 def test_cross_view_groups_are_views_of_one_person_and_no_view_comes_twice():
     person = people(7).person  # 6 views each
     groups = view_groups(person, 4, torch.Generator().manual_seed(0))
@@ -57,7 +66,7 @@ def test_multi_view_batches_hold_whole_groups():
     for batch in batches:
         person = faces.person[batch].view(-1, 3)
         assert len(batch) == 12 and (person == person[:, :1]).all()
-    with pytest.raises(ValueError, match="7 groups of n_views=4 views do not fill a batch of 64"):
+    with pytest.raises(ValueError, match="7 groups of n_views=4 views of a person do not fill a batch of 64"):
         count_batches(faces, TrainConfig(use_cross_view=True, n_views=4, batch_size=64))
 
 

@@ -109,8 +109,12 @@ def test_a_full_disk_is_found_before_training(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
+WHOLE = {"best": 0.5, "stale": 0, "seconds": 1.0, "optimizer": {}, "scaler": {}, "config": {}, "data": {}, "trace": torch.zeros(2, 3),
+         **dict.fromkeys(("generator", "torch_rng"), torch.Generator().get_state())}  # fmt: skip
+
+
 def run_of(epoch, batch=0, **more):
-    return CONTENT | {"epoch": epoch, "batch": batch, "steps": 10 * epoch + batch} | more
+    return CONTENT | WHOLE | {"epoch": epoch, "batch": batch, "steps": 10 * epoch + batch} | more
 
 
 def test_the_newest_checkpoint_is_the_one_that_has_come_furthest(tmp_path):

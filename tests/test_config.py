@@ -28,11 +28,18 @@ from viewdiff_nb.training.config import ARCHITECTURE, LIMITS, TrainConfig, choos
     ({"seed": 2**70}, "seed must be from 0"), ({"batch_size": 2**70}, "batch_size must be from 1"),
     ({"epochs": 10**30}, "epochs must be from 1"), ({"seed": -1}, "seed must be from 0 to"),
     ({"resume": ""}, "resume must be a name or a path, got ''"), ({"save_dir": ""}, "save_dir must be a name or a path"),
+    ({"lora_targets": ("atention",)}, "lora_targets must be of attention, feed_forward"),
     ({"val_people": 1}, "val_people must be from 2"), ({"use_amp": "no"}, "use_amp must be true or false, got 'no'"),
 ])  # fmt: skip
 def test_contradictory_configs_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         replace(CONFIG, **bad)
+
+
+def test_paths_and_lists_are_taken(tmp_path):
+    config = replace(CONFIG, save_dir=tmp_path, lora_targets=["attention"])
+    assert config.save_dir == str(tmp_path) and config.lora_targets == ("attention",)
+    assert hash(config) == hash(replace(config))
 
 
 def test_every_number_has_limits():
@@ -54,6 +61,11 @@ def test_every_size_of_the_model_comes_from_the_config():
     assert model.projection.voxel_resolution == 5 and model.n_views == 2 and model.feature_dim == 32
     base = TrainConfig(**sizes).build_model(32, base=True)
     assert base.projection is None and base.cross_view is None and set(base.parameter_roles().values()) == {"base"}
+
+
+def test_a_device_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match="device must be auto, cpu, cuda .* got 'cud'"):
+        choose_device("cud")
 
 
 def test_asking_for_a_missing_gpu():

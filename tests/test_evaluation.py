@@ -43,6 +43,11 @@ def test_groups_of_views_are_counted_before_training():
         train(replace(CROSS, monitor="val_tar"), people(40), faces, on_epoch=lambda _: pytest.fail("trained"), progress=False)
 
 
+def test_one_validation_person_is_found_before_training():
+    with pytest.raises(ValueError, match="validation needs 2 people or more"):
+        train(CONFIG, people(40), people(1, first=1000), on_epoch=lambda _: pytest.fail("trained"), progress=False)
+
+
 def test_one_person_is_nobody_to_be_told_from():
     with pytest.raises(ValueError, match="at least 2 people.*got 1"):
         train(replace(CONFIG, epochs=1), people(1), people(30, first=1000), progress=False)

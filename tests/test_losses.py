@@ -89,6 +89,15 @@ def test_within_autocast_the_gradient_is_that_of_float64(name, half):
     assert difference < 1e-5
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_by_itself_too(name):
+    predicted, gallery, person = torch.randn(24, 64), torch.randn(40, 64), torch.randint(40, (24,))
+    exact = LOSSES[name](predicted.double(), gallery.double(), person)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = LOSSES[name](predicted, gallery, person)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+
+
 def test_within_vmap_and_autocast_too():
     """As many adapters at once are trained."""
     predicted, gallery, person = torch.randn(3, 8, 16), torch.randn(9, 16), torch.randint(9, (3, 8))

@@ -78,6 +78,16 @@ def test_what_a_process_raises_is_raised_here(tmp_path, base_path):
         run(replace(CONFIG, devices=2, min_yaw=89.0, max_yaw=89.5))
 
 
+def test_what_the_folder_lacks_all_processes_know(tmp_path):
+    """Without its best model a run looks for it anew; patience then ends all processes at the same epoch."""
+    config = replace(CONFIG, devices=2, lr=1e-30, patience=2, save_every=1)
+    run(replace(config, epochs=2, save_dir=str(tmp_path / "first")))
+    (tmp_path / "first/best_model_enhanced.pth").unlink()
+    path = str(tmp_path / "first/checkpoint_epoch_2_enhanced.pth")
+    onward = run(replace(config, epochs=9, save_dir=str(tmp_path / "second"), resume=path))
+    assert onward.stopped == "early" and len(onward.history) == 5  # the third is the best, then two that are not
+
+
 def children(pid: int) -> list[psutil.Process]:
     """The processes that train, of a command with --devices 2."""
     return [c for c in psutil.Process(pid).children(recursive=True) if "spawn_main" in " ".join(c.cmdline())]

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import CONFIG, people
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from viewdiff_nb.modules.baselines import MLP
@@ -109,6 +110,16 @@ def test_damaged_safetensors_are_refused(files):
         for load in (load_model, load_config):
             with pytest.raises(CheckpointError, match=r"a\.safetensors"):
                 load(path)
+
+
+def test_weights_that_are_not_finite_are_named(files):
+    _, _, path = files
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    weights = load_file(path)
+    save_file(weights | {"norm.bias": weights["norm.bias"] * float("nan")}, path, header)
+    with pytest.raises(CheckpointError, match=r"not finite: 'norm\.bias'"):
+        load_model(path)
 
 
 def test_a_name_that_comes_twice_is_refused(files):

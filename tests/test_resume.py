@@ -360,6 +360,18 @@ def test_a_state_that_no_run_wrote_is_refused(tmp_path, halfway, damage):
         run(replace(CONFIG, epochs=4, resume=str(tmp_path / "damaged.pth")))
 
 
+@pytest.mark.parametrize("lost", ["data", "config", "trace", "generator"])
+def test_a_checkpoint_that_lacks_something_is_passed_over(tmp_path, halfway, lost):
+    content = load_checkpoint(halfway)
+    save_checkpoint(tmp_path / "r/checkpoint_epoch_2_enhanced.pth", content)
+    save_checkpoint(tmp_path / "r/checkpoint_epoch_3_enhanced.pth", {k: v for k, v in content.items() if k != lost} | {"epoch": 3})
+    with pytest.raises(CheckpointError, match=f"no training run to go on with .no {lost}"):
+        run(replace(CONFIG, epochs=4, resume=str(tmp_path / "r/checkpoint_epoch_3_enhanced.pth")))
+    with pytest.warns(DamagedCheckpoint, match="epoch_3"):
+        onward = run(replace(CONFIG, epochs=4, resume=str(tmp_path / "r")))
+    assert onward.history["epoch"].tolist() == [1, 2, 3, 4]
+
+
 def test_an_early_stop_can_be_gone_on_from(tmp_path):
     config = replace(CONFIG, epochs=50, lr=1e-30, patience=2, save_dir=str(tmp_path), save_every=100, save_minutes=1e9)
     stopped = run(config)

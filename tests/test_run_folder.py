@@ -13,6 +13,7 @@ from conftest import CONFIG, run, sets
 from viewdiff_nb.files import PART
 from viewdiff_nb.training import checkpoint
 from viewdiff_nb.training.checkpoint import BEST, BEST_WEIGHTS, LAST, load_checkpoint
+from viewdiff_nb.training.prepare import load_model
 from viewdiff_nb.training.trainer import train
 
 
@@ -111,6 +112,43 @@ def test_going_on_from_an_earlier_epoch_keeps_what_came_of_it_before(tmp_path):
     assert result.history["val_loss"].idxmin() == 0
     best = load_checkpoint(tmp_path / BEST)
     assert best["epoch"] == 1 and best["best"] == result.history["val_loss"].iloc[0]
+
+
+@pytest.mark.parametrize("spelt", ["relative", "absolute"])
+def test_the_best_model_goes_along_however_the_folder_is_spelt(tmp_path, monkeypatch, caplog, spelt):
+    monkeypatch.chdir(tmp_path)
+    run(replace(CONFIG, save_dir="m", save_every=1, epochs=3, loss="mse"))
+    first = "m" if spelt == "relative" else tmp_path / "m"
+    run(replace(CONFIG, save_dir="m", epochs=4, loss="mse", resume=f"{first}/{checkpoint.PERIODIC.format(2)}"))
+    assert "looked for anew" not in caplog.text
+    assert load_checkpoint("m/earlier_run_1/" + checkpoint.PERIODIC.format(3))["epoch"] == 3
+
+
+def test_a_missing_half_of_the_best_model_is_written_again(tmp_path):
+    config = replace(CONFIG, save_dir=str(tmp_path / "first"), save_every=1, epochs=2, loss="mse", lr=1e-2)
+    run(config)
+    (tmp_path / "first" / BEST_WEIGHTS).unlink()
+    second = tmp_path / "second"
+    run(replace(config, save_dir=str(second), epochs=3, lr=1e-30, resume=str(tmp_path / "first")))
+    assert load_checkpoint(second / BEST)["best"] == load_checkpoint(tmp_path / "first" / BEST)["best"]
+    model = load_model(second / BEST_WEIGHTS).state_dict()
+    assert all(torch.equal(value, model[name]) for name, value in load_checkpoint(second / BEST)["model"].items())
+
+
+def test_a_run_to_another_goal_that_is_killed_at_once_goes_on_all_the_same(tmp_path):
+    """Its files are put aside before it has written any; what it goes on from is still found."""
+    config = replace(CONFIG, save_dir=str(tmp_path), epochs=2)
+    run(config)
+    again = replace(config, epochs=4, monitor="val_rank1", resume="auto")
+
+    def kill(history) -> None:
+        raise KeyboardInterrupt  # after the first epoch of the two, before anything was written but the best model
+
+    with pytest.raises(KeyboardInterrupt):
+        run(replace(again, val_every=4), on_epoch=kill)
+    assert names(tmp_path) == {checkpoint.PERIODIC.format(2), "earlier_run_1"}
+    result = run(again)
+    assert result.history["epoch"].tolist() == [1, 2, 3, 4]
 
 
 def test_a_base_in_the_folder_is_not_written_over(tmp_path):

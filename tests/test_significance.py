@@ -116,11 +116,13 @@ def test_p_is_the_bootstraps_where_only_people_vary():
 
 def test_p_of_nothing():
     assert Estimate(0.0, 0.1).p == Estimate(0.0).p == 1
-    assert Estimate(0.1).p == 0 and Estimate(9.0, 0.1).p == 0  # beyond what a float holds
+    assert Estimate(9.0, 0.1).p == 0  # beyond what a float holds
+    assert math.isnan(Estimate(0.1).p) and math.isnan(over_seeds([0.01, 0.01]).p)  # no spread, so nothing to judge by
+    assert judged({"a": over_seeds([0.01, 0.01])}) == {"a": "+0.010 ± 0.000 (no spread to judge by)"}
     assert math.isnan(over_seeds([0.3]).p) and math.isnan(over_seeds([0.3]).half)
 
 
-@given(st.floats(-1, 1), st.floats(0, 0.5), st.floats(0, 0.5), st.integers(2, 400), st.integers(2, 30))
+@given(st.floats(-1, 1), st.floats(1e-9, 0.5), st.floats(0, 0.5), st.integers(2, 400), st.integers(2, 30))
 def test_p_is_below_5_percent_if_and_only_if_the_interval_excludes_0(mean, people_error, seeds_error, people, seeds):
     found = Estimate(mean, people_error, seeds_error, people, seeds)
     assume(abs(abs(mean) - found.half) > 1e-9)
@@ -177,8 +179,9 @@ def test_a_rate_that_nobody_differs_in_has_a_bound():
 def test_what_cannot_be_told_says_why():
     assert str(estimate([math.nan], [[math.nan] * 3], people=20)) == "too few"
     assert str(estimate([0.5], [[0.5, math.nan, 0.5, 0.5]], people=1)) == "0.500 (one person)"
-    assert str(estimate([0.5], [[0.4, 0.6, math.nan]], people=2)).startswith("0.500 ± ")
-    assert str(estimate([0.5], [[0.4, math.nan, math.nan]], people=2)) == "0.500 (too few people)"
+    assert str(estimate([0.5], [[0.4, 0.6, math.nan]], people=5)).startswith("0.500 ± ")
+    assert str(estimate([0.5], [[0.4, math.nan, math.nan]], people=5)) == "0.500 (too few people)"
+    assert str(estimate([0.5], [[0.5, 0.5, math.nan]], people=4)) == "0.500 (too few people)"  # 35 resamples in all
     assert str(over_seeds([0.5])) == "0.500 (one seed)"
 
 

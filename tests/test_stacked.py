@@ -4,7 +4,7 @@ from conftest import DEVICES
 from torch import nn
 
 from viewdiff_nb import EnhancedTransformerDecoderOnly3D, PoseConditionedLoRAAttention
-from viewdiff_nb.modules.lora import lora_layers
+from viewdiff_nb.modules.lora import disable_adapters, lora_layers
 from viewdiff_nb.modules.stacked import StackedAdapters, StackedAttention
 from viewdiff_nb.training.optimiser import StackedAdamW
 
@@ -94,6 +94,8 @@ def test_a_stack_offers_only_what_it_can_do():
     assert set(kinds) == {"StackedAdapters", "StackedAttention", "StackedLoRALinear"}
     for kind in kinds.values():
         assert not [name for name in ("merge", "unmerge", "adapter_enabled", "is_merged") if hasattr(kind, name)]
+    with pytest.raises(ValueError, match=r"StackedAdapters has no LoRA layer to disable.*unstack\(\)"), disable_adapters(stacked):
+        pass
 
 
 def test_scores_beyond_float16_before_they_are_scaled():

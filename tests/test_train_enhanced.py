@@ -1,4 +1,5 @@
 import shlex
+import shutil
 import subprocess
 import sys
 from datetime import date
@@ -69,6 +70,30 @@ def test_streams_that_are_closed_do_not_matter(tmp_path, redirected):
     command = shlex.join([sys.executable, "-m", "viewdiff_nb.train_enhanced", "--data_dir", "set", *SMALL])
     assert subprocess.run(f"{command} {redirected}", shell=True, check=False, stdin=subprocess.DEVNULL).returncode == 0
     assert list(tmp_path.glob("runs/*/best_model_enhanced.pth"))
+
+
+def test_a_folder_that_was_moved_or_copied_goes_on_where_it_is(tmp_path, capsys):
+    write_set(tmp_path / "set", people(60))
+    main(["--data_dir", "set", *SMALL, "--save_dir", "first"])
+    shutil.copytree("first", "copy")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()}
+    main(["--resume", "copy", "--epochs", "2"])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "first").iterdir()} == before
+    assert (tmp_path / "copy/checkpoint_epoch_2_enhanced.pth").exists()
+    assert "kept in copy" in capsys.readouterr().out
+
+
+def test_two_runs_within_a_second_have_folders_of_their_own(tmp_path):
+    write_set(tmp_path / "set", people(60))
+    for _ in range(2):
+        main(["--data_dir", "set", *SMALL])
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_a_split_file_that_is_not_there_is_named(tmp_path):
+    write_set(tmp_path / "set", people(60))
+    with pytest.raises(SystemExit, match="error: there is no split file nowhere.json"):
+        main(["--data_dir", "set", "--split_file", "nowhere.json", *SMALL])
 
 
 def test_a_split_file_says_who_trains(tmp_path, monkeypatch):

@@ -73,6 +73,7 @@ BAD = {
     "infinite keypoint": (corrupt_row("front_keypoints.npy", 2, np.inf), r"front_keypoints.npy: row 2: not finite"),
     "zero embedding": (corrupt_row("video_feature.npy", 9, 0), r"video_feature.npy: row 9: the embedding has length 0 "),
     "truncated": (rewrite("video_feature.npy", lambda p: p.read_bytes()[:-50]), r"video_feature.npy: not a readable"),
+    "no rows of endless width": (rewrite("video_feature.npy", npy((0, 10**23))), r"video_feature.npy: not a readable"),
     "empty file": (rewrite("front_feature.npy", lambda p: b""), r"front_feature.npy: not a readable"),
     "no array": (rewrite("front_feature.npy", lambda p: b"hello"), r"front_feature.npy: not a readable"),
     "pickle": (rewrite("front_feature.npy", lambda p: pickle.dumps([1])), r"front_feature.npy: not a readable"),

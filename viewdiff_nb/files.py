@@ -175,7 +175,7 @@ def read_npy(
                 wanted = ", ".join("any" if n is None else str(n) for n in shape)
                 raise error(f"{path}: shape is {shorten(size)}, must be ({wanted})")
             offset, end = file.tell(), os.fstat(file.fileno()).st_size
-            if end - offset != math.prod(size) * dtype.itemsize:
+            if any(n > end for n in size) or end - offset != math.prod(size) * dtype.itemsize:
                 raise error(f"{path}: not a readable .npy array: truncated or damaged, since {end - offset} bytes "
                             f"are no {dtype} numbers of shape {shorten(size)}")  # fmt: skip
             if mmap:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 
 import tyro
@@ -32,7 +33,7 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
     given = first.parse_known_args(arguments)[0]
     default = TrainConfig()
     if path := find_checkpoint(given.resume, given.save_dir):
-        default = load_train_config(path)
+        default = replace(load_train_config(path), save_dir=str(path.parent))  # where it lies now
     return tyro.cli(TrainConfig, args=arguments, default=default, description=__doc__)
 
 
@@ -72,7 +73,8 @@ def _load_split(config: TrainConfig) -> Split:
 
 def _folder_of_its_own() -> Path:
     """For a run that was given none: runs/ and the time, here."""
-    return Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    return next(path for n in count(1) if not (path := Path("runs") / (name + f"-{n}" * (n > 1))).exists())
 
 
 def _report(config: TrainConfig, result: TrainResult) -> None:
@@ -85,7 +87,8 @@ def _report(config: TrainConfig, result: TrainResult) -> None:
         print(f"interrupted; go on with --resume {result.checkpoint}", file=sys.stderr)
         return
     if result.stopped == "early":
-        _say(f"stopped early: {config.monitor} did not get better in {config.patience} validations")
+        _say(f"stopped early: {config.monitor} did not get better in {config.patience} validations; go on "
+             "with a larger --patience and --resume")
     if (best := Path(config.save_dir) / BEST_WEIGHTS).exists():  # a resumed run may have its best elsewhere
         _say(f"the best model by {config.monitor}: {best}")
 

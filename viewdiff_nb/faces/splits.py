@@ -102,6 +102,8 @@ def load_split_file(path: str | Path, faces: FaceViews) -> Split:
         FaceDataError: if the file is damaged, puts someone into two parts, or is of another set.
     """
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no split file {path}; write one with save_split, or correct split_file")
     content = read_json(path, FaceDataError)
     parts = {part: content.get(part) if isinstance(content, dict) else None for part in PARTS}
     for part, names in parts.items():

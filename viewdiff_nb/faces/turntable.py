@@ -7,7 +7,6 @@ therefore what the recogniser saw, not something in between.
 """
 
 import itertools
-import math
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -182,11 +181,11 @@ def _are_angles(value: object) -> bool:
 
 
 def _is_size(value: object) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value < 2**31
 
 
 def _is_scale(value: object) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
+    return type(value) in (int, float) and 0 < value < 1e6
 
 
 def _closest(values: tuple[float, ...], wanted: float) -> int:

@@ -170,6 +170,8 @@ def _copy(
     if wrong := [name for name, p in parameters.items() if p.shape != weights[name].shape]:
         raise AdapterError(f"{wrong[0]} is {tuple(weights[wrong[0]].shape)} in {folder} and "
                            f"{tuple(parameters[wrong[0]].shape)} in the model")  # fmt: skip
+    if lost := [n for n in parameters if not (weights[n].is_floating_point() and weights[n].isfinite().all())]:
+        raise AdapterError(f"{lost[0]} in {folder} holds values that are no finite floats")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])

@@ -223,6 +223,8 @@ class PoseConditionedLoRAAttention(nn.Module):
 
     def merge(self, pose: Tensor | None = None) -> None:
         """Fold all four adapters into the frozen weights, exactly, for one pose (P,)."""
+        if merged := [name for name, layer in self.named_children() if layer.is_merged]:
+            raise RuntimeError(f"{merged[0]} is merged already; call unmerge() of it first")  # before any other is
         code = encode_pose(pose) if self.pose_dim and pose is not None else None
         self.query.merge(code)
         self.value.merge(code)

@@ -184,8 +184,15 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinearLayer]:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Within this context the model's LoRA layers compute the frozen W x + b only, merged or not."""
+    """Within this context the model's LoRA layers compute the frozen W x + b only, merged or not.
+
+    Raises:
+        ValueError: if the model has none; adapters that are trained together (`StackedAdapters`) cannot be disabled.
+    """
     layers = lora_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no LoRA layer to disable; adapters that are trained together are "
+                         "disabled in the models that unstack() gives")  # fmt: skip
     before = {name: layer.adapter_enabled for name, layer in layers.items()}
     try:
         for layer in layers.values():

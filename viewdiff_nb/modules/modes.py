@@ -9,11 +9,12 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients; afterwards the model is in the mode it was in."""
-    was_training = model.training
+    """Without dropout and gradients; afterwards every module is in its own mode again, also a frozen BatchNorm."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module, training in modes.items():
+            module.training = training

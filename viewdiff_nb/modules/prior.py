@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from .modes import evaluation_mode
+
 Conditions = dict[str, Tensor]
 
 
@@ -104,15 +106,10 @@ class PriorPreservationDataset(Dataset):
         return self[self.draw(count, generator)]
 
 
-@torch.no_grad()
 def teacher_outputs(base_model: nn.Module, inputs: Tensor, conditions: Conditions) -> Tensor:
     """The base model's frontal predictions in evaluation mode: (B, D). The model's mode is restored."""
-    was_training = base_model.training
-    base_model.eval()
-    try:
+    with evaluation_mode(base_model):
         return base_model(inputs, **conditions, return_residual=False)
-    finally:
-        base_model.train(was_training)
 
 
 class EnhancedTransformerWithPrior(nn.Module):

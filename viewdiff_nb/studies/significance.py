@@ -36,6 +36,7 @@ from ..metrics import (
 FARS = (1e-2, 1e-3, 1e-4)
 RESAMPLES = 400
 LEVEL = 0.05  # of intervals and of what is told apart
+FEWEST_PEOPLE = 5  # for an interval over people; four can be resampled in 35 ways only
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,11 @@ class Estimate:
 
     @property
     def p(self) -> float:
-        """Two-sided p-value of the mean being 0; NaN if there is no interval."""
-        if math.isnan(self.half):
+        """Two-sided p-value of the mean being 0; NaN if there is no interval, or no spread to judge by."""
+        if math.isnan(self.half) or (self.half == 0 and self.mean != 0):
             return math.nan
         if self.half == 0:
-            return float(self.mean == 0)
+            return 1.0
         least = math.log(1e-300)
         if self._beyond(least) < 0:
             return 0.0
@@ -96,7 +97,7 @@ class Estimate:
         >>> str(Estimate(1.0, people=300))   # 300 people of 300; .025 ** (1 / 300)
         '1.000 (≥ 0.988)'
         """
-        if self.half == 0 and self.mean in (0, 1):
+        if self.half == 0 and self.mean in (0, 1) and math.isfinite(self.people):
             least = (LEVEL / 2) ** (1 / self.people)
             return f"1.000 (≥ {least:.3f})" if self.mean else f"0.000 (≤ {1 - least:.3f})"
         return f"{self:.3f}"
@@ -135,7 +136,7 @@ def estimate(values: Sequence[float], resampled: Sequence[Sequence[float]], peop
         values: the rate for each of S seeds.
         resampled: (S, B) the same in B resamples of people, the same resamples for every seed; NaN where a resample
             cannot tell it. If more than half cannot, there is no interval.
-        people: how many were resampled; one alone has no interval.
+        people: how many were resampled; fewer than `FEWEST_PEOPLE` have no interval.
 
     One seed has no interval over seeds: the estimate then holds for that one training only.
 
@@ -145,7 +146,7 @@ def estimate(values: Sequence[float], resampled: Sequence[Sequence[float]], peop
     found = over_seeds(values)
     drawn = torch.tensor(resampled, dtype=torch.float64).mean(0)
     told = drawn[~drawn.isnan()]
-    enough = people > 1 and 2 * len(told) >= len(drawn)
+    enough = people >= FEWEST_PEOPLE and 2 * len(told) >= len(drawn)
     error = told.std().item() if enough else math.nan
     return replace(found, people_error=error, people=people, seeds_error=found.seeds_error if found.seeds > 1 else 0.0)
 
@@ -191,9 +192,9 @@ def judged_lines(found: dict[str, Estimate]) -> list[str]:
 def in_words(differences: Sequence[Estimate]) -> list[str]:
     """Of each of several differences its p-value after Holm, or "not told apart"."""
     words = []
-    for p in holm([difference.p for difference in differences]):
+    for p, difference in zip(holm([difference.p for difference in differences]), differences, strict=True):
         if math.isnan(p):
-            words.append("no interval")
+            words.append("no spread to judge by" if difference.half == 0 else "no interval")
         elif p < LEVEL:
             words.append("p < .001" if p < 1e-3 else f"p {p:.3f}".replace("0.", "."))
         else:

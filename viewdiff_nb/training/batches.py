@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..faces.rows import NORMS
 from ..faces.views import FaceViews, running_number
 from .config import TrainConfig
 
@@ -45,7 +46,8 @@ def views_to_train(faces: FaceViews, config: TrainConfig) -> FaceViews:
     """The side views within the config's yaw range; max_yaw=180 leaves none out, not even those at 180 degrees.
 
     Raises:
-        ValueError: if there is none, or if all are of one person, who can be told from nobody.
+        ValueError: if there is none, if all are of one person, who can be told from nobody, or if embeddings are too
+            short or too long to calculate with.
     """
     below = math.inf if config.max_yaw >= 180 else config.max_yaw
     kept = faces.where((faces.abs_yaw >= config.min_yaw) & (faces.abs_yaw < below))
@@ -54,6 +56,11 @@ def views_to_train(faces: FaceViews, config: TrainConfig) -> FaceViews:
     if (seen := len(kept.person.unique())) < 2:
         raise ValueError(f"training tells people from each other and needs views of at least 2 people, got {seen}; "
                          "add people, or widen min_yaw and max_yaw")  # fmt: skip
+    for name, embeddings in (("front", kept.front), ("src", kept.front[:0] if kept.on_disk else kept.src)):
+        norms = embeddings.norm(dim=1)  # those on disk were looked at when they were loaded
+        if (odd := (norms < NORMS[0]) | (norms > NORMS[1])).any():
+            raise ValueError(f"{name}: an embedding has length {norms[odd][0].item():.3g}; float32 calculates with "
+                             f"{NORMS[0]:g} to {NORMS[1]:g}. Scale all embeddings alike")  # fmt: skip
     return kept
 
 
@@ -104,8 +111,9 @@ def count_batches(faces: FaceViews, config: TrainConfig) -> int:
         return math.ceil(len(faces) / config.batch_size)
     groups = int((torch.bincount(faces.person) // together).sum())
     if groups * together < config.batch_size:
-        raise ValueError(f"{groups} groups of n_views={together} views do not fill a batch of "
-                         f"{config.batch_size}; lower batch_size or n_views")  # fmt: skip
+        asked = f"n_views={together}" if config.use_cross_view else "paired_views: two"
+        raise ValueError(f"{groups} groups of {asked} views of a person do not fill a batch of {config.batch_size}; "
+                         "lower batch_size" + " or n_views" * config.use_cross_view)  # fmt: skip
     return groups * together // config.batch_size
 
 

@@ -31,6 +31,11 @@ TYPES = {  # of what a checkpoint may hold; the rest is checked by those who loa
 }
 
 
+OF_A_RUN = ("epoch", "batch", "steps", "seconds", "history", "best", "stale", "model", "optimizer", "scaler",
+            "generator", "torch_rng", "trace", "config", "data")  # fmt: skip
+"""What a run needs to go on; a checkpoint of a model alone has less."""
+
+
 class CheckpointError(ValueError):
     """A file that is no usable checkpoint; the message names it."""
 
@@ -120,9 +125,18 @@ def progress(path: Path) -> tuple[int, int, int]:
     """
     content = read_torch(path, CheckpointError, mmap=True)
     _check_content(path, content)
-    if missing := {"epoch", "batch", "steps"} - set(content):
-        raise CheckpointError(f"{path} holds no training run to go on with (no {', '.join(sorted(missing))})")
+    check_run(path, content)
     return content["epoch"], content["batch"], content["steps"]
+
+
+def check_run(source: str | Path, content: dict[str, Any]) -> None:
+    """
+    Raises:
+        CheckpointError: if content lacks what a run needs to go on.
+    """
+    if missing := sorted(set(OF_A_RUN) - set(content)):
+        raise CheckpointError(f"{source} holds weights, but no training run to go on with (no {', '.join(missing)}); "
+                              "give it as base_model_path")  # fmt: skip
 
 
 def load_base_weights(path: str | Path) -> dict[str, Tensor]:
@@ -143,12 +157,14 @@ def load_base_weights(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} holds no state dict of a model")
     if sum(value.nbytes for value in state.values()) > path.stat().st_size:
         raise CheckpointError(f"{path} is damaged: its weights would be larger than the file")
+    if lost := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise CheckpointError(f"{path} holds weights that are not finite: {shorten(lost[0])}; take an earlier one")
     return state
 
 
 def _is_weight(name: object, value: object) -> bool:
     return (isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided
-            and value.device.type == "cpu" and not value.is_quantized)  # fmt: skip
+            and value.is_floating_point() and value.device.type == "cpu" and not value.is_quantized)  # fmt: skip
 
 
 def load_config(path: str | Path) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """The one description of a training run: shell flags, notebooks and checkpoints share it."""
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Literal, get_args
 
 import torch
 
-from ..modules.transformer import EnhancedTransformerDecoderOnly3D
+from ..modules.transformer import LORA_TARGETS, EnhancedTransformerDecoderOnly3D
 from .losses import LOSSES
 
 MONITORED = {"val_loss": min, "val_cosine": max, "val_rank1": max, "val_tar": max}  # and which of two is better
@@ -65,9 +66,10 @@ class TrainConfig:
     data_dir: str = "data/heads"
     """Folder with the six files of a face set."""
     val_people: int | None = None
-    test_people: int | None = None
-    """People kept out of training, by default 10 and 15 % (see `default_held_out`); drawn by split_seed, so they stay
+    """People kept out of training to validate, by default 10 %, of small sets more; drawn by split_seed, so they stay
     the same for every --seed."""
+    test_people: int | None = None
+    """People kept out of training for a test, by default 15 %, of small sets more."""
     split_seed: int = 0
     split_file: str | None = None
     """A split written by `save_split`, instead of drawing one."""
@@ -150,7 +152,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
+            if isinstance(value := getattr(self, field.name), os.PathLike):
+                object.__setattr__(self, field.name, os.fspath(value))
             _check_kind(field.name, getattr(self, field.name), get_args(field.type) or (field.type,))
+        if isinstance(self.lora_targets, list):
+            object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         for name, (holds, range_) in LIMITS.items():
             value = getattr(self, name)
             if value is not None and not holds(value):
@@ -173,6 +179,8 @@ class TrainConfig:
         yield self.use_lora_attention and not self.lora_targets, (
             "use_lora_attention without lora_targets adapts nothing; name attention or feed_forward"
         )
+        unknown = set(self.lora_targets) - set(LORA_TARGETS)
+        yield bool(unknown), f"lora_targets must be of {', '.join(LORA_TARGETS)}, got {self.lora_targets!r}"
         yield self.pose_dim not in (0, 3), (
             f"pose_dim must be 3 (the data has pitch, yaw, roll) or 0, got {self.pose_dim}"
         )
@@ -252,7 +260,10 @@ def choose_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:NUMBER, got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but this torch sees no GPU; use --device cpu or auto")
     return device

@@ -59,7 +59,7 @@ def two_way_pairs(predicted: Tensor, gallery: Tensor, person: Tensor) -> Tensor:
 
     Khosla et al. 2020, arXiv:2004.11362, eq. 2. Needs batches with several views of a person (paired_views).
     """
-    scaled = _cosines(predicted, predicted) / TEMPERATURE
+    scaled = _cosines(predicted, predicted.to(gallery.dtype)) / TEMPERATURE
     itself = torch.eye(len(person), dtype=torch.bool, device=person.device)
     log_share = scaled - scaled.masked_fill(itself, -float("inf")).logsumexp(1, keepdim=True)
     partners = _partners(person)
@@ -75,16 +75,12 @@ def mean_loss(
     partner: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Mean of a loss over a batch; with mix-up, of weight * loss(person) + (1 - weight) * loss(partner).
-
-    In float32, also within autocast: a product of cosines in bfloat16, divided by `TEMPERATURE`, is off by .1 and more.
-    """
+    """Mean of a loss over a batch; with mix-up, of weight * loss(person) + (1 - weight) * loss(partner)."""
     predicted = predicted.float()
-    with torch.autocast(predicted.device.type, enabled=False):
-        values = loss(predicted, gallery, person)
-        if partner is not None:
-            values = torch.lerp(loss(predicted, gallery, partner), values, weight)
-        return values.mean()
+    values = loss(predicted, gallery, person)
+    if partner is not None:
+        values = torch.lerp(loss(predicted, gallery, partner), values, weight)
+    return values.mean()
 
 
 def _partners(person: Tensor) -> Tensor:
@@ -93,7 +89,9 @@ def _partners(person: Tensor) -> Tensor:
 
 
 def _cosines(predicted: Tensor, gallery: Tensor) -> Tensor:
-    return F.normalize(predicted, dim=-1) @ F.normalize(gallery, dim=-1).T
+    """In the gallery's dtype, within autocast too: a cosine in bfloat16, divided by `TEMPERATURE`, is off by .1."""
+    with torch.autocast(predicted.device.type, enabled=False):
+        return F.normalize(predicted.to(gallery.dtype), dim=-1) @ F.normalize(gallery, dim=-1).T
 
 
 LOSSES: dict[str, Loss] = {

@@ -50,6 +50,9 @@ class OneProcess:
         """The first process's value, in all of them."""
         return value
 
+    def wait(self) -> None:
+        """Until all processes are here."""
+
 
 class SeveralProcesses:
     """The same through Lightning Fabric: started by torchrun, or here, in a notebook too."""
@@ -113,6 +116,9 @@ class SeveralProcesses:
 
     def from_first(self, value: Any) -> Any:
         return self.fabric.broadcast(value)
+
+    def wait(self) -> None:
+        self.fabric.barrier()
 
 
 class Shared(nn.Module):

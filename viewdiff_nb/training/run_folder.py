@@ -6,6 +6,7 @@ import re
 import shutil
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -87,16 +88,19 @@ class RunFolder:
         if self.base is not None and self.base.resolve() in {path.resolve() for path in earlier}:
             raise ValueError(f"base_model_path {self.base} is a file that runs write in save_dir {self.path}; choose "
                              "another save_dir")  # fmt: skip
+        if self.newest is not None and self.newest.parent.resolve() == self.path.resolve():
+            self.newest = self.path / self.newest.name  # however it was spelt
         if not self._goes_on_here(earlier):
+            best = self._best_so_far()
             self._put_aside(earlier)
-            self._take_best_along()
+            self._keep_best(best)
 
     def _files(self, names: re.Pattern) -> list[Path]:
         return sorted(path for path in self.path.iterdir() if names.fullmatch(path.name))
 
     def _goes_on_here(self, earlier: list[Path]) -> bool:
         """Whether the folder's files are those of the run that is resumed, and none is from after its checkpoint."""
-        if self.newest is None or not self.same_goal or self.newest.parent.resolve() != self.path.resolve():
+        if self.newest not in earlier or not self.same_goal:
             return False
         here = self.state.epoch, self.state.batch
         try:
@@ -104,33 +108,43 @@ class RunFolder:
         except CheckpointError:  # what is damaged is put aside
             return False
 
+    def _best_so_far(self) -> dict[str, Any] | None:
+        """The best model of the run that goes on, as its checkpoint; None if it is not beside the run's own."""
+        path = self.newest and self.newest.parent / BEST
+        if path is None or not path.is_file():
+            return None
+        try:
+            found = checkpoint.load_checkpoint(path)
+        except CheckpointError:
+            return None
+        return found if found.get("best") == self.state.best else None
+
     def _put_aside(self, earlier: list[Path]) -> None:
-        if not earlier:
+        """Move the files into a folder within, but for the checkpoint that the run goes on from: a run that is killed
+        now finds it here again."""
+        others = [path for path in earlier if path != self.newest]
+        if not others:
             return
         aside = next(path for n in count(1) if not (path := self.path / f"earlier_run_{n}").exists())
         aside.mkdir()
-        for path in earlier:
-            path.rename(aside / path.name)
         if self.newest in earlier:
-            self.newest = aside / self.newest.name
+            shutil.copyfile(self.newest, aside / self.newest.name)
+        for path in others:
+            path.rename(aside / path.name)
         told.warning(f"{self.path} holds an earlier run; its files are in {aside.name} there now")
 
-    def _take_best_along(self) -> None:
+    def _keep_best(self, best: dict[str, Any] | None) -> None:
+        """Begin the folder with the best model of a run that goes on, or have it looked for anew."""
         state = self.state
         if self.newest is None or math.isnan(state.best):
             return
-        best = self.newest.parent / BEST
-        try:
-            found = best.is_file() and checkpoint.load_checkpoint(best).get("best") == state.best
-        except CheckpointError:
-            found = False
-        if found:
-            for name in (BEST, BEST_WEIGHTS):
-                shutil.copyfile(best.with_name(name), self.path / name)
+        if best is not None:
+            checkpoint.save_checkpoint(self.path / BEST, best)
+            checkpoint.save_weights(self.path / BEST_WEIGHTS, best["model"], best["config"])
         elif state.stale == 0 and state.batch == 0 and state.config.monitor in state.history[-1]:
             self.save_best()  # it is the state that the run goes on from
         else:
-            told.warning(f"{best} is not the best model of the run up to {self.newest}; it is looked for anew")
+            told.warning(f"the best model up to {self.newest} is not beside it; it is looked for anew")
             state.forget_best()
 
     def save(self, name: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..faces.views import FaceViews
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, check_run
 from .config import ARCHITECTURE, MONITORED, TrainConfig
 from .randomness import CPU, generator
 
@@ -108,9 +108,7 @@ class TrainingState:
             CheckpointError: if state is no training run, or one of another model, other people or another base, or it
                 was saved within an epoch that has other batches here.
         """
-        if missing := {*PLAIN, *STATEFUL, "generator", "torch_rng"} - set(state):
-            raise CheckpointError(f"{source} holds weights, but no training run to go on with "
-                                  f"(no {', '.join(sorted(missing))}); give it as base_model_path")  # fmt: skip
+        check_run(source, state)
         mine, theirs = self.config.to_dict(), state["config"]
         changed = {name: (theirs[name], mine[name]) for name in mine if theirs.get(name, mine[name]) != mine[name]}
         self._refuse(state, changed, source)
@@ -125,6 +123,7 @@ class TrainingState:
             if state["batch"]:
                 self.trace.copy_(state["trace"])
                 self.order = state["order"].cpu()
+                torch.Generator().set_state(self.order)  # which fails for what is no state
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             raise CheckpointError(f"{source} does not fit the model that is trained here: {error}") from error
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
@@ -153,7 +152,7 @@ class TrainingState:
                 raise CheckpointError(f"{source} holds another model: {name} is {before} in it and {now} here; leave "
                                       "what is in the checkpoint as it is")  # fmt: skip
         data = state["data"] if isinstance(state["data"], dict) else {"train": state["data"]}  # of earlier versions
-        if data["train"] != self.data["train"]:
+        if data.get("train") != self.data["train"]:
             raise CheckpointError(f"{source} was trained on other people or views; resume with its data_dir, split and "
                                   "yaw range, or give it as base_model_path to a new run")  # fmt: skip
         if data.get("base", self.data["base"]) != self.data["base"]:

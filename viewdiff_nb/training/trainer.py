@@ -90,8 +90,9 @@ def train(
     if overlap := set(train_faces.names) & set(val_faces.names):
         raise ValueError(f"{len(overlap)} people are in both training and validation, e.g. {min(overlap)!r}")
     probes, people = probes_to_score(config if model is None else model, val_faces), len(val_faces.names)
-    if not probes:
-        raise ValueError(f"none of the {people} validation people has enough views to be scored")
+    if people < 2 or not probes:
+        raise ValueError(f"validation needs 2 people or more, with views enough to be scored; got {people} with "
+                         f"{probes} predictions")  # fmt: skip
     impostors = probes * (people - 1)
     if config.monitor == "val_tar" and not can_tell(impostors):
         raise ValueError(f"{people} validation people with {probes} predictions make {impostors} impostor pairs, too "
@@ -200,11 +201,13 @@ class _Run:
         if config.use_cuda_graph:
             self.captured = Captured(self._learn, self.device)
         log_dir = writable_folder(config.log_dir) if config.log_dir and self.first else None
+        self.machines.wait()  # until all have read the checkpoint: the first may move files now
         with (
             self.folder,
             TrainingLog(log_dir, config.epochs, self.batches, done, self.progress) as self.log,
             self.stop as stop,
         ):
+            state.best, state.stale = self.machines.from_first((state.best, state.stale))  # the folder may have no best
             if config.base_model_path and often and not state.history:  # where the adaptation starts from
                 row = {"epoch": 0} | evaluate(state.model, self.val_faces, LOSSES[config.loss])
                 state.history.append(row)

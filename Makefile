@@ -38,11 +38,11 @@ lab: $(VENV)/.kit
 	$(VENV)/bin/jupyter lab notebooks
 
 data: $(VENV)/.heads
-	$(VENV)/bin/python -m viewdiff_nb.faces.build data/heads
-	$(VENV)/bin/python -m viewdiff_nb.faces.build data/heads_192 --people 400 --views 16 --seed 1 \
+	PYTHONPATH=data $(VENV)/bin/python -m people.build data/heads
+	PYTHONPATH=data $(VENV)/bin/python -m people.build data/heads_192 --people 400 --views 16 --seed 1 \
 		--recogniser mobilefacenet192
-	$(VENV)/bin/python -m viewdiff_nb.faces.shoot_turntable data/turntable
-	$(VENV)/bin/python -m viewdiff_nb.faces.build --sheet figures/heads_contact_sheet.png
+	PYTHONPATH=data $(VENV)/bin/python -m people.shoot_turntable data/turntable
+	PYTHONPATH=data $(VENV)/bin/python -m people.build --sheet figures/heads_contact_sheet.png
 
 clean:
 	rm -rf runs/study runs/fast runs/interrupted runs/monitored build

@@ -15,9 +15,8 @@ import numpy as np
 import onnx
 from insightface.data import get_object
 from onnx import TensorProto, helper, numpy_helper
-
-from viewdiff_nb.faces.render import HeadRenderer, Mesh
-from viewdiff_nb.faces.scenes import Background, Light
+from people.render import HeadRenderer, Mesh
+from people.scenes import Background, Light
 
 SIZE = 512  # of a picture, pixels
 UNIT = 0.1127  # metres of one unit of the mean face: 62 mm between the eyes

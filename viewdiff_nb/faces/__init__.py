@@ -1,4 +1,4 @@
-"""From faces to tensors: data sets on disk, geometry, synthetic people."""
+"""From faces to tensors: data sets on disk, geometry, your own photos."""
 
 from .geometry import KEYPOINT_NAMES
 from .rows import FaceDataError

@@ -2,7 +2,20 @@
 
 import numpy as np
 
-from .scenes import check_numbers
+
+def check_numbers(name, values, shape, low=-np.inf, high=np.inf):
+    """`values` as a finite float64 array of `shape` (None: any length) within low..high, or a ValueError."""
+    array = np.asarray(values, np.float64)
+    fits = array.ndim == len(shape) and all(
+        want in (None, got) for want, got in zip(shape, array.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds a value that is not finite: {array.tolist()}")
+    if array.size and (array.min() < low or array.max() > high):
+        raise ValueError(f"{name} must lie within {low}..{high}, got {array.min():g}..{array.max():g}")
+    return array
 
 
 def fit_similarity(source, target):

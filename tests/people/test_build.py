@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from people import build as builder
+from people.build import BuildConfig, Studio, build, claim_folder, main, sample_poses
+from people.sheet import draw_sheet
 
-from viewdiff_nb.faces import build as builder
-from viewdiff_nb.faces.build import BuildConfig, Studio, build, claim_folder, main, sample_poses
 from viewdiff_nb.faces.geometry import face_rotation, rotation_matrix
 from viewdiff_nb.faces.recogniser import MobileFaceNet192, Recogniser
-from viewdiff_nb.faces.sheet import draw_sheet
 
 FILES = [
     f"{kind}_{part}"

@@ -5,7 +5,7 @@ Both are single-threaded and use no fast-math, so equal inputs give equal bytes.
 
 import numpy as np
 
-from ..paths import install_hint
+from viewdiff_nb.paths import install_hint
 
 try:
     from numba import njit

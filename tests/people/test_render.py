@@ -5,11 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-
-from viewdiff_nb.faces.alignment import fit_similarity
-from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE, rotation_matrix
-from viewdiff_nb.faces.raster import bake_attributes
-from viewdiff_nb.faces.render import (
+from people.raster import bake_attributes
+from people.render import (
     CAMERA_DISTANCE,
     PHOTO_FIELD,
     PHOTO_SIZE,
@@ -17,7 +14,10 @@ from viewdiff_nb.faces.render import (
     Mesh,
     project,
 )
-from viewdiff_nb.faces.scenes import Background, Light, sample_background, sample_light
+from people.scenes import Background, Light, sample_background, sample_light
+
+from viewdiff_nb.faces.alignment import fit_similarity
+from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE, rotation_matrix
 
 BLACK = Background((0.0, 0.0, 0.0))
 FRONTAL_LIGHT = Light(direction=(0, 0, 1), ambient=0.5, gloss=0.0)

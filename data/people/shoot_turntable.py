@@ -1,4 +1,4 @@
-"""Makes a turntable of people of the shipped set: python -m viewdiff_nb.faces.shoot_turntable OUT.
+"""Makes a turntable of people of the shipped set: python -m people.shoot_turntable OUT.
 
 Light stays with the camera and the background is plain, so that only the pose changes from picture to picture.
 Keypoints carry no detector's error. Needs what builds the face set (the extra heads, and npm for the recogniser).
@@ -13,9 +13,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..files import write_atomically, write_text
+from viewdiff_nb.faces.sixfiles import CONVENTIONS
+from viewdiff_nb.files import write_atomically, write_text
+
 from .render import PHOTO_FIELD, PHOTO_SIZE
-from .sixfiles import CONVENTIONS
 
 QUALITY = 82  # of the WebP sheets
 PEOPLE = (7, 12, 40, 59, 81, 97, 103, 116)  # among the test people of the default split
@@ -96,12 +97,13 @@ def shoot_turntable(out: str | Path, studio, recogniser, config: TurntableConfig
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m viewdiff_nb.faces.shoot_turntable",
+    parser = argparse.ArgumentParser(prog="python -m people.shoot_turntable",
                                      description=__doc__.split("\n")[0])  # fmt: skip
     parser.add_argument("out", type=Path, help="folder for the files")
     options = parser.parse_args(arguments)
+    from viewdiff_nb.faces.recogniser import Recogniser
+
     from .build import Studio
-    from .recogniser import Recogniser
 
     shoot_turntable(options.out, Studio(), Recogniser())
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .alignment import fit_similarity
-from .geometry import ARCFACE_TEMPLATE, rotation_matrix
+from viewdiff_nb.faces.alignment import check_numbers, fit_similarity
+from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE, rotation_matrix
+
 from .raster import draw_mesh
-from .scenes import GAMMA, Background, Light, check_numbers
+from .scenes import GAMMA, Background, Light
 
 CROP_SIZE = 112
 PHOTO_SIZE = 256  # of the notional photo from which crops are cut, in pixels

@@ -1,4 +1,4 @@
-"""Builds the data set of synthetic people: python -m viewdiff_nb.faces.build OUT --people 1800.
+"""Builds the data set of synthetic people: python -m people.build OUT --people 1800.
 
 Each person is rendered once from the front and many times from the sides, every crop is embedded by
 the recogniser, and the guide's six files are written: features, five 3-D keypoints and metadata of
@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..files import read_json, write_atomically, write_text
-from .geometry import ARCFACE_TEMPLATE
-from .recogniser import RECOGNISERS, Recogniser
+from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE
+from viewdiff_nb.faces.recogniser import RECOGNISERS, Recogniser
+from viewdiff_nb.faces.sixfiles import CONVENTIONS, write_samples
+from viewdiff_nb.files import read_json, write_atomically, write_text
+
 from .render import PHOTO_FIELD, PHOTO_SIZE, HeadRenderer
 from .scenes import sample_background, sample_light
-from .sixfiles import CONVENTIONS, write_samples
 
 BUILDER_VERSION = "1"
 CHUNK = 50  # people in one part
@@ -249,7 +250,7 @@ def standard_info(config, recogniser):
 
 def main(arguments=None):
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m viewdiff_nb.faces.build", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m people.build", description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, nargs="?", help="folder for the six files")
     parser.add_argument("--people", type=int, default=BuildConfig.people)
     parser.add_argument("--views", type=int, default=BuildConfig.views, help="side views of each person")

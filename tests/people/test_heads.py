@@ -4,8 +4,7 @@ import builtins
 
 import numpy as np
 import pytest
-
-from viewdiff_nb.faces.hair import (
+from people.hair import (
     HairStyle,
     hair_margin,
     hair_offset,
@@ -13,12 +12,12 @@ from viewdiff_nb.faces.hair import (
     random_lattice,
     sample_hair,
 )
-from viewdiff_nb.faces.heads import SKIN_BOX, HeadModel, load_anny_model
-from viewdiff_nb.faces.meshes import connected_labels, nearest_painted, vertex_normals
-from viewdiff_nb.faces.raster import bake_attributes
-from viewdiff_nb.faces.render import HeadRenderer
-from viewdiff_nb.faces.scenes import Background, Light
-from viewdiff_nb.faces.skins import SkinPainter
+from people.heads import SKIN_BOX, HeadModel, load_anny_model
+from people.meshes import connected_labels, nearest_painted, vertex_normals
+from people.raster import bake_attributes
+from people.render import HeadRenderer
+from people.scenes import Background, Light
+from people.skins import SkinPainter
 
 LEFT_EYE, RIGHT_EYE, NOSE, MOUTH_LEFT, MOUTH_RIGHT = range(5)
 

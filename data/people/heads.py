@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..paths import install_hint
+from viewdiff_nb.paths import install_hint
+
 from .hair import HairStyle, hair_offset, sample_hair
 from .meshes import connected_labels, fit_into_box, read_mask, vertex_normals
 from .render import Mesh

@@ -89,7 +89,7 @@ def _report(config: TrainConfig, result: TrainResult) -> None:
     if result.stopped == "early":
         _say(f"stopped early: {config.monitor} did not get better in {config.patience} validations; go on "
              "with a larger --patience and --resume")
-    if (best := Path(config.save_dir) / BEST_WEIGHTS).exists():  # a resumed run may have its best elsewhere
+    if (best := Path(config.save_dir) / BEST_WEIGHTS).exists():  # unless somebody took it away
         _say(f"the best model by {config.monitor}: {best}")
 
 

@@ -31,8 +31,9 @@ TYPES = {  # of what a checkpoint may hold; the rest is checked by those who loa
 }
 
 
-OF_A_RUN = ("epoch", "batch", "steps", "seconds", "history", "best", "stale", "model", "optimizer", "scaler",
-            "generator", "torch_rng", "trace", "config", "data")  # fmt: skip
+PLAIN = ("epoch", "batch", "steps", "seconds", "history", "best", "stale")
+STATEFUL = ("model", "optimizer", "scaler")
+OF_A_RUN = (*PLAIN, *STATEFUL, "generator", "torch_rng", "trace", "config", "data")
 """What a run needs to go on; a checkpoint of a model alone has less."""
 
 

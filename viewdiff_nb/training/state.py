@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..faces.views import FaceViews
-from .checkpoint import CheckpointError, check_run
+from .checkpoint import PLAIN, STATEFUL, CheckpointError, check_run
 from .config import ARCHITECTURE, MONITORED, TrainConfig
 from .randomness import CPU, generator
 
 TRACE = ("loss", "grad_norm", "prior_loss")  # of every batch; the norm only where a window of batches ends
-PLAIN = ("epoch", "batch", "steps", "seconds", "history", "best", "stale")
-STATEFUL = ("model", "optimizer", "scaler")
 WITHIN_EPOCH = ("batch_size", "gradient_accumulation_steps", "n_views", "mixup", "paired_views", "seed")
 """Settings that say which batches an epoch has: they may change between epochs, but not within one."""
 ELSEWHERE = ("data_dir", "val_people", "test_people", "split_seed", "split_file", "min_yaw", "max_yaw",
@@ -96,7 +94,7 @@ class TrainingState:
             "config": self.config.to_dict(), "data": self.data,
         }  # fmt: skip
 
-    def load_state_dict(self, state: dict[str, Any], source: str) -> "Resumption":
+    def load_state_dict(self, state: dict[str, Any], source: str) -> Resumption:
         """Go on from a checkpoint. Settings are those of this run's config; the rest is the checkpoint's.
 
         Where the best value so far is no measure for what is monitored here, it is forgotten.

@@ -20,16 +20,16 @@ KEEP_TORCH := $(if $(filter file,$(origin TORCH)),$(VENV)/bin/python -c "import 
 .PHONY: reproduce modules recipes ablation test lab data clean
 
 reproduce: $(VENV)/.kit
-	$(VENV)/bin/python -m viewdiff_nb.studies.reproduce $(if $(FAST),--fast)
+	$(VENV)/bin/python benchmarks/reproduce.py $(if $(FAST),--fast)
 
 modules: $(VENV)/.kit
-	$(VENV)/bin/python -m viewdiff_nb.studies.module_study $(if $(FAST),--fast)
+	$(VENV)/bin/python benchmarks/module_study.py $(if $(FAST),--fast)
 
 recipes: $(VENV)/.kit
-	$(VENV)/bin/python -m viewdiff_nb.studies.recipe_study $(if $(FAST),--fast)
+	$(VENV)/bin/python benchmarks/recipe_study.py $(if $(FAST),--fast)
 
 ablation: $(VENV)/.kit
-	$(VENV)/bin/python -m viewdiff_nb.studies.ablation $(if $(FAST),--fast)
+	$(VENV)/bin/python benchmarks/ablation.py $(if $(FAST),--fast)
 
 test: $(VENV)/.test
 	$(VENV)/bin/python -m pytest -q

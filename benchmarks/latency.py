@@ -25,7 +25,7 @@ torch.set_num_threads({threads})
 import ipywidgets as widgets
 from viewdiff_nb import EnhancedTransformerDecoderOnly3D
 from viewdiff_nb.faces import load_face_views, split_by_person
-from viewdiff_nb.paths import HEADS
+from viewdiff_nb.files import HEADS
 from viewdiff_nb.widgets import AttentionExplorer, PoseExplorer, VoxelExplorer
 model = EnhancedTransformerDecoderOnly3D(rank=8, voxel_resolution=16)  # the guide's: four layers, ten million weights
 torch.nn.init.normal_(model.output.weight, std=0.02)  # an untrained model predicts its input: nothing would change

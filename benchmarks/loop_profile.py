@@ -16,11 +16,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from viewdiff_nb.studies.adaptation import FULL, LORA_8, PROJECTION, load_split
+from viewdiff_nb.studies.adaptation import FULL_PROFILE, LORA_8, PROJECTION, load_split
 from viewdiff_nb.studies.benchmark import machine
+from viewdiff_nb.training.checkpoint import build_model
 from viewdiff_nb.training.config import TrainConfig
-from viewdiff_nb.training.objective import Objective
-from viewdiff_nb.training.trainer import train
+from viewdiff_nb.training.loop import train
+from viewdiff_nb.training.losses import Objective
 
 CONFIGS = {"full": {}, "LoRA r=8": LORA_8, "LoRA r=8 + projection 8³": LORA_8 | PROJECTION}
 PARTS = {
@@ -53,11 +54,11 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch_size", type=int, nargs="+", default=[32, 128])
     arguments = parser.parse_args()
-    split = load_split(FULL)
+    split = load_split(FULL_PROFILE)
     print(machine())
     folder = tempfile.TemporaryDirectory()
     base = f"{folder.name}/base.pth"  # untrained; a step costs the same
-    torch.save(TrainConfig().build_model(split.train.feature_dim, base=True).state_dict(), base)
+    torch.save(build_model(TrainConfig(), split.train.feature_dim, base=True).state_dict(), base)
     for batch_size in arguments.batch_size:
         for name, options in CONFIGS.items():
             config = TrainConfig(epochs=arguments.epochs, batch_size=batch_size, val_every=10**6, mixup=True)
@@ -73,8 +74,11 @@ def main() -> None:
                 for part, (owner, attribute) in PARTS.items():
                     setattr(owner, attribute, before[part])
             shares = ", ".join(f"{part} {spent[part] / whole:.1%}" for part in PARTS)
-            print(f"batch {batch_size}, {name}: {shares}; together {sum(spent.values()) / whole:.1%} of {whole:.1f} s; "
-                  f"without the stopwatch {plain:.1f} s", flush=True)  # fmt: skip
+            print(
+                f"batch {batch_size}, {name}: {shares}; together {sum(spent.values()) / whole:.1%} of {whole:.1f} s; "
+                f"without the stopwatch {plain:.1f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -15,11 +15,13 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from viewdiff_nb.studies.adaptation import FULL, LORA_8, PROJECTION, load_split
+from viewdiff_nb.studies.adaptation import FULL_PROFILE, LORA_8, PROJECTION, load_split
 from viewdiff_nb.studies.benchmark import machine
-from viewdiff_nb.training.config import TrainConfig, choose_device
-from viewdiff_nb.training.together import train_together
-from viewdiff_nb.training.trainer import train
+from viewdiff_nb.training.checkpoint import build_model
+from viewdiff_nb.training.config import TrainConfig
+from viewdiff_nb.training.devices import choose_device
+from viewdiff_nb.training.loop import train
+from viewdiff_nb.training.one_pass import train_together
 
 CASES = {"LoRA r=8": LORA_8, "LoRA r=8 + projection 8³": LORA_8 | PROJECTION}
 
@@ -41,7 +43,7 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def frozen_operations(config: TrainConfig, feature_dim: int) -> float:
     """Floating-point operations of the frozen matrices for one sample: forward, and backward through activations."""
-    model = config.build_model(feature_dim, base=True)
+    model = build_model(config, feature_dim, base=True)
     linear = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "encoder" not in name}
     return 2 * 2 * sum(m.weight.numel() for m in linear.values())
 
@@ -57,7 +59,7 @@ def main() -> None:
     parser.add_argument("--use_cuda_graph", action="store_true", help="both ways; with many --batches")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    split, device = load_split(FULL), choose_device()
+    split, device = load_split(FULL_PROFILE), choose_device()
     side = (split.train.abs_yaw >= 45).nonzero()[:, 0]
     few = split.val.select(torch.arange(20))  # validated once a run, outside the time
     faces = split.train.where(side[: arguments.batch_size * arguments.batches])
@@ -67,11 +69,18 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         base = f"{folder}/base.pth"
-        torch.save(TrainConfig().build_model(faces.feature_dim, base=True).state_dict(), base)
+        torch.save(build_model(TrainConfig(), faces.feature_dim, base=True).state_dict(), base)
         for name, options in CASES.items():
-            config = TrainConfig(epochs=1, batch_size=arguments.batch_size, val_every=10**6, dropout=0.2, mixup=True,
-                                 base_model_path=base, use_amp=arguments.use_amp,
-                                 use_cuda_graph=arguments.use_cuda_graph)  # fmt: skip
+            config = TrainConfig(
+                epochs=1,
+                batch_size=arguments.batch_size,
+                val_every=10**6,
+                dropout=0.2,
+                mixup=True,
+                base_model_path=base,
+                use_amp=arguments.use_amp,
+                use_cuda_graph=arguments.use_cuda_graph,
+            )
             config = replace(config, **options)
             for count in arguments.adapters:
                 configs = [replace(config, seed=seed, rank=(4, 8, 16)[seed % 3]) for seed in range(count)]
@@ -84,14 +93,25 @@ def main() -> None:
                 samples = count * arguments.batch_size * arguments.batches
                 floor = samples * frozen_operations(config, faces.feature_dim) / rate
                 spent = torch.tensor(together[1:]).quantile(0.5).item()
-                rows.append({"case": name, "adapters": count, "ratio": ratio, "seconds": spent,
-                             "roofline_seconds": floor, "cell_steps_per_second": count * arguments.batches / spent,
-                             "machine": machine()})  # fmt: skip
+                rows.append(
+                    {
+                        "case": name,
+                        "adapters": count,
+                        "ratio": ratio,
+                        "seconds": spent,
+                        "roofline_seconds": floor,
+                        "cell_steps_per_second": count * arguments.batches / spent,
+                        "machine": machine(),
+                    }
+                )
                 if arguments.out:
                     arguments.out.parent.mkdir(parents=True, exist_ok=True)
                     pd.DataFrame(rows).to_csv(arguments.out, index=False)
-                print(f"{name}, {count} adapters, batch {arguments.batch_size}: {ratio:.2f} times the time of separate "
-                      f"runs; {spent:.2f} s, of which the frozen products need {floor:.2f} s at least", flush=True)
+                print(
+                    f"{name}, {count} adapters, batch {arguments.batch_size}: {ratio:.2f} times the time of separate "
+                    f"runs; {spent:.2f} s, of which the frozen products need {floor:.2f} s at least",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The pictures of the README: explorers of a trained model in a real JupyterLab, recorded by a headless Chromium.
 
-    python benchmarks/record_explorer.py [FOLDER]        by default figures/; needs the extra test, and a Chromium
+python benchmarks/record_explorer.py [FOLDER]        by default figures/; needs the extra test, and a Chromium
 """
 
 import io
@@ -14,14 +14,14 @@ from lab import Lab, handle, launch, write_notebook
 from PIL import Image, ImageChops
 from playwright.sync_api import Page, sync_playwright
 
-from viewdiff_nb.paths import FIGURES
+from viewdiff_nb.files import FIGURES
 
 SMALL = """
 from viewdiff_nb.faces import load_face_views, split_by_person
-from viewdiff_nb.paths import HEADS
+from viewdiff_nb.files import HEADS
 from viewdiff_nb.studies.adaptation import SMALL_OPTIONS
 from viewdiff_nb.training.config import TrainConfig
-from viewdiff_nb.training.trainer import train
+from viewdiff_nb.training.loop import train
 from viewdiff_nb.widgets import PoseExplorer
 split = split_by_person(load_face_views(HEADS), val=200, test=300)
 config = TrainConfig(**SMALL_OPTIONS, dropout=0.2, batch_size=128, mixup=True, epochs=8)
@@ -29,14 +29,14 @@ model = train(config, split.train, split.val, progress=False).model
 """
 ADAPTED = """
 from dataclasses import replace
-from viewdiff_nb.studies.adaptation import ADAPTATIONS, COMMON, FULL, base_model, load_split
+from viewdiff_nb.studies.adaptation import ADAPTATIONS, COMMON, FULL_PROFILE, base_model, load_split
 from viewdiff_nb.studies.store import Store
-from viewdiff_nb.training.trainer import train
+from viewdiff_nb.training.loop import train
 from viewdiff_nb.widgets import AttentionExplorer, VoxelExplorer
-split = load_split(FULL)
-base, _ = base_model(Store(split), split, FULL, seed=0)
+split = load_split(FULL_PROFILE)
+base, _ = base_model(Store(split), split, FULL_PROFILE, seed=0)
 options = ADAPTATIONS["LoRA r=8 + 3-D projection"]
-config = replace(COMMON, epochs=FULL.adapt_epochs, base_model_path=str(base), **options)
+config = replace(COMMON, epochs=FULL_PROFILE.adapt_epochs, base_model_path=str(base), **options)
 model = train(config, split.train, split.val, progress=False).model
 """
 STEP, PAUSE = 5, 12  # degrees a frame; frames that the ends are held

@@ -3,16 +3,19 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import module_study
 import numpy as np
 import pytest
+import recipe_study
 import torch
 from chromium import CHROMIUM, HOW_TO_GET
 
 from viewdiff_nb.faces import FaceViews, split_by_person
-from viewdiff_nb.studies import adaptation, module_study, recipe_study
+from viewdiff_nb.studies import adaptation
 from viewdiff_nb.training.checkpoint import save_checkpoint
 from viewdiff_nb.training.config import TrainConfig
-from viewdiff_nb.training.trainer import TrainResult, train
+from viewdiff_nb.training.loop import train
+from viewdiff_nb.training.result import TrainResult
 
 
 def people(count: int, views: int = 6, width: int = 32, noise: float = 0.3, first: int = 0) -> FaceViews:
@@ -27,8 +30,14 @@ def people(count: int, views: int = 6, width: int = 32, noise: float = 0.3, firs
     yaw = torch.linspace(-85, 85, views).repeat(count).deg2rad()
     angles = torch.stack((0.1 * randn(len(yaw)), yaw, 0.1 * randn(len(yaw))), 1)
     side = front[person] + noise * yaw.abs()[:, None] * randn(len(yaw), width)
-    return FaceViews(tuple(f"person_{first + i:04d}" for i in range(count)), front,
-                     torch.nn.functional.normalize(side, dim=1), 50 * randn(len(yaw), 5, 3), angles, person)  # fmt: skip
+    return FaceViews(
+        tuple(f"person_{first + i:04d}" for i in range(count)),
+        front,
+        torch.nn.functional.normalize(side, dim=1),
+        50 * randn(len(yaw), 5, 3),
+        angles,
+        person,
+    )
 
 
 def write_set(folder, faces: FaceViews) -> None:
@@ -41,8 +50,13 @@ def write_set(folder, faces: FaceViews) -> None:
     for kind, (features, keypoints, poses, names) in halves.items():
         np.save(folder / f"{kind}_feature.npy", features.numpy())
         np.save(folder / f"{kind}_keypoints.npy", keypoints.numpy())
-        metadata = {"num_samples": len(features), "feature_dim": features.shape[1], "standard_info": {},
-                    "poses": poses.tolist(), "metadata": [{"person_name": name} for name in names]}  # fmt: skip
+        metadata = {
+            "num_samples": len(features),
+            "feature_dim": features.shape[1],
+            "standard_info": {},
+            "poses": poses.tolist(),
+            "metadata": [{"person_name": name} for name in names],
+        }
         (folder / f"{kind}_metadata.json").write_text(json.dumps(metadata))
 
 
@@ -57,8 +71,17 @@ def pytest_report_header() -> str:
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
-CONFIG = TrainConfig(d_model=32, nhead=4, num_layers=2, dim_feedforward=48, voxel_resolution=4, batch_size=16,
-                     epochs=2, lr=1e-3, device="cpu")  # fmt: skip
+CONFIG = TrainConfig(
+    d_model=32,
+    nhead=4,
+    num_layers=2,
+    dim_feedforward=48,
+    voxel_resolution=4,
+    batch_size=16,
+    epochs=2,
+    lr=1e-3,
+    device="cpu",
+)
 
 
 def sets() -> tuple[FaceViews, FaceViews]:
@@ -93,8 +116,18 @@ def face_set(tmp_path):
 @pytest.fixture
 def tiny():
     """One seed, one epoch of everything."""
-    return adaptation.Profile("tiny", seeds=1, train_people=None, base_epochs=1, adapt_epochs=1, wide_base_epochs=1,
-                              wide_epochs=1, small_epochs=1, baseline_epochs=1, recipe_epochs=1)  # fmt: skip
+    return adaptation.Profile(
+        "tiny",
+        seeds=1,
+        train_people=None,
+        base_epochs=1,
+        adapt_epochs=1,
+        wide_base_epochs=1,
+        wide_epochs=1,
+        small_epochs=1,
+        baseline_epochs=1,
+        recipe_epochs=1,
+    )
 
 
 @pytest.fixture

@@ -72,7 +72,10 @@ def test_a_failed_cell_is_recorded_and_the_others_go_on(toy, tiny, monkeypatch):
         cells = run_grid(GRID, toy, tiny, backend="sequential")
     failed = cells["error"] != ""
     assert (failed == ((cells["rank"] == 4) & (cells["seed"] == 1))).all()
-    assert cells.loc[failed, "error"].eq("RuntimeError: out of luck").all() and cells.loc[failed, "test_rank1"].isna().all()
+    assert (
+        cells.loc[failed, "error"].eq("RuntimeError: out of luck").all()
+        and cells.loc[failed, "test_rank1"].isna().all()
+    )
     assert cells.loc[~failed, "test_rank1"].notna().all()
     again = run_grid(GRID, toy, tiny, backend="sequential")  # failed cells are tried again
     assert again["test_rank1"].notna().all()

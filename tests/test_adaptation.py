@@ -5,14 +5,14 @@ from conftest import people
 from viewdiff_nb.faces import split_by_person
 from viewdiff_nb.metrics import COUNTS
 from viewdiff_nb.studies import adaptation
-from viewdiff_nb.studies.adaptation import Store, run_study
+from viewdiff_nb.studies.adaptation import run_study
 from viewdiff_nb.studies.significance import RESAMPLES
+from viewdiff_nb.studies.store import Store
 
 
 def test_study_trains_everything_once_and_reuses_it(small, tiny, monkeypatch):
     results = run_study(tiny, small, workers=1)
-    assert {name for name, _ in results} == {
-        *adaptation.BASELINES, "base", *adaptation.STUDIED, *adaptation.ALL_YAWS}  # fmt: skip
+    assert {name for name, _ in results} == {*adaptation.BASELINES, "base", *adaptation.STUDIED, *adaptation.ALL_YAWS}
     for result in results.values():
         assert 0 <= result["test"]["all"]["rank1"] <= 1 and result["test"]["all"]["views"] == 40 * 12
         assert set(result["test"]["all"]) - set(result["test_people"]["all"]) == set(COUNTS)
@@ -68,7 +68,7 @@ def test_the_shipped_set_loads_and_splits():
     split = adaptation.load_split()
     assert split.train.feature_dim == 512 and len(split.train.names) == 1300
     assert len(split.val.names) == 200 and len(split.test.names) == 300
-    smoke = adaptation.load_split(adaptation.FAST)
+    smoke = adaptation.load_split(adaptation.FAST_PROFILE)
     assert smoke.test.names == split.test.names and len(smoke.train.names) < 1300
     lengths = split.train.src.norm(dim=1)
     torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=2e-3)  # float16 on disk

@@ -250,22 +250,41 @@ def no_weights(folder):
     save_file({}, folder / "adapter_model.safetensors")
 
 
-BAD = {"empty": cut(0), "seven bytes": cut(7), "eight bytes": cut(8), "half a header": cut(200), "half the weights": cut(-999),
-       "one byte less": cut(-1), "endless header": header_longer_than_the_file, "no weights": no_weights,
-       "a text": edited(lambda c: "config"), "a list": edited(lambda c: [c]), "nothing": edited(lambda c: None),
-       "nested": without_header("[" * 100_000), "no JSON": without_header("{"), "digits": without_header("9" * 5000)}  # fmt: skip
-OURS = {"no layers": edited(lambda c: {k: v for k, v in c.items() if k != "layers"}),
-        "no base": edited(lambda c: {k: v for k, v in c.items() if k != "base_fingerprint"}),
-        "layers in a list": edited(lambda c: c | {"layers": [1]}), "settings in a text": edited(lambda c: c | {"settings": "x"}),
-        "a long layer": edited(lambda c: c | {"layers": dict.fromkeys(c["layers"], "x" * 5000)})}  # fmt: skip
-THEIRS = {"no rank": edited(lambda c: {k: v for k, v in c.items() if k != "r"}),
-          "a pattern in a list": edited(lambda c: c | {"rank_pattern": [1]}),
-          "alpha in words": edited(lambda c: c | {"lora_alpha": "x" * 5000}),
-          "a rank in words": edited(lambda c: c | {"rank_pattern": dict.fromkeys(c["target_modules"], "x" * 5000)}),
-          "a name without parts": lambda folder: save_file({"x": torch.ones(1)}, folder / "adapter_model.safetensors")}  # fmt: skip
+BAD = {
+    "empty": cut(0),
+    "seven bytes": cut(7),
+    "eight bytes": cut(8),
+    "half a header": cut(200),
+    "half the weights": cut(-999),
+    "one byte less": cut(-1),
+    "endless header": header_longer_than_the_file,
+    "no weights": no_weights,
+    "a text": edited(lambda c: "config"),
+    "a list": edited(lambda c: [c]),
+    "nothing": edited(lambda c: None),
+    "nested": without_header("[" * 100_000),
+    "no JSON": without_header("{"),
+    "digits": without_header("9" * 5000),
+}
+OURS = {
+    "no layers": edited(lambda c: {k: v for k, v in c.items() if k != "layers"}),
+    "no base": edited(lambda c: {k: v for k, v in c.items() if k != "base_fingerprint"}),
+    "layers in a list": edited(lambda c: c | {"layers": [1]}),
+    "settings in a text": edited(lambda c: c | {"settings": "x"}),
+    "a long layer": edited(lambda c: c | {"layers": dict.fromkeys(c["layers"], "x" * 5000)}),
+}
+THEIRS = {
+    "no rank": edited(lambda c: {k: v for k, v in c.items() if k != "r"}),
+    "a pattern in a list": edited(lambda c: c | {"rank_pattern": [1]}),
+    "alpha in words": edited(lambda c: c | {"lora_alpha": "x" * 5000}),
+    "a rank in words": edited(lambda c: c | {"rank_pattern": dict.fromkeys(c["target_modules"], "x" * 5000)}),
+    "a name without parts": lambda folder: save_file({"x": torch.ones(1)}, folder / "adapter_model.safetensors"),
+}
 
 
-@pytest.mark.parametrize("change", [lambda v: v * float("nan"), lambda v: v.int(), lambda v: v > 0], ids=["NaN", "int", "bool"])
+@pytest.mark.parametrize(
+    "change", [lambda v: v * float("nan"), lambda v: v.int(), lambda v: v > 0], ids=["NaN", "int", "bool"]
+)
 def test_weights_that_are_no_finite_floats_are_refused(tmp_path, change):
     model = train_a_bit(adapted(trained_base()))
     save_adapter(model, tmp_path)
@@ -279,7 +298,9 @@ def test_weights_that_are_no_finite_floats_are_refused(tmp_path, change):
         load_adapter(model, tmp_path)
 
 
-@pytest.mark.parametrize(("peft", "case"), [*((False, case) for case in BAD | OURS), *((True, case) for case in BAD | THEIRS)])
+@pytest.mark.parametrize(
+    ("peft", "case"), [*((False, case) for case in BAD | OURS), *((True, case) for case in BAD | THEIRS)]
+)
 def test_a_damaged_adapter_is_one_clear_error_and_changes_nothing(tmp_path, peft, case):
     model = train_a_bit(adapted(trained_base(), pose_dim=0))
     save, load = (save_peft_adapter, load_peft_adapter) if peft else (save_adapter, load_adapter)

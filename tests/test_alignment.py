@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from viewdiff_nb.faces.alignment import fit_similarity
+from viewdiff_nb.faces.geometry import fit_similarity
 
 
 def test_similarity_recovers_a_known_transform():

@@ -6,15 +6,17 @@ from viewdiff_nb import CrossViewAttention, PoseConditionedLoRAAttention
 from viewdiff_nb.modules.attention import attention_weights, weighted_tokens
 from viewdiff_nb.modules.lora import disable_adapters
 from viewdiff_nb.training.batches import FaceBatch
-from viewdiff_nb.training.diagnosis import find_cause
+from viewdiff_nb.training.result import find_cause
 
 
 def copy_into(torch_attention: nn.MultiheadAttention, ours) -> nn.MultiheadAttention:
     """torch's multi-head attention with our weights: an independent implementation of the formula."""
     with torch.no_grad():
         torch_attention.in_proj_weight.copy_(torch.cat([ours.query.weight, ours.key.weight, ours.value.weight]))
-        biases = [layer.bias if layer.bias is not None else torch.zeros(ours.feature_dim)
-                  for layer in (ours.query, ours.key, ours.value)]  # fmt: skip
+        biases = [
+            layer.bias if layer.bias is not None else torch.zeros(ours.feature_dim)
+            for layer in (ours.query, ours.key, ours.value)
+        ]
         torch_attention.in_proj_bias.copy_(torch.cat(biases))
         torch_attention.out_proj.weight.copy_(ours.out.weight)
         torch_attention.out_proj.bias.copy_(ours.out.bias)
@@ -107,13 +109,19 @@ def test_dropout_takes_the_written_path_and_agrees_without_it():
 
 
 @pytest.mark.parametrize("layer", ["key", "value"])
-@pytest.mark.parametrize("register", [
-    lambda layer, call: layer.register_forward_hook(lambda *_: call()),
-    lambda layer, call: layer.register_forward_pre_hook(lambda *_: call()),
-    lambda layer, call: layer.register_full_backward_hook(lambda *_: call()),
-    lambda layer, call: layer.register_full_backward_pre_hook(lambda *_: call()),
-    lambda layer, call: nn.modules.module.register_module_forward_hook(lambda m, *_: call() if m is layer else None),
-], ids=["forward", "before", "backward", "before backward", "global"])  # fmt: skip
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda layer, call: layer.register_forward_hook(lambda *_: call()),
+        lambda layer, call: layer.register_forward_pre_hook(lambda *_: call()),
+        lambda layer, call: layer.register_full_backward_hook(lambda *_: call()),
+        lambda layer, call: layer.register_full_backward_pre_hook(lambda *_: call()),
+        lambda layer, call: nn.modules.module.register_module_forward_hook(
+            lambda m, *_: call() if m is layer else None
+        ),
+    ],
+    ids=["forward", "before", "backward", "before backward", "global"],
+)
 def test_hooks_on_key_and_value_are_called(layer, register):
     ours = trained(PoseConditionedLoRAAttention(32, num_heads=4, rank=4))
     x, memory, pose = torch.randn(3, 32, requires_grad=True), torch.randn(3, 6, 32), torch.randn(3, 3)

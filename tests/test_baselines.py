@@ -8,8 +8,13 @@ from viewdiff_nb.modules.baselines import DREAM, MLP, MeanFace, PoseRidge, RawEm
 
 
 def all_baselines(faces):
-    return [RawEmbedding(), MeanFace(faces.front), PoseRidge(faces.src, faces.angles, faces.target),
-            DREAM(faces.feature_dim), MLP(faces.feature_dim).eval()]  # fmt: skip
+    return [
+        RawEmbedding(),
+        MeanFace(faces.front),
+        PoseRidge(faces.src, faces.angles, faces.target),
+        DREAM(faces.feature_dim),
+        MLP(faces.feature_dim).eval(),
+    ]
 
 
 def test_behave_as_the_model_does():

@@ -10,8 +10,8 @@ from viewdiff_nb.training.batches import (
     count_batches,
     draw_batches,
     feed,
+    move_if_it_fits,
     padded_groups,
-    place,
     view_groups,
     views_to_train,
 )
@@ -124,11 +124,11 @@ def test_a_failing_read_is_raised(face_set):
 
 def test_a_set_moves_to_the_device_only_if_it_fits(face_set, monkeypatch):
     loaded, mapped = load_face_views(face_set), load_face_views(face_set, mmap=True)
-    assert place(mapped, CPU).on_disk and not place(loaded, CPU).on_disk
+    assert move_if_it_fits(mapped, CPU).on_disk and not move_if_it_fits(loaded, CPU).on_disk
     gpu, moved = torch.device("cuda"), []
     monkeypatch.setattr(type(loaded), "to", lambda faces, device: moved.append(device) or faces)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * loaded.nbytes, 10**12))
-    place(mapped, gpu), place(loaded, gpu)
+    move_if_it_fits(mapped, gpu), move_if_it_fits(loaded, gpu)
     assert moved == [gpu, gpu]
-    place(loaded, gpu, share=0.49)
+    move_if_it_fits(loaded, gpu, share=0.49)
     assert len(moved) == 2

@@ -42,25 +42,41 @@ def sample(**extra):
 
 ALL = {"use_lora_attention": True, "use_projection_layer": True}
 POSE = {"pose": torch.rand(BATCH, 3)}
-POINTS = {"keypoints_3d": torch.randn(BATCH, 5, 3), "target_pose": torch.rand(BATCH, 3), "source_pose": torch.rand(BATCH, 3)}
+POINTS = {
+    "keypoints_3d": torch.randn(BATCH, 5, 3),
+    "target_pose": torch.rand(BATCH, 3),
+    "source_pose": torch.rand(BATCH, 3),
+}
 CASES = {  # name: (module, inputs)
     "lora (B, D)": (lambda: LoRALinearLayer(WIDTH, 24, 4), lambda: {"x": features(WIDTH)}),
     "lora (B, T, D)": (lambda: LoRALinearLayer(WIDTH, 24, 4), lambda: {"x": features(7, WIDTH)}),
     "lora with pose": (lambda: LoRALinearLayer(WIDTH, 24, 4, pose_dim=3), lambda: {"x": features(WIDTH)} | POSE),
-    "attention (B, D)": (lambda: PoseConditionedLoRAAttention(WIDTH, num_heads=4),
-                         lambda: {"features": features(WIDTH), "memory": features(6, WIDTH)} | POSE),
-    "attention (B, T, D)": (lambda: PoseConditionedLoRAAttention(WIDTH, num_heads=4),
-                            lambda: {"features": features(7, WIDTH)} | POSE),
-    "plain attention": (lambda: PoseConditionedLoRAAttention(WIDTH, num_heads=4, rank=0),
-                        lambda: {"features": features(WIDTH), "memory": features(6, WIDTH)}),
-    "projection (B, C)": (lambda: LightweightFaceProjectionLayer(WIDTH, voxel_resolution=8),
-                          lambda: {"features": features(WIDTH)} | POINTS),
-    "projection (B, C, H, W)": (lambda: LightweightFaceProjectionLayer(WIDTH, voxel_resolution=8),
-                                lambda: {"features": features(WIDTH, 5, 5)} | POINTS),
+    "attention (B, D)": (
+        lambda: PoseConditionedLoRAAttention(WIDTH, num_heads=4),
+        lambda: {"features": features(WIDTH), "memory": features(6, WIDTH)} | POSE,
+    ),
+    "attention (B, T, D)": (
+        lambda: PoseConditionedLoRAAttention(WIDTH, num_heads=4),
+        lambda: {"features": features(7, WIDTH)} | POSE,
+    ),
+    "plain attention": (
+        lambda: PoseConditionedLoRAAttention(WIDTH, num_heads=4, rank=0),
+        lambda: {"features": features(WIDTH), "memory": features(6, WIDTH)},
+    ),
+    "projection (B, C)": (
+        lambda: LightweightFaceProjectionLayer(WIDTH, voxel_resolution=8),
+        lambda: {"features": features(WIDTH)} | POINTS,
+    ),
+    "projection (B, C, H, W)": (
+        lambda: LightweightFaceProjectionLayer(WIDTH, voxel_resolution=8),
+        lambda: {"features": features(WIDTH, 5, 5)} | POINTS,
+    ),
     "cross-view (BV, D)": (lambda: CrossViewAttention(WIDTH, 4, 3), lambda: {"features": features(WIDTH)}),
     "cross-view (BV, T, D)": (lambda: CrossViewAttention(WIDTH, 4, 3), lambda: {"features": features(2, WIDTH)}),
-    "cross-view, missing": (lambda: CrossViewAttention(WIDTH, 4, 3),
-                            lambda: {"features": features(WIDTH), "mask": torch.tensor([True, True, False] * 2)}),
+    "cross-view, missing": (
+        lambda: CrossViewAttention(WIDTH, 4, 3),
+        lambda: {"features": features(WIDTH), "mask": torch.tensor([True, True, False] * 2)},
+    ),
     "base": (model, sample()),
     "enhanced": (lambda: model(**ALL), sample()),
     "enhanced, all": (lambda: model(**ALL, use_cross_view=True, lora_targets=("attention", "feed_forward")), sample()),
@@ -68,7 +84,7 @@ CASES = {  # name: (module, inputs)
     "DREAM": (lambda: DREAM(WIDTH), sample()),
     "mean face": (lambda: MeanFace(torch.randn(4, WIDTH)), sample()),
     "raw": (RawEmbedding, sample()),
-}  # fmt: skip
+}
 FIRST = {"x", "features", "src"}
 
 
@@ -194,8 +210,9 @@ def test_onnx_gives_the_same_numbers(kind, tmp_path):
         torch.testing.assert_close(module(**given), wanted, rtol=1e-4, atol=1e-4)
     batch = torch.export.Dim("batch", min=2, max=512)
     path = tmp_path / "model.onnx"
-    program = torch.onnx.export(module, (), kwargs=given, dynamo=True, verbose=False,
-                                dynamic_shapes={name: {0: batch} for name in given})  # fmt: skip
+    program = torch.onnx.export(
+        module, (), kwargs=given, dynamo=True, verbose=False, dynamic_shapes={name: {0: batch} for name in given}
+    )
     program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for rows in (BATCH, 4):  # also with another batch size than it was exported with

@@ -10,14 +10,14 @@ import torch
 from conftest import CONFIG, DEVICES, run, sets
 
 from viewdiff_nb.faces import load_face_views
-from viewdiff_nb.training import together, trainer
-from viewdiff_nb.training.capture import Captured, set_capturable
+from viewdiff_nb.training import loop as trainer
+from viewdiff_nb.training import one_pass as together
 from viewdiff_nb.training.config import TrainConfig
-from viewdiff_nb.training.diagnosis import TrainingDiverged
+from viewdiff_nb.training.devices import GraphedFunction, set_capturable, with_cuda_graph
+from viewdiff_nb.training.loop import train
 from viewdiff_nb.training.losses import LOSSES
-from viewdiff_nb.training.parallel import with_cuda_graph
-from viewdiff_nb.training.together import train_together
-from viewdiff_nb.training.trainer import train
+from viewdiff_nb.training.one_pass import train_together
+from viewdiff_nb.training.result import TrainingDiverged
 
 GRAPH = replace(CONFIG, device="cuda", use_cuda_graph=True)
 LORA = {"use_lora_attention": True, "use_projection_layer": True}
@@ -51,7 +51,7 @@ def test_an_optimiser_is_made_capturable_and_back():
 def test_studies_use_it_where_this_process_can_record(monkeypatch):
     config = replace(CONFIG, device="auto")
     assert not with_cuda_graph(replace(config, device="cpu")).use_cuda_graph
-    monkeypatch.setattr("viewdiff_nb.training.parallel.choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("viewdiff_nb.training.devices.choose_device", lambda name: torch.device("cuda"))
     assert with_cuda_graph(config).use_cuda_graph
     for other in (replace(config, devices=2), replace(config, gradient_accumulation_steps=2)):
         assert with_cuda_graph(other) == other
@@ -83,17 +83,24 @@ def replayed(monkeypatch):
     """Runs with use_cuda_graph on the CPU, by `Replay`, or by what it is called with."""
 
     def stand_in(kind=Replay):
-        monkeypatch.setattr(trainer, "Captured", kind)
-        monkeypatch.setattr(together, "Captured", kind)
+        monkeypatch.setattr(trainer, "GraphedFunction", kind)
+        monkeypatch.setattr(together, "GraphedFunction", kind)
 
     stand_in()
     monkeypatch.setattr(TrainConfig, "one_device", lambda self: torch.device("cpu"))
     return stand_in
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"mixup": True, "use_lora_attention": True}, {"use_cross_view": True, "n_views": 2}, {"use_amp": True},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mixup": True, "use_lora_attention": True},
+        {"use_cross_view": True, "n_views": 2},
+        {"use_amp": True},
+    ],
+    ids=str,
+)
 def test_a_step_reads_nothing_but_its_arguments(replayed, changes):
     config = replace(CONFIG, batch_size=14, dropout=0.3, use_cuda_graph=True, **changes)
     one = run(config)
@@ -102,9 +109,17 @@ def test_a_step_reads_nothing_but_its_arguments(replayed, changes):
 
 
 def test_nor_does_one_with_prior_samples_or_of_a_pass(replayed, base_path):
-    config = replace(CONFIG, base_model_path=base_path, use_prior_preservation=True, mixup=True, use_lora_attention=True,
-                     use_cuda_graph=True)  # fmt: skip
-    passes = [[replace(config, seed=i, lora_lr=lr) for i, lr in enumerate(rates)] for rates in ((1e-3,) * 2, (1e-3, 0.1))]
+    config = replace(
+        CONFIG,
+        base_model_path=base_path,
+        use_prior_preservation=True,
+        mixup=True,
+        use_lora_attention=True,
+        use_cuda_graph=True,
+    )
+    passes = [
+        [replace(config, seed=i, lora_lr=lr) for i, lr in enumerate(rates)] for rates in ((1e-3,) * 2, (1e-3, 0.1))
+    ]
     one = [run(config)] + [result for configs in passes for result in train_together(configs, *sets())]
     replayed(lambda function, device: function)
     other = [run(config)] + [result for configs in passes for result in train_together(configs, *sets())]
@@ -176,7 +191,7 @@ if "cuda" in DEVICES:
         assert_close_runs(run(config), run(replace(config, use_cuda_graph=False)))
 
     def test_float16_with_its_scaler(monkeypatch):
-        monkeypatch.setattr("viewdiff_nb.training.objective.amp_dtype_for", lambda device: torch.float16)
+        monkeypatch.setattr("viewdiff_nb.training.losses.amp_dtype_for", lambda device: torch.float16)
         config = replace(GRAPH, use_amp=True, epochs=4)
         assert_close_runs(run(config), run(replace(config, use_cuda_graph=False)), rel=1e-2)
 
@@ -184,8 +199,9 @@ if "cuda" in DEVICES:
         config = replace(GRAPH, base_model_path=base_path, use_prior_preservation=True, min_yaw=45.0, epochs=4, **LORA)
         one, other = run(config), run(replace(config, use_cuda_graph=False))
         assert_close_runs(one, other)
-        assert one.history["prior_loss"].tolist() == pytest.approx(other.history["prior_loss"].tolist(), rel=1e-2,
-                                                                    nan_ok=True)  # fmt: skip
+        assert one.history["prior_loss"].tolist() == pytest.approx(
+            other.history["prior_loss"].tolist(), rel=1e-2, nan_ok=True
+        )
 
     @pytest.mark.parametrize("then", [True, False])
     def test_a_run_goes_on_with_or_without_graphs(tmp_path, then):
@@ -211,8 +227,9 @@ if "cuda" in DEVICES:
         graphs = train_together(configs, *sets())
         plain = train_together([replace(c, use_cuda_graph=False) for c in configs], *sets())
         for one, other in zip(graphs, plain, strict=True):
-            assert one.history["train_loss"].tolist() == pytest.approx(other.history["train_loss"].tolist(), rel=1e-3,
-                                                                       nan_ok=True)  # fmt: skip
+            assert one.history["train_loss"].tolist() == pytest.approx(
+                other.history["train_loss"].tolist(), rel=1e-3, nan_ok=True
+            )
             assert one.history["val_loss"].tolist() == pytest.approx(other.history["val_loss"].tolist(), rel=1e-3)
 
     def test_every_set_of_shapes_has_a_recording_of_its_own():
@@ -222,7 +239,7 @@ if "cuda" in DEVICES:
             weight.add_(1)
             return x * weight if y is None else x + y
 
-        captured = Captured(work, torch.device("cuda"), warmup=1)
+        captured = GraphedFunction(work, torch.device("cuda"), warmup=1)
         for i in range(6):
             x = torch.full((3 + i % 2,), float(i), device="cuda")
             assert torch.equal(captured(x, None), x * (2 + i))
@@ -230,14 +247,14 @@ if "cuda" in DEVICES:
         assert torch.equal(captured(x, x), 2 * x)
 
     def test_what_cannot_be_recorded_is_told():
-        captured = Captured(lambda x: x * x.sum().item(), torch.device("cuda"), warmup=1)
+        captured = GraphedFunction(lambda x: x * x.sum().item(), torch.device("cuda"), warmup=1)
         x = torch.ones(2, device="cuda")
         assert captured(x).tolist() == [2, 2]
         with pytest.raises(RuntimeError, match="cannot be recorded as a CUDA graph.*give --no-use_cuda_graph"):
             captured(x)
         assert (x + 1).tolist() == [2, 2]  # the device goes on, and its random numbers do
         assert torch.nn.functional.dropout(x.expand(100, 2), 0.5).sum() > 0
-        again = Captured(torch.nn.functional.dropout, torch.device("cuda"), warmup=1)
+        again = GraphedFunction(torch.nn.functional.dropout, torch.device("cuda"), warmup=1)
         assert len({again(x.expand(100, 2)).sum().item() for _ in range(5)}) > 1
 
     def test_it_finds_what_diverged():

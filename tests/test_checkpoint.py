@@ -15,15 +15,21 @@ from viewdiff_nb.training import checkpoint
 from viewdiff_nb.training.checkpoint import (
     CheckpointError,
     DamagedCheckpoint,
+    find_checkpoint,
     load_base_weights,
     load_checkpoint,
+    load_model,
     newest_checkpoint,
     save_checkpoint,
 )
 from viewdiff_nb.training.evaluation import predict
-from viewdiff_nb.training.prepare import find_checkpoint, load_model
 
-CONTENT = {"model": {"w": torch.arange(5000.0)}, "epoch": 4, "history": [{"epoch": 1, "train_loss": 0.5}], "order": None}
+CONTENT = {
+    "model": {"w": torch.arange(5000.0)},
+    "epoch": 4,
+    "history": [{"epoch": 1, "train_loss": 0.5}],
+    "order": None,
+}
 
 
 def test_checkpoints_are_checked_when_read(tmp_path):
@@ -109,8 +115,17 @@ def test_a_full_disk_is_found_before_training(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
-WHOLE = {"best": 0.5, "stale": 0, "seconds": 1.0, "optimizer": {}, "scaler": {}, "config": {}, "data": {}, "trace": torch.zeros(2, 3),
-         **dict.fromkeys(("generator", "torch_rng"), torch.Generator().get_state())}  # fmt: skip
+WHOLE = {
+    "best": 0.5,
+    "stale": 0,
+    "seconds": 1.0,
+    "optimizer": {},
+    "scaler": {},
+    "config": {},
+    "data": {},
+    "trace": torch.zeros(2, 3),
+    **dict.fromkeys(("generator", "torch_rng"), torch.Generator().get_state()),
+}
 
 
 def run_of(epoch, batch=0, **more):
@@ -137,7 +152,9 @@ def test_files_that_no_run_can_go_on_from_are_passed_over(tmp_path):
         assert newest_checkpoint(tmp_path) == tmp_path / "a.pth"
     assert [str(warning.message).split()[2].split("/")[-1] for warning in told] == ["base.pth", "foreign.pth"]
     (tmp_path / "a.pth").write_bytes(b"PK")
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be used: .*a\.pth is trunc.*base\.pth.*foreign\.pth"):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint in .* can be used: .*a\.pth is trunc.*base\.pth.*foreign\.pth"
+    ):
         newest_checkpoint(tmp_path)
 
 
@@ -227,8 +244,21 @@ def test_an_archive_larger_than_its_file_is_refused(tmp_path):
     assert (tmp_path / "a.pth").stat().st_size < 20_000 and refused(tmp_path / "a.pth")
 
 
-@pytest.mark.parametrize("entry", [{"epoch": "3"}, {"epoch": True}, {"epoch": None}, {"history": {}}, {"history": [1]},
-                                   {"config": []}, {"model": []}, {"trace": [1.0]}, {"data": 5}, {"best": "1"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"epoch": "3"},
+        {"epoch": True},
+        {"epoch": None},
+        {"history": {}},
+        {"history": [1]},
+        {"config": []},
+        {"model": []},
+        {"trace": [1.0]},
+        {"data": 5},
+        {"best": "1"},
+    ],
+)
 def test_entries_of_another_type_are_refused(tmp_path, entry):
     save_checkpoint(tmp_path / "a.pth", run_of(3) | entry)
     with pytest.raises(CheckpointError, match=f"is damaged: .*{next(iter(entry))}"):
@@ -236,13 +266,22 @@ def test_entries_of_another_type_are_refused(tmp_path, entry):
 
 
 def test_what_a_run_leaves_behind(tmp_path):
-    config = replace(CONFIG, use_lora_attention=True, lora_targets=("attention", "feed_forward"), save_every=1,
-                     save_dir=str(tmp_path))  # fmt: skip
+    config = replace(
+        CONFIG,
+        use_lora_attention=True,
+        lora_targets=("attention", "feed_forward"),
+        save_every=1,
+        save_dir=str(tmp_path),
+    )
     (tmp_path / f"{checkpoint.LAST}.77{PART}").write_bytes(b"a run that was killed")
     result = run(config)
     assert {p.name for p in tmp_path.iterdir()} == {
-        ".lock", checkpoint.BEST, checkpoint.BEST_WEIGHTS, "checkpoint_epoch_1_enhanced.pth", "checkpoint_epoch_2_enhanced.pth"
-    }  # fmt: skip
+        ".lock",
+        checkpoint.BEST,
+        checkpoint.BEST_WEIGHTS,
+        "checkpoint_epoch_1_enhanced.pth",
+        "checkpoint_epoch_2_enhanced.pth",
+    }
     assert result.checkpoint == tmp_path / "checkpoint_epoch_2_enhanced.pth"
     _, val = sets()
     last = load_model(result.checkpoint)

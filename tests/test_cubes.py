@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from viewdiff_nb.widgets.cubes import FIELD, draw_cubes
+from viewdiff_nb.widgets.voxel import FIELD, draw_cubes
 
 SIZE = 400
 RED = np.array([1.0, 0.0, 0.0])

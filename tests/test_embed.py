@@ -16,10 +16,8 @@ from insightface.model_zoo.scrfd import SCRFD
 from tiny_insightface import SIZE, head, make_pack, take_photo
 
 from viewdiff_nb.faces import embed, load_face_views
-from viewdiff_nb.faces.embed import ConsentError, EmbedError, EmbedOptions, embed_folder
-from viewdiff_nb.faces.frames import choose_front, frontal_angles
-from viewdiff_nb.faces.insight import FaceReader, RefusedError
-from viewdiff_nb.faces.photos import UnreadableError, list_people, read_pictures
+from viewdiff_nb.faces.embed import ConsentError, EmbedError, EmbedOptions, choose_front, embed_folder, frontal_angles
+from viewdiff_nb.faces.photo_reader import FaceReader, RefusedError, UnreadableError, list_people, read_pictures
 
 POSES = {  # of anna's photos: pitch, yaw, roll in degrees
     "00_left.png": (5.0, -40.0, 0.0),
@@ -59,8 +57,10 @@ def models(tmp_path_factory):
 def truth():
     """Anna's photos and the frames of bert's video."""
     anna, bert = head(1), head(2)
-    return {"anna": {name: take_photo(anna, pose) for name, pose in POSES.items()},
-            "bert": [take_photo(bert, pose) for pose in SWEEP]}  # fmt: skip
+    return {
+        "anna": {name: take_photo(anna, pose) for name, pose in POSES.items()},
+        "bert": [take_photo(bert, pose) for pose in SWEEP],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +231,9 @@ def test_front_rule():
 
 def test_failures_have_reasons(done):
     report = json.loads((done[0] / "failed_images.json").read_text(encoding="utf-8"))
-    reasons = {reason: sorted(item["image_path"] for item in items) for reason, items in report["failed_details"].items()}
+    reasons = {
+        reason: sorted(item["image_path"] for item in items) for reason, items in report["failed_details"].items()
+    }
     assert reasons == {
         "read_error": ["dora/broken.jpg", "dora/broken.mp4", "dora/empty.png"],
         "no_face_detected": ["dora/nobody.png"],
@@ -275,7 +277,9 @@ def test_another_embedding_width(tmp_path, two_people):
     assert summary.people == ("anna", "bert") and load_face_views(tmp_path / "out").feature_dim == 128
 
 
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(tmp_path, two_people, models, model_calls, monkeypatch):
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
+    tmp_path, two_people, models, model_calls, monkeypatch
+):
     embed_folder(two_people, tmp_path / "whole", options(models))
     assert model_calls == {"SCRFD": 10, "Landmark": 10, "ArcFaceONNX": 10}  # 6 photos, 4 frames
     real, calls = FaceReader.read, []

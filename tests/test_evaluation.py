@@ -8,9 +8,10 @@ from conftest import CONFIG, people
 
 from viewdiff_nb.modules.baselines import MLP
 from viewdiff_nb.training import evaluation
+from viewdiff_nb.training.checkpoint import build_model
 from viewdiff_nb.training.evaluation import evaluate, probes_to_score
+from viewdiff_nb.training.loop import train
 from viewdiff_nb.training.losses import LOSSES
-from viewdiff_nb.training.trainer import train
 
 CROSS = replace(CONFIG, use_cross_view=True, n_views=4, batch_size=16, epochs=1)
 
@@ -26,7 +27,7 @@ def test_as_many_probes_are_told_as_are_scored(config, monkeypatch):
     scored = []
     original = evaluation.recognition_by_yaw
     monkeypatch.setattr(evaluation, "recognition_by_yaw", lambda p, *a: scored.append(len(p)) or original(p, *a))
-    faces, model = uneven(), config.build_model(32)
+    faces, model = uneven(), build_model(config, 32)
     evaluate(model, faces, LOSSES["cosine"])
     assert scored == [probes_to_score(config, faces)] == [probes_to_score(model, faces)]
     views = torch.bincount(faces.person).tolist()
@@ -40,7 +41,13 @@ def test_groups_of_views_are_counted_before_training():
     train(replace(CONFIG, epochs=1, monitor="val_tar"), people(40), faces, progress=False)
     told = "20 validation people with 20 predictions make 380 impostor pairs"
     with pytest.raises(ValueError, match=told):
-        train(replace(CROSS, monitor="val_tar"), people(40), faces, on_epoch=lambda _: pytest.fail("trained"), progress=False)
+        train(
+            replace(CROSS, monitor="val_tar"),
+            people(40),
+            faces,
+            on_epoch=lambda _: pytest.fail("trained"),
+            progress=False,
+        )
 
 
 def test_one_validation_person_is_found_before_training():

@@ -42,9 +42,11 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 
 def test_a_killed_writer_leaves_the_old_file(tmp_path):
     write_text(tmp_path / "a.txt", "old")
-    program = ("import os, signal, sys; from viewdiff_nb.files import write_atomically\n"
-               "def write(file): file.write(b'new'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
-               "write_atomically(sys.argv[1], write)")  # fmt: skip
+    program = (
+        "import os, signal, sys; from viewdiff_nb.files import write_atomically\n"
+        "def write(file): file.write(b'new'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write_atomically(sys.argv[1], write)"
+    )
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "a.txt")], check=False)
     assert done.returncode == -signal.SIGKILL and (tmp_path / "a.txt").read_text() == "old"
     left = [path.name for path in tmp_path.iterdir() if path.name != "a.txt"]
@@ -71,7 +73,9 @@ def test_a_full_disk_is_said(tmp_path):
     assert (tmp_path / "a").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-@pytest.mark.parametrize("value", ["x" * 5000, ["x" * 5000] * 5000, {"a" * 5000: [[[["b"] * 9]]]}, 10**4000, b"y" * 5000])
+@pytest.mark.parametrize(
+    "value", ["x" * 5000, ["x" * 5000] * 5000, {"a" * 5000: [[[["b"] * 9]]]}, 10**4000, b"y" * 5000]
+)
 def test_values_are_short_in_messages(value):
     assert len(shorten(value)) < 400
     assert shorten("short") == "'short'" and shorten([1, 2.5, None]) == "[1, 2.5, None]"
@@ -88,7 +92,9 @@ def test_there_is_one_error_for_all_that_is_wrong(tmp_path, read):
         read(tmp_path, OwnError)  # a folder
 
 
-@pytest.mark.parametrize("content", [b"", b"[", b"[" * 100_000, b'{"a":' * 100_000, b"\xff", b"1" * 5000, b'{"a": 1, "a": 2}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"[", b"[" * 100_000, b'{"a":' * 100_000, b"\xff", b"1" * 5000, b'{"a": 1, "a": 2}']
+)
 def test_no_json(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(OwnError, match=r"a\.json: not valid JSON: .") as caught:

@@ -9,8 +9,8 @@ import pytest
 from matplotlib import pyplot as plt
 from scipy import stats
 
-from viewdiff_nb.studies import grid_plots
-from viewdiff_nb.studies.findings import (
+from viewdiff_nb import plots as grid_plots
+from viewdiff_nb.studies.ablation import (
     effect_lines,
     guide_lines,
     paired,
@@ -27,13 +27,34 @@ def made(rank_gain: dict, voxel_gain: dict, noise: float, seeds: int = 5, lambda
     for (i, rank), (j, voxels), (k, weight), seed in itertools.product(
         enumerate(rank_gain), enumerate(voxel_gain), enumerate((0.05, 0.1, 0.2)), range(seeds)
     ):
-        tar = 0.9 + rank_gain[rank] + voxel_gain[voxels] + 0.01 * seed + noise * ((7 * i + 5 * j + 3 * k + 11 * seed) % 5 - 2)
-        row = {"rank": rank, "voxel_resolution": voxels, "lora_alpha": float(rank), "lambda_prior": weight, "seed": seed,
-               "error": "", "trainable": 1000 * rank, "memory_mb": float(voxels**2), "step_ms": 1.0, "seconds": 1.0,
-               "train_loss": [5.0 - 0.1 * rank, 4.0 - 0.1 * rank], "machine": "here", "cells_together": 8}  # fmt: skip
+        tar = (
+            0.9
+            + rank_gain[rank]
+            + voxel_gain[voxels]
+            + 0.01 * seed
+            + noise * ((7 * i + 5 * j + 3 * k + 11 * seed) % 5 - 2)
+        )
+        row = {
+            "rank": rank,
+            "voxel_resolution": voxels,
+            "lora_alpha": float(rank),
+            "lambda_prior": weight,
+            "seed": seed,
+            "error": "",
+            "trainable": 1000 * rank,
+            "memory_mb": float(voxels**2),
+            "step_ms": 1.0,
+            "seconds": 1.0,
+            "train_loss": [5.0 - 0.1 * rank, 4.0 - 0.1 * rank],
+            "machine": "here",
+            "cells_together": 8,
+        }
         for part in ("val", "test"):
-            row |= {f"{part}_{rate}{where}": tar + lambda_gain * k * (where == "_0-45")
-                    for rate in ("tar", "rank1") for where in ("", "_0-45", "_45-90")}  # fmt: skip
+            row |= {
+                f"{part}_{rate}{where}": tar + lambda_gain * k * (where == "_0-45")
+                for rate in ("tar", "rank1")
+                for where in ("", "_0-45", "_45-90")
+            }
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -65,7 +86,16 @@ def grid(means: dict, noise: list, seeds: int) -> pd.DataFrame:
     rows = []
     for (i, ((rank, voxels), mean)), seed in itertools.product(enumerate(means.items()), range(seeds)):
         tar = mean + 0.05 * seed + noise[(3 * i + 5 * seed) % len(noise)]
-        rows.append({"rank": rank, "voxel_resolution": voxels, "lambda_prior": 0.1, "seed": seed, "val_tar": tar, "test_tar": tar})
+        rows.append(
+            {
+                "rank": rank,
+                "voxel_resolution": voxels,
+                "lambda_prior": 0.1,
+                "seed": seed,
+                "val_tar": tar,
+                "test_tar": tar,
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -108,8 +138,19 @@ def test_what_lists_tell_apart_is_corrected_for_their_length():
     p = stats.ttest_1samp(apart, 0).pvalue
     assert 0.025 < p < 0.05
     for ranks, words in ((1, f"p {p:.3f}".replace("0.", ".")), (2, "not told apart")):
-        cells = pd.DataFrame([{"rank": rank, "voxel_resolution": 8, "lambda_prior": 0.1, "seed": seed,
-                               "test_tar": (rank != 8) * apart[seed]} for rank in (8, 16, 32)[: ranks + 1] for seed in range(4)])  # fmt: skip
+        cells = pd.DataFrame(
+            [
+                {
+                    "rank": rank,
+                    "voxel_resolution": 8,
+                    "lambda_prior": 0.1,
+                    "seed": seed,
+                    "test_tar": (rank != 8) * apart[seed],
+                }
+                for rank in (8, 16, 32)[: ranks + 1]
+                for seed in range(4)
+            ]
+        )
         lines = effect_lines(cells).splitlines()
         assert len(lines) == ranks + 1 and all(words in line for line in lines[:-1])
         assert f"Holm, {ranks} comparison" in lines[-1]
@@ -162,9 +203,11 @@ def test_every_picture_is_written_twice_and_says_what_it_shows(tmp_path, seeds):
 def test_interaction_is_told_from_none():
     cells = made({4: 0.0, 8: 0.0}, {8: 0.0, 16: 0.0}, noise=0.0)
     assert grid_plots.interaction(cells, "voxel_resolution", "rank").axes[0].get_title("left") == (
-        "Resolution and rank are not seen to interact")  # fmt: skip
+        "Resolution and rank are not seen to interact"
+    )
     crossed = (cells["rank"] == 8) & (cells["voxel_resolution"] == 16)
     cells.loc[crossed, "test_tar"] += 0.05 + 1e-4 * cells.loc[crossed, "seed"]
     assert grid_plots.interaction(cells, "voxel_resolution", "rank").axes[0].get_title("left") == (
-        "Resolution and rank interact")  # fmt: skip
+        "Resolution and rank interact"
+    )
     plt.close("all")

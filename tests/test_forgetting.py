@@ -11,7 +11,8 @@ from viewdiff_nb.metrics import recognition_by_yaw
 from viewdiff_nb.modules.baselines import RawEmbedding
 from viewdiff_nb.studies import adaptation, forgetting
 from viewdiff_nb.studies.store import Store
-from viewdiff_nb.training.trainer import TrainResult
+from viewdiff_nb.training.checkpoint import build_model
+from viewdiff_nb.training.result import TrainResult
 
 PEOPLE = 0.01  # resampled people move every rate by so much up or down
 
@@ -20,10 +21,15 @@ def result(near, far, val=(0.5, 0.5)):
     """The same for both rates; near and far: below and from 45 degrees on, on test people. val: the two there."""
 
     def rates(values):
-        return {where: {"rank1": v, "tar": v, "people": 300} for where, v in zip(("0-45", "45-90"), values, strict=True)}
+        return {
+            where: {"rank1": v, "tar": v, "people": 300} for where, v in zip(("0-45", "45-90"), values, strict=True)
+        }
 
     def people(values):
-        return {where: {name: [of[name] - PEOPLE, of[name] + PEOPLE] for name in ("rank1", "tar")} for where, of in rates(values).items()}
+        return {
+            where: {name: [of[name] - PEOPLE, of[name] + PEOPLE] for name in ("rank1", "tar")}
+            for where, of in rates(values).items()
+        }
 
     return {"val": rates(val), "test": rates((near, far)), "test_people": people((near, far))}
 
@@ -52,9 +58,11 @@ def test_changes_are_against_the_base_over_seeds(results):
     assert len(found) == 4 * 2 * 2
     student = 12.7062 * math.sqrt(2 * 0.01**2) / math.sqrt(2)  # over two seeds, .01 off their mean; people cancel
     for (weight, where), (mean, half) in {
-        (0.0, "0-45"): (-0.04, student), (0.0, "45-90"): (0.40, student),
-        (1.0, "0-45"): (-0.01, student), (1.0, "45-90"): (0.30, 0.0),
-    }.items():  # fmt: skip
+        (0.0, "0-45"): (-0.04, student),
+        (0.0, "45-90"): (0.40, student),
+        (1.0, "0-45"): (-0.01, student),
+        (1.0, "45-90"): (0.30, 0.0),
+    }.items():
         row = found.loc[("LoRA r=8", weight, "tar", where)]
         assert row["mean"] == pytest.approx(mean) and row["half"] == pytest.approx(half, rel=1e-5, abs=1e-12)
 
@@ -62,7 +70,9 @@ def test_changes_are_against_the_base_over_seeds(results):
 def test_the_table_says_the_same(results):
     table = forgetting.changes_table(results)
     assert list(table.index) == [(method, weight) for method in ("LoRA r=8", "full fine-tuning") for weight in "01"]
-    assert list(table) == [(side, rate) for side in ("|yaw| < 45°", "|yaw| ≥ 45°") for rate in ("rank-1", "TAR at FAR 1e-3")]
+    assert list(table) == [
+        (side, rate) for side in ("|yaw| < 45°", "|yaw| ≥ 45°") for rate in ("rank-1", "TAR at FAR 1e-3")
+    ]
     assert table.loc[("LoRA r=8", "1")].tolist() == ["-0.010 ± 0.127"] * 2 + ["+0.300 ± 0.000"] * 2
 
 
@@ -80,17 +90,23 @@ def test_the_figure_has_gain_to_the_right_and_what_is_kept_upward(results):
 
 def test_findings_compare_with_no_prior(results):
     none, one, *_, note = forgetting.findings(results).splitlines()
-    assert none == ("- LoRA r=8, lambda 0 against the base: -0.040 ± 0.127 (not told apart) below 45°, +0.400 ± 0.127 "
-                    "(not told apart) beyond.")  # fmt: skip  # p .016 alone, one of eight
-    assert one == ("- LoRA r=8, lambda 1 against lambda 0: +0.030 ± 0.000 (p < .001) below 45°, -0.100 ± 0.127 "
-                   "(not told apart) beyond.")  # fmt: skip
+    assert none == (
+        "- LoRA r=8, lambda 0 against the base: -0.040 ± 0.127 (not told apart) below 45°, +0.400 ± 0.127 "
+        "(not told apart) beyond."
+    )  # p .016 alone, one of eight
+    assert one == (
+        "- LoRA r=8, lambda 1 against lambda 0: +0.030 ± 0.000 (p < .001) below 45°, -0.100 ± 0.127 "
+        "(not told apart) beyond."
+    )
     assert "Holm, 8 comparisons" in note
 
 
 def test_validation_people_choose_and_test_people_judge(results):
     lora, full, note = forgetting.recommendation(results).splitlines()
-    assert lora == ("- **LoRA r=8, lambda 1** is best on validation people; on test people, against LoRA r=8, lambda 0: "
-                    "+0.030 ± 0.000 (p < .001) below 45°, -0.100 ± 0.127 (not told apart) beyond.")  # fmt: skip  # .7 against .6 on validation people, where test people would say otherwise
+    assert lora == (
+        "- **LoRA r=8, lambda 1** is best on validation people; on test people, against LoRA r=8, lambda 0: "
+        "+0.030 ± 0.000 (p < .001) below 45°, -0.100 ± 0.127 (not told apart) beyond."
+    )  # .7 against .6 on validation people, where test people would say otherwise
     assert full == "- **full fine-tuning, lambda 0** is best on validation people."
     assert note == "- TAR at FAR 1e-3; 2 seeds; p after Holm, 2 comparisons."
     single = {key: value for key, value in results.items() if key[1] == 0}
@@ -151,8 +167,10 @@ def test_what_is_stored_is_not_trained_again(toy, tiny, monkeypatch):
 
 def test_a_diverged_adaptation_is_an_error_and_not_a_result(toy, tiny, monkeypatch):
     def diverging(configs, train_faces, val_faces):
-        return [TrainResult(config.build_model(32), pd.DataFrame(), 1.0, 1, how, None)
-                for config, how in zip(configs, ("diverged", "finished"), strict=True)]  # fmt: skip
+        return [
+            TrainResult(build_model(config, 32), pd.DataFrame(), 1.0, 1, how, None)
+            for config, how in zip(configs, ("diverged", "finished"), strict=True)
+        ]
 
     monkeypatch.setattr(forgetting, "train_together", diverging)
     with pytest.raises(FloatingPointError, match="lambda 5, seed 3: the loss is not finite"):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from viewdiff_nb.faces.frames import ARRAYS, Person, load_part, save_part
+from viewdiff_nb.faces.embed import ARRAYS, Person, load_part, save_part
 
 
 @pytest.fixture
@@ -13,13 +13,19 @@ def person():
     generator = np.random.default_rng(0)
     shapes = (2, 8), (2, 5, 3), (2, 3), (2,)
     arrays = {name: generator.normal(size=shape).astype(np.float32) for name, shape in zip(ARRAYS, shapes, strict=True)}
-    return Person(arrays, [{"person_name": "李雷", "image_path": f"{i}.jpg", "frame_index": i} for i in range(2)],
-                  [{"reason": "no_face", "person_name": "李雷", "image_path": "2.jpg", "error": "none"}])  # fmt: skip
+    return Person(
+        arrays,
+        [{"person_name": "李雷", "image_path": f"{i}.jpg", "frame_index": i} for i in range(2)],
+        [{"reason": "no_face", "person_name": "李雷", "image_path": "2.jpg", "error": "none"}],
+    )
 
 
 def same(found, person):
-    return (found.entries == person.entries and found.failed == person.failed
-            and all(np.array_equal(found.arrays[name], person.arrays[name]) for name in ARRAYS))  # fmt: skip
+    return (
+        found.entries == person.entries
+        and found.failed == person.failed
+        and all(np.array_equal(found.arrays[name], person.arrays[name]) for name in ARRAYS)
+    )
 
 
 def test_a_part_comes_back(tmp_path, person):

@@ -4,7 +4,8 @@ import torch
 from viewdiff_nb.faces.geometry import euler_angles, face_rotation, normalise_keypoints, rotation_matrix, to_face_frame
 
 FACE = torch.tensor(  # a frontal face in its own frame: eyes, nose toward the camera, mouth
-    [[-30.0, -30, 0], [30, -30, 0], [0, 0, 25], [-20, 30, 0], [20, 30, 0]], dtype=torch.float64)  # fmt: skip
+    [[-30.0, -30, 0], [30, -30, 0], [0, 0, 25], [-20, 30, 0], [20, 30, 0]], dtype=torch.float64
+)
 
 
 def test_rotations_are_rotations_and_euler_angles_come_back():

@@ -33,15 +33,28 @@ def test_python_snippet(snippet, tmp_path, monkeypatch, capsys):
     torch.save(base.state_dict(), "base_model.pth")
     layer = torch.nn.Linear(2, 2)
     # what earlier snippets of the guide, or its reader, have in scope
-    scope = {"torch": torch, "F": F, "src": torch.randn(8, 512), "angles": torch.randn(8, 3),
-             "keypoints_3d": torch.randn(8, 5, 3), "pose": torch.randn(8, 3), "targets": torch.randn(8, 512),
-             "base_params": [layer.weight], "lora_params": [layer.bias],
-             "optimizer": torch.optim.AdamW(layer.parameters())}  # fmt: skip
+    scope = {
+        "torch": torch,
+        "F": F,
+        "src": torch.randn(8, 512),
+        "angles": torch.randn(8, 3),
+        "keypoints_3d": torch.randn(8, 5, 3),
+        "pose": torch.randn(8, 3),
+        "targets": torch.randn(8, 512),
+        "base_params": [layer.weight],
+        "lora_params": [layer.bias],
+        "optimizer": torch.optim.AdamW(layer.parameters()),
+    }
     exec(snippet.replace("from train_transformer3D.viewdiff import", "from viewdiff_nb import"), scope)
     printed = capsys.readouterr().out
-    shapes = {"LoRALinearLayer(": "可训练参数数量: 4096", "PoseConditionedLoRAAttention(": "[8, 512]",
-              "LightweightFaceProjectionLayer(": "[8, 512, 1, 1]", "CrossViewAttention(": "[40, 512]",
-              "return_residual=True": "输出形状: torch.Size([8, 512])", "EnhancedTransformerWithPrior(": "总损失"}  # fmt: skip
+    shapes = {
+        "LoRALinearLayer(": "可训练参数数量: 4096",
+        "PoseConditionedLoRAAttention(": "[8, 512]",
+        "LightweightFaceProjectionLayer(": "[8, 512, 1, 1]",
+        "CrossViewAttention(": "[40, 512]",
+        "return_residual=True": "输出形状: torch.Size([8, 512])",
+        "EnhancedTransformerWithPrior(": "总损失",
+    }
     for marker, wanted in shapes.items():
         if marker in snippet:
             assert wanted in printed
@@ -92,10 +105,24 @@ def test_a_bad_command_says_why_before_any_work(guide_folder, capsys):
     with pytest.raises(SystemExit, match="lacks .*front_feature.npy"):
         main(["--data_dir", "nowhere"])
     with pytest.raises(SystemExit, match="there is no base model missing.pth"):
-        main(["--data_dir", "train/datas/file", "--val_people", "20", "--test_people", "20", "--use_lora_attention",
-              "--base_model_path", "missing.pth"])  # fmt: skip
-    for flags, message in ((["--use_prior_preservation"], "base_model_path"), (["--rnak", "3"], "--rank"),
-                           (["--use_cross_view", "--n_views", "5", "--batch_size", "32"], "multiple of n_views")):  # fmt: skip
+        main(
+            [
+                "--data_dir",
+                "train/datas/file",
+                "--val_people",
+                "20",
+                "--test_people",
+                "20",
+                "--use_lora_attention",
+                "--base_model_path",
+                "missing.pth",
+            ]
+        )
+    for flags, message in (
+        (["--use_prior_preservation"], "base_model_path"),
+        (["--rnak", "3"], "--rank"),
+        (["--use_cross_view", "--n_views", "5", "--batch_size", "32"], "multiple of n_views"),
+    ):
         with pytest.raises(SystemExit):
             main(flags)
         captured = capsys.readouterr()

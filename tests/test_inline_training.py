@@ -13,7 +13,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from dataclasses import replace
 from conftest import CONFIG, sets
 from viewdiff_nb.plots import LiveCurves
-from viewdiff_nb.training.trainer import train
+from viewdiff_nb.training.loop import train
 """
 
 
@@ -63,7 +63,9 @@ def test_the_live_figure_is_one_picture_updated_in_place(kernel):
 
 
 def test_the_stop_button_stops_cleanly_and_the_notebook_goes_on(kernel, tmp_path):
-    kernel.run(f"config = replace(CONFIG, epochs=100_000, save_every=10**6, val_every=10**6, save_dir={str(tmp_path)!r})")
+    kernel.run(
+        f"config = replace(CONFIG, epochs=100_000, save_every=10**6, val_every=10**6, save_dir={str(tmp_path)!r})"
+    )
     cell = kernel.start("stopped = train(config, *sets())")
     kernel.shown(cell, until=lambda messages: len(messages) > 5)  # the bar moves
     time.sleep(0.3)

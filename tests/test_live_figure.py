@@ -4,7 +4,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from viewdiff_nb.widgets.live_figure import LiveFigure, figure_png
+from viewdiff_nb.widgets.explorer import LiveFigure, figure_png
 
 
 def pixels(png: bytes) -> np.ndarray:

@@ -5,20 +5,34 @@ import pytest
 import torch
 from conftest import CONFIG, run, sets
 
-from viewdiff_nb.training.optimiser import warmup_cosine
-from viewdiff_nb.training.trainer import train
+from viewdiff_nb.training.loop import train
+from viewdiff_nb.training.losses import warmup_cosine
 
 
 def test_tensorboard_has_the_guides_names(tmp_path, base_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = replace(CONFIG, use_lora_attention=True, base_model_path=base_path, use_prior_preservation=True, epochs=3,
-                     gradient_accumulation_steps=2, log_dir=str(tmp_path / "logs"))  # fmt: skip
+    config = replace(
+        CONFIG,
+        use_lora_attention=True,
+        base_model_path=base_path,
+        use_prior_preservation=True,
+        epochs=3,
+        gradient_accumulation_steps=2,
+        log_dir=str(tmp_path / "logs"),
+    )
     result = run(config)
     events = EventAccumulator(str(tmp_path / "logs")).Reload()
     assert set(events.Tags()["scalars"]) == {
-        "Train/Loss", "Train/LearningRate", "Epoch/TrainLoss", "Epoch/PriorLoss", "Epoch/ValLoss", "Epoch/ValCosineSim",
-        "Epoch/ValRank1", "Epoch/ValTAR"}  # fmt: skip
+        "Train/Loss",
+        "Train/LearningRate",
+        "Epoch/TrainLoss",
+        "Epoch/PriorLoss",
+        "Epoch/ValLoss",
+        "Epoch/ValCosineSim",
+        "Epoch/ValRank1",
+        "Epoch/ValTAR",
+    }
     assert [e.step for e in events.Scalars("Train/Loss")] == list(range(45))
     mean = sum(e.value for e in events.Scalars("Train/Loss")[15:30]) / 15
     assert mean == pytest.approx(result.history["train_loss"][2], rel=1e-5)

@@ -33,9 +33,15 @@ def peft_twin(layer: LoRALinearLayer) -> nn.Module:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    inputs=st.integers(1, 40), outputs=st.integers(1, 40), rank=st.integers(1, 16), batch=st.integers(1, 9),
-    alpha=st.floats(0.1, 32), rslora=st.booleans(), double=st.booleans(), seed=st.integers(0, 99),
-)  # fmt: skip
+    inputs=st.integers(1, 40),
+    outputs=st.integers(1, 40),
+    rank=st.integers(1, 16),
+    batch=st.integers(1, 9),
+    alpha=st.floats(0.1, 32),
+    rslora=st.booleans(),
+    double=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_equals_peft_forward_and_gradient(inputs, outputs, rank, batch, alpha, rslora, double, seed):
     torch.manual_seed(seed)
     dtype = torch.float64 if double else torch.float32
@@ -48,7 +54,9 @@ def test_equals_peft_forward_and_gradient(inputs, outputs, rank, batch, alpha, r
     tolerance = {"rtol": 1e-6, "atol": 1e-6 * max(1.0, ours.abs().max().item())}
     torch.testing.assert_close(ours, theirs, **tolerance)
     probe = torch.randn_like(ours)
-    wanted = torch.autograd.grad((theirs * probe).sum(), (x, twin.lora_A["default"].weight, twin.lora_B["default"].weight))
+    wanted = torch.autograd.grad(
+        (theirs * probe).sum(), (x, twin.lora_A["default"].weight, twin.lora_B["default"].weight)
+    )
     got = torch.autograd.grad((ours * probe).sum(), (x, layer.lora_down, layer.lora_up))
     for g, w in zip(got, wanted, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-6, atol=1e-6 * max(1.0, w.abs().max().item()))
@@ -93,9 +101,14 @@ def test_merge_is_exact_for_one_pose_and_unmerge_is_bit_exact(dtype, tolerance, 
         layer.unmerge()
 
 
-@pytest.mark.parametrize("dtype,bits,smallest", [
-    (torch.float32, 24, 2.0**-149), (torch.float16, 11, 2.0**-24), (torch.bfloat16, 8, 2.0**-133),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype,bits,smallest",
+    [
+        (torch.float32, 24, 2.0**-149),
+        (torch.float16, 11, 2.0**-24),
+        (torch.bfloat16, 8, 2.0**-133),
+    ],
+)
 def test_a_merge_is_rounded_once(dtype, bits, smallest):
     """No entry is further from W + s B A than half the distance between two numbers of the layer's type."""
     layer = trained(LoRALinearLayer(128, 64, rank=4, alpha=3.0, pose_dim=2, dtype=dtype))
@@ -216,10 +229,16 @@ def test_dropout_acts_on_the_adapter_only_and_only_in_training():
     assert torch.equal(layer(x), layer(x))
 
 
-@pytest.mark.parametrize("bad,message", [
-    ({"rank": 0}, "rank must be in 1..4"), ({"rank": 5}, "got 5"), ({"alpha": 0.0}, "alpha must be positive, got 0"),
-    ({"dropout": 1.0}, "dropout"), ({"pose_dim": -1}, "pose_dim"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad,message",
+    [
+        ({"rank": 0}, "rank must be in 1..4"),
+        ({"rank": 5}, "got 5"),
+        ({"alpha": 0.0}, "alpha must be positive, got 0"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"pose_dim": -1}, "pose_dim"),
+    ],
+)
 def test_refuses_impossible_sizes(bad, message):
     with pytest.raises(ValueError, match=message):
         LoRALinearLayer(4, 6, **bad)

@@ -52,7 +52,8 @@ def test_simple_losses_by_hand(batch):
     predicted, gallery = batch
     right = gallery[PERSON]
     assert losses.mse(predicted, gallery, PERSON)[3].item() == pytest.approx(
-        sum((a - b) ** 2 for a, b in zip(predicted[3].tolist(), right[3].tolist(), strict=True)) / 6)  # fmt: skip
+        sum((a - b) ** 2 for a, b in zip(predicted[3].tolist(), right[3].tolist(), strict=True)) / 6
+    )
     cosine = float(torch.cosine_similarity(predicted[0], right[0], dim=0))
     assert losses.cosine(predicted, gallery, PERSON)[0].item() == pytest.approx(1 - cosine)
 

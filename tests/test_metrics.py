@@ -48,7 +48,9 @@ def test_hand_made_case():
     assert one(roc_auc, scores) == pytest.approx(17 / 18)
     # one of six impostors lies above .196 and none above .995
     assert one(tar_at_far, scores, 0.17) == 1.0 and one(tar_at_far, scores, 0.1667) == 1.0
-    assert one(equal_error_rate, scores) == pytest.approx(1 / 6)  # accept from .196 on: 1 of 6 impostors, no genuine lost
+    assert one(equal_error_rate, scores) == pytest.approx(
+        1 / 6
+    )  # accept from .196 on: 1 of 6 impostors, no genuine lost
 
 
 @pytest.mark.parametrize("noise", [0.5, 1.5, 4.0])
@@ -106,7 +108,9 @@ def test_ties_are_those_of_a_search_in_float64(piece, monkeypatch):
     person = torch.arange(20).repeat_interleave(6)
     predicted = (gallery[person] + 1.5 * torch.randn(120, 37))[torch.randint(60, (120,))]
     scores = similarity_scores(predicted, gallery, person)
-    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (predicted.double().numpy(), gallery.double().numpy())]
+    unit = [
+        x / np.linalg.norm(x, axis=1, keepdims=True) for x in (predicted.double().numpy(), gallery.double().numpy())
+    ]
     similarity = np.array([[(p * f).sum() for f in unit[1]] for p in unit[0]])  # equal pairs give equal sums
     own = similarity[np.arange(120), person]
     assert scores.place.tolist() == ((similarity >= own[:, None]).sum(1) - 1).tolist()
@@ -189,7 +193,9 @@ def test_bins_partition_the_views_and_share_one_threshold():
     side = yaw >= 45
     scores = similarity_scores(predicted[side], gallery, person[side])
     assert table["45-90"]["auc"] == pytest.approx(one(roc_auc, scores), abs=1e-6)
-    assert table["all"]["tar@1e-2"] == pytest.approx(one(tar_at_far, similarity_scores(predicted, gallery, person), 0.01))
+    assert table["all"]["tar@1e-2"] == pytest.approx(
+        one(tar_at_far, similarity_scores(predicted, gallery, person), 0.01)
+    )
 
 
 def test_mse_is_that_of_unit_embeddings():
@@ -202,11 +208,14 @@ def test_names_of_true_accept_rates():
     assert [tar_name(far) for far in (1e-2, 1e-3, 1e-4)] == ["tar@1e-2", "tar", "tar@1e-4"]
 
 
-@pytest.mark.parametrize("predicted,gallery,message", [
-    (torch.ones(2, 4), torch.ones(1, 4), "at least 2 people, got 1"),
-    (torch.ones(0, 4), torch.ones(3, 4), "no probe"),
-    (torch.full((2, 4), torch.nan), torch.ones(3, 4), "finite"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "predicted,gallery,message",
+    [
+        (torch.ones(2, 4), torch.ones(1, 4), "at least 2 people, got 1"),
+        (torch.ones(0, 4), torch.ones(3, 4), "no probe"),
+        (torch.full((2, 4), torch.nan), torch.ones(3, 4), "finite"),
+    ],
+)
 def test_refuses_nonsense(predicted, gallery, message):
     person = torch.zeros(len(predicted), dtype=torch.long)
     for rate in (similarity_scores, verification_hits):
@@ -238,7 +247,12 @@ def test_people_of_a_bin_are_those_whose_views_are_in_it():
     yaw = torch.tensor([10.0, 10] * 4 + [10.0, 80])
     table = recognition_by_yaw(predicted, gallery, person, yaw)
     assert {where: (row["people"], row["views"]) for where, row in table.items()} == {
-        "all": (5, 10), "0-45": (5, 9), "0-30": (5, 9), "45-90": (1, 1), "75-90": (1, 1)}  # fmt: skip
+        "all": (5, 10),
+        "0-45": (5, 9),
+        "0-30": (5, 9),
+        "45-90": (1, 1),
+        "75-90": (1, 1),
+    }
 
 
 def test_folds_without_others_to_set_the_threshold_tell_no_accuracy():

@@ -5,8 +5,7 @@ import torch
 from conftest import people
 
 from viewdiff_nb.faces.geometry import normalise_keypoints
-from viewdiff_nb.training.batches import feed
-from viewdiff_nb.training.mixup import REACH, Mixup, mix
+from viewdiff_nb.training.batches import REACH, Mixup, feed, mix
 
 
 def test_partners_have_almost_the_same_yaw_and_are_somebody_elses_view():

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from viewdiff_nb.modules.modes import evaluation_mode
+from viewdiff_nb.modules.lora import evaluation_mode
 from viewdiff_nb.modules.prior import teacher_outputs
 
 

@@ -4,7 +4,7 @@ import torch
 from conftest import people
 
 from viewdiff_nb import EnhancedTransformerDecoderOnly3D, LoRALinearLayer
-from viewdiff_nb.module_plots import effective_rank, lora_spectra, projection_steps, spectra_figure
+from viewdiff_nb.plots import effective_rank, lora_spectra, projection_steps, spectra_figure
 
 MODEL = {"d_model": 32, "nhead": 4, "num_layers": 1, "dim_feedforward": 32, "voxel_resolution": 4}
 

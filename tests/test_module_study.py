@@ -1,8 +1,8 @@
+import module_study as study
 import pytest
 from conftest import people
 
 from viewdiff_nb.modules.baselines import RawEmbedding
-from viewdiff_nb.studies import module_study as study
 
 
 def test_all_modules_and_view_counts_run_and_are_tabled(small, tiny, tmp_path):

@@ -5,7 +5,7 @@ import re
 import nbformat
 import pytest
 
-from viewdiff_nb.paths import PROJECT
+from viewdiff_nb.files import PROJECT
 
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
 

@@ -36,8 +36,10 @@ def requirement(text: str) -> tuple[str, str]:
 
 def test_environment_yml_lists_what_pyproject_needs():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    listed = dict(requirement(line) for line in re.findall(r"- ([\w.-]+ *>=[\d.]+)$",
-                                                           (ROOT / "environment.yml").read_text(), re.MULTILINE))  # fmt: skip
+    listed = dict(
+        requirement(line)
+        for line in re.findall(r"- ([\w.-]+ *>=[\d.]+)$", (ROOT / "environment.yml").read_text(), re.MULTILINE)
+    )
     for name, bound in map(requirement, project["dependencies"]):
         assert listed[CONDA_NAMES.get(name, name)] == bound, name
     assert ">=" + listed["python"] == project["requires-python"]

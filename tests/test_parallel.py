@@ -14,11 +14,10 @@ import torch
 from conftest import CONFIG, people, run, sets, write_set
 
 from viewdiff_nb.training.batches import FaceBatch
-from viewdiff_nb.training.checkpoint import load_checkpoint, newest_checkpoint
+from viewdiff_nb.training.checkpoint import load_checkpoint, newest_checkpoint, prepare_model
 from viewdiff_nb.training.config import TrainConfig
-from viewdiff_nb.training.objective import Objective
-from viewdiff_nb.training.parallel import OneProcess, SeveralProcesses, connect
-from viewdiff_nb.training.prepare import prepare_model
+from viewdiff_nb.training.devices import OneProcess, SeveralProcesses, connect
+from viewdiff_nb.training.losses import Objective
 
 EXACT = replace(CONFIG, dropout=0.0, use_lora_attention=True, use_projection_layer=True)
 CASES = {
@@ -52,12 +51,21 @@ def test_gradients_of_two_processes_are_those_of_one_with_both_halves_of_the_bat
     for name, ours, theirs in zip(CASES, two, all_gradients(OneProcess(torch.device("cpu"))), strict=True):
         assert ours.keys() == theirs.keys() and len(ours) > 10
         for parameter in ours:
-            torch.testing.assert_close(ours[parameter], theirs[parameter], rtol=1e-4, atol=1e-6, msg=f"{name} {parameter}")
+            torch.testing.assert_close(
+                ours[parameter], theirs[parameter], rtol=1e-4, atol=1e-6, msg=f"{name} {parameter}"
+            )
 
 
 def test_two_processes_train_and_resume_to_the_model_of_one(tmp_path, base_path):
-    config = replace(EXACT, base_model_path=base_path, use_prior_preservation=True, gradient_accumulation_steps=2,
-                     min_yaw=45.0, epochs=2, save_every=1)  # fmt: skip
+    config = replace(
+        EXACT,
+        base_model_path=base_path,
+        use_prior_preservation=True,
+        gradient_accumulation_steps=2,
+        min_yaw=45.0,
+        epochs=2,
+        save_every=1,
+    )
     one = run(config)
     two = run(replace(config, devices=2, save_dir=str(tmp_path / "two")))
     assert two.stopped == "finished" and two.steps == one.steps
@@ -97,11 +105,30 @@ def children(pid: int) -> list[psutil.Process]:
 def two_processes(tmp_path):
     """A command that trains on two devices and has finished an epoch; and its workers."""
     write_set(tmp_path / "faces", people(60, width=64))
-    command = [sys.executable, "-m", "viewdiff_nb.train_enhanced", "--data_dir", str(tmp_path / "faces"), "--d_model", "64",
-               "--device", "cpu", "--devices", "2", "--epochs", "1000", "--save_every", "1", "--val_every", "1000",
-               "--save_dir", str(tmp_path / "runs")]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "viewdiff_nb.train_enhanced",
+        "--data_dir",
+        str(tmp_path / "faces"),
+        "--d_model",
+        "64",
+        "--device",
+        "cpu",
+        "--devices",
+        "2",
+        "--epochs",
+        "1000",
+        "--save_every",
+        "1",
+        "--val_every",
+        "1000",
+        "--save_dir",
+        str(tmp_path / "runs"),
+    ]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     while not list(tmp_path.glob("runs/checkpoint_epoch_*.pth")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
@@ -133,11 +160,34 @@ def test_a_signal_to_the_program_stops_its_workers_with_a_checkpoint(two_process
 
 def test_torchrun_starts_the_same_command(tmp_path):
     write_set(tmp_path / "faces", people(60, width=64))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611", "-m",
-               "viewdiff_nb.train_enhanced", "--data_dir", str(tmp_path / "faces"), "--val_people", "20",
-               "--test_people", "20", "--d_model", "64", "--epochs", "2", "--device", "cpu", "--save_dir",
-               str(tmp_path / "runs")]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29611",
+        "-m",
+        "viewdiff_nb.train_enhanced",
+        "--data_dir",
+        str(tmp_path / "faces"),
+        "--val_people",
+        "20",
+        "--test_people",
+        "20",
+        "--d_model",
+        "64",
+        "--epochs",
+        "2",
+        "--device",
+        "cpu",
+        "--save_dir",
+        str(tmp_path / "runs"),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("val_rank1") == 1  # one of them speaks
     assert load_checkpoint(newest_checkpoint(tmp_path / "runs"))["epoch"] == 2

@@ -10,18 +10,28 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from viewdiff_nb.modules.baselines import MLP
-from viewdiff_nb.training.checkpoint import FORMAT, CheckpointError, load_config, save_checkpoint, save_weights
+from viewdiff_nb.training.checkpoint import (
+    FORMAT,
+    CheckpointError,
+    build_model,
+    load_config,
+    load_model,
+    load_train_config,
+    save_checkpoint,
+    save_weights,
+)
 from viewdiff_nb.training.config import TrainConfig
 from viewdiff_nb.training.evaluation import predict
-from viewdiff_nb.training.prepare import load_model, load_train_config
 
-ADAPTED = replace(CONFIG, use_lora_attention=True, lora_targets=("attention", "feed_forward"), use_projection_layer=True)
+ADAPTED = replace(
+    CONFIG, use_lora_attention=True, lora_targets=("attention", "feed_forward"), use_projection_layer=True
+)
 
 
 @pytest.fixture
 def files(tmp_path):
     """One model as a checkpoint and as safetensors."""
-    model = ADAPTED.build_model(32).eval()
+    model = build_model(ADAPTED, 32).eval()
     torch.nn.init.normal_(model.output.weight)
     save_checkpoint(tmp_path / "a.pth", {"model": model.state_dict(), "config": ADAPTED.to_dict()})
     save_weights(tmp_path / "a.safetensors", model.state_dict(), ADAPTED.to_dict())
@@ -125,7 +135,9 @@ def test_weights_that_are_not_finite_are_named(files):
 def test_a_name_that_comes_twice_is_refused(files):
     """Else the second would be taken, whoever wrote it."""
     _, _, path = files
-    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    header = (
+        b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    )
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
     with pytest.raises(CheckpointError, match="the key 'w' comes twice"):
         load_model(path)

@@ -82,8 +82,8 @@ def test_autocast_leaves_the_terms_in_float32(vectorised):
         "l2_loss": (((s - t) ** 2).sum(1) / (t**2).sum(1)).mean(),
     }
     assert {name: value.item() for name, value in terms.items()} == pytest.approx(wanted, rel=1e-5)
-    mixed, = torch.autograd.grad(total, student)
-    plain, = torch.autograd.grad(loss(student, teacher)[0], student)
+    (mixed,) = torch.autograd.grad(total, student)
+    (plain,) = torch.autograd.grad(loss(student, teacher)[0], student)
     torch.testing.assert_close(mixed, plain, rtol=1e-4, atol=1e-6)
 
 
@@ -120,7 +120,9 @@ def test_loss_is_task_plus_weighted_prior_from_one_forward():
 def test_at_step_0_the_prior_loss_is_zero():
     model, base = pair(dropout=0.0)
     inputs, conditions, targets = batch(people(4), slice(0, 8))
-    _, parts = EnhancedTransformerWithPrior(model, base).compute_loss(inputs, conditions, targets, nn.functional.mse_loss)
+    _, parts = EnhancedTransformerWithPrior(model, base).compute_loss(
+        inputs, conditions, targets, nn.functional.mse_loss
+    )
     assert parts["prior_loss"].abs() < 1e-5
 
 

@@ -5,7 +5,7 @@ from torch import nn
 from viewdiff_nb import LightweightFaceProjectionLayer
 from viewdiff_nb.faces.geometry import rotation_matrix
 from viewdiff_nb.modules import projection as projection_module
-from viewdiff_nb.modules import volume
+from viewdiff_nb.modules import projection as volume
 
 FACE = torch.tensor([[-30.0, -30, 0], [30, -30, 0], [0, 0, 25], [-20, 30, 0], [20, 30, 0]])
 
@@ -47,8 +47,9 @@ def test_output_has_the_shape_of_the_input_and_starts_at_zero(shape, resolution)
 
 def test_vector_and_one_pixel_map_agree():
     projection, features, pose = layer(), torch.randn(3, 12), torch.randn(3, 3) * 0.3
-    torch.testing.assert_close(projection(features[..., None, None], seen(pose), pose)[..., 0, 0],
-                               projection(features, seen(pose), pose))  # fmt: skip
+    torch.testing.assert_close(
+        projection(features[..., None, None], seen(pose), pose)[..., 0, 0], projection(features, seen(pose), pose)
+    )
 
 
 def test_constant_map_agrees_with_its_vector_inside():

@@ -6,8 +6,8 @@ from conftest import CONFIG, DEVICES
 from torch import nn
 
 from viewdiff_nb.modules.baselines import MLP
-from viewdiff_nb.training.prepare import prepare_model
-from viewdiff_nb.training.randomness import OwnRandomness, generator, manual_seed
+from viewdiff_nb.training.checkpoint import build_model, prepare_model
+from viewdiff_nb.training.devices import OwnRandomness, generator, manual_seed
 
 CPU = torch.device("cpu")
 DRAWS = {
@@ -18,7 +18,7 @@ DRAWS = {
     "convolution": lambda: nn.Conv3d(2, 3, 3).bias,
     "normal": lambda: nn.init.normal_(torch.empty(6, 6), std=0.2),
     "randn": lambda: torch.randn(3, 3),
-    "model": lambda: torch.cat([p.flatten() for p in CONFIG.build_model(32).parameters()]),
+    "model": lambda: torch.cat([p.flatten() for p in build_model(CONFIG, 32).parameters()]),
 }
 
 
@@ -75,7 +75,7 @@ def test_dropout_keeps_a_share_and_the_mean(device):
 
 def test_a_model_is_built_without_the_processs_generator():
     torch.manual_seed(CONFIG.seed)
-    wanted = CONFIG.build_model(32)
+    wanted = build_model(CONFIG, 32)
     before = torch.get_rng_state()
     model, _ = prepare_model(CONFIG, 32)
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,11 +1,11 @@
 from dataclasses import replace
 
 import pytest
+import recipe_study as study
 import torch
 from conftest import people
 
 from viewdiff_nb.modules.baselines import RawEmbedding
-from viewdiff_nb.studies import recipe_study as study
 
 
 def with_halves(split):
@@ -14,8 +14,11 @@ def with_halves(split):
 
 
 def test_every_recipe_and_model_runs_and_is_tabled(small, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "MODELS", {name: options | ({"voxel_resolution": 4} if options else {})
-                                          for name, options in study.MODELS.items()})  # fmt: skip
+    monkeypatch.setattr(
+        study,
+        "MODELS",
+        {name: options | ({"voxel_resolution": 4} if options else {}) for name, options in study.MODELS.items()},
+    )
     results = study.recipe_study(tiny, with_halves(small), seeds=[0, 1])
     flipped = {name + study.FLIP for name in (study.RECIPE, *study.MODELS) if "LoRA" in name or name == study.RECIPE}
     assert {name for name, _ in results} == {*study.RECIPES, *study.MODELS, *flipped}

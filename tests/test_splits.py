@@ -178,10 +178,17 @@ def test_a_split_of_another_set_is_refused(tmp_path):
             load_split_file(tmp_path / "split.json", other)
 
 
-@pytest.mark.parametrize("count,views,expected", [
-    (1800, 16, (180, 270)), (400, 16, (40, 60)), (100, 6, (14, 15)),  # 14 * 13 * 6 >= 1000 > 13 * 12 * 6
-    (40, 6, (10, 10)), (12, 5, (3, 3)), (6, 5, (2, 2)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "count,views,expected",
+    [
+        (1800, 16, (180, 270)),
+        (400, 16, (40, 60)),
+        (100, 6, (14, 15)),  # 14 * 13 * 6 >= 1000 > 13 * 12 * 6
+        (40, 6, (10, 10)),
+        (12, 5, (3, 3)),
+        (6, 5, (2, 2)),
+    ],
+)
 def test_by_default_shares_are_held_out(count, views, expected):
     faces = people(count, views=views)
     split = split_by_person(faces)

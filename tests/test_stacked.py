@@ -5,8 +5,7 @@ from torch import nn
 
 from viewdiff_nb import EnhancedTransformerDecoderOnly3D, PoseConditionedLoRAAttention
 from viewdiff_nb.modules.lora import disable_adapters, lora_layers
-from viewdiff_nb.modules.stacked import StackedAdapters, StackedAttention
-from viewdiff_nb.training.optimiser import StackedAdamW
+from viewdiff_nb.training.one_pass import StackedAdamW, StackedAdapters, StackedAttention
 
 SIZES = {"d_model": 32, "nhead": 4, "num_layers": 2, "dim_feedforward": 48, "dropout": 0.0, "voxel_resolution": 4}
 
@@ -28,22 +27,33 @@ def models(options: dict, ranks=(2, 5, 3), device="cpu") -> list[EnhancedTransfo
 
 
 def inputs(count: int, batch: int, device="cpu") -> dict[str, torch.Tensor]:
-    return {"src": torch.randn(count * batch, 32, device=device), "angles": torch.randn(count * batch, 3, device=device),
-            "keypoints_3d": torch.randn(count * batch, 5, 3, device=device)}  # fmt: skip
+    return {
+        "src": torch.randn(count * batch, 32, device=device),
+        "angles": torch.randn(count * batch, 3, device=device),
+        "keypoints_3d": torch.randn(count * batch, 5, 3, device=device),
+    }
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("options", [
-    {"use_projection_layer": False}, {"use_projection_layer": True}, {"use_projection_layer": False, "pose_dim": 0},
-    {"use_projection_layer": False, "lora_targets": ("feed_forward",)},
-    {"use_projection_layer": True, "lora_targets": ("attention", "feed_forward"), "rslora": True},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_projection_layer": False},
+        {"use_projection_layer": True},
+        {"use_projection_layer": False, "pose_dim": 0},
+        {"use_projection_layer": False, "lora_targets": ("feed_forward",)},
+        {"use_projection_layer": True, "lora_targets": ("attention", "feed_forward"), "rslora": True},
+    ],
+    ids=str,
+)
 def test_predictions_and_gradients_are_those_of_the_models_one_by_one(options, device):
     built = models(options, device=device)
     stacked, given = StackedAdapters(built), inputs(3, 4, device)
     together = stacked(**given, return_residual=False)
-    alone = [model(**{k: v[4 * i : 4 * i + 4] for k, v in given.items()}, return_residual=False)
-             for i, model in enumerate(built)]  # fmt: skip
+    alone = [
+        model(**{k: v[4 * i : 4 * i + 4] for k, v in given.items()}, return_residual=False)
+        for i, model in enumerate(built)
+    ]
     loose = 10 if device == "cuda" and options["use_projection_layer"] else 1  # cuDNN convolves in TF32
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4 * loose, atol=1e-4 * loose)
     together.square().sum().backward()
@@ -90,11 +100,16 @@ def test_a_stack_offers_only_what_it_can_do():
     """It is no LoRA layer: it can be neither merged nor disabled."""
     stacked = StackedAdapters(models({"use_projection_layer": False, "lora_targets": ("attention", "feed_forward")}))
     assert not lora_layers(stacked)
-    kinds = {type(module).__name__: module for module in stacked.modules() if type(module).__name__.startswith("Stacked")}
+    kinds = {
+        type(module).__name__: module for module in stacked.modules() if type(module).__name__.startswith("Stacked")
+    }
     assert set(kinds) == {"StackedAdapters", "StackedAttention", "StackedLoRALinear"}
     for kind in kinds.values():
         assert not [name for name in ("merge", "unmerge", "adapter_enabled", "is_merged") if hasattr(kind, name)]
-    with pytest.raises(ValueError, match=r"StackedAdapters has no LoRA layer to disable.*unstack\(\)"), disable_adapters(stacked):
+    with (
+        pytest.raises(ValueError, match=r"StackedAdapters has no LoRA layer to disable.*unstack\(\)"),
+        disable_adapters(stacked),
+    ):
         pass
 
 
@@ -146,7 +161,9 @@ def test_stacked_adamw_is_adamw_row_by_row(weight_decay, rates):
     stacks = [nn.Parameter(x.clone()) for x in start]
     optimiser = StackedAdamW(stacks, torch.tensor(rates), weight_decay, clip_norm=1.0)
     rows = [[nn.Parameter(x[i].clone()) for x in start] for i in range(2)]
-    references = [torch.optim.AdamW(row, lr=rate, weight_decay=weight_decay) for row, rate in zip(rows, rates, strict=True)]
+    references = [
+        torch.optim.AdamW(row, lr=rate, weight_decay=weight_decay) for row, rate in zip(rows, rates, strict=True)
+    ]
     for step in range(20):
         gradients = [torch.randn_like(x) * (10 if step % 2 else 0.1) for x in start]
         factor = 1 / (step + 1)
@@ -170,7 +187,10 @@ def test_stacked_adamw_is_adamw_row_by_row(weight_decay, rates):
 def test_a_row_that_diverged_stays_where_it_was_to_the_bit(rates, where, bad):
     """Momentum and weight decay would go on moving it; the other row is as in a run without it."""
     torch.manual_seed(0)
-    start, gradients = [torch.randn(2, 3), torch.randn(2, 2, 4)], [[torch.randn(2, 3), torch.randn(2, 2, 4)] for _ in range(9)]
+    start, gradients = (
+        [torch.randn(2, 3), torch.randn(2, 2, 4)],
+        [[torch.randn(2, 3), torch.randn(2, 2, 4)] for _ in range(9)],
+    )
 
     def steps(diverges: bool) -> list[list[torch.Tensor]]:
         stacks = [nn.Parameter(x.clone()) for x in start]

@@ -33,8 +33,10 @@ def test_a_stored_result_is_found(stores):
     assert finished.get(KEY, dict) == {}
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b"[" * 100_000, b"\xff", b"9" * 5000,
-                                     b'{"key": {"name": "y"}, "value": 1}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b"{}", b"[" * 100_000, b"\xff", b"9" * 5000, b'{"key": {"name": "y"}, "value": 1}'],
+)
 def test_a_damaged_result_is_made_again(stores, content):
     store, finished = stores
     store.get(KEY, lambda path: {"value": 1})

@@ -20,8 +20,11 @@ def result(rank1, trainable=1000, lora=0, seconds=10.0):
     rates = {"rank1": rank1, "tar": rank1 - 0.1, "auc": 0.9, "cosine": 0.5, "centred_cosine": 0.4, "mse": 0.002}
     people = {rate: [value - 0.01, value + 0.01] for rate, value in rates.items()}
     rates |= {"views": 9, "people": 300}
-    both = {f"{part}{kind}": dict.fromkeys(BINS, of) for part in ("val", "test")
-            for kind, of in (("", rates), ("_people", people))}  # fmt: skip
+    both = {
+        f"{part}{kind}": dict.fromkeys(BINS, of)
+        for part in ("val", "test")
+        for kind, of in (("", rates), ("_people", people))
+    }
     return both | {"parameters": 9000, "trainable": trainable, "lora": lora, "train_seconds": seconds}
 
 
@@ -49,8 +52,10 @@ def test_differences_are_paired_by_seed_and_by_people(results):
     found = tables.difference(results, "LoRA r=8", "full fine-tuning", "rank1")
     assert found.mean == pytest.approx(0.2)
     assert found.half == pytest.approx(12.7062 * 0.1, rel=1e-5)  # people move both alike
-    assert "0.200 ± 1.271 above full fine-tuning in rank1 (all): not told apart" in tables.verdicts(
-        results, [("LoRA r=8", "full fine-tuning", "rank1", "all")])[0]  # fmt: skip
+    assert (
+        "0.200 ± 1.271 above full fine-tuning in rank1 (all): not told apart"
+        in tables.verdicts(results, [("LoRA r=8", "full fine-tuning", "rank1", "all")])[0]
+    )
     against_one = tables.difference(results, "LoRA r=8", "raw side view", "rank1")  # which has one seed
     assert against_one.mean == pytest.approx(0.2) and against_one.half == pytest.approx(1.27062, rel=1e-5)
 
@@ -144,12 +149,16 @@ def test_goals_are_checked_not_claimed(results):
     assert "**" not in words
     results["best", 0] = results["best", 1] = result(0.45)
     words = tables.goals(results, "best", ["raw side view", "MLP"])
-    assert "goal 0.93: **missed**" in words and "**the intervals overlap**" in words and "**something is lost**" in words
+    assert (
+        "goal 0.93: **missed**" in words and "**the intervals overlap**" in words and "**something is lost**" in words
+    )
 
 
 def test_parameter_table_has_the_guide_beside_it():
-    counts = {"full fine-tuning": {"parameters": 9000, "trainable": 9000, "lora": 0},
-              "LoRA r=8": {"parameters": 9900, "trainable": 900, "lora": 900}}  # fmt: skip
+    counts = {
+        "full fine-tuning": {"parameters": 9000, "trainable": 9000, "lora": 0},
+        "LoRA r=8": {"parameters": 9900, "trainable": 900, "lora": 900},
+    }
     table = tables.parameter_table(counts)
     assert table.loc["LoRA r=8", "reduction"] == "90.0%" and table.loc["LoRA r=8", "guide: reduction"] == "80%"
     assert table.loc["full fine-tuning", "reduction"] == "0.0%"
@@ -166,8 +175,20 @@ def test_quality_table_pairs_times_by_seed(results):
 
 def test_speed_table_and_findings():
     names = tuple(tables.GUIDE_SPEED)
-    rows = [{"batch_size": 32, "amp": False, "name": n, "ms": 10.0 * (i + 1), "ms_low": 9.0, "ms_high": 12.0,
-             "memory_mb": 100.0, "speed": 1 / (i + 1), "memory": 0.4} for i, n in enumerate(names)]  # fmt: skip
+    rows = [
+        {
+            "batch_size": 32,
+            "amp": False,
+            "name": n,
+            "ms": 10.0 * (i + 1),
+            "ms_low": 9.0,
+            "ms_high": 12.0,
+            "memory_mb": 100.0,
+            "speed": 1 / (i + 1),
+            "memory": 0.4,
+        }
+        for i, n in enumerate(names)
+    ]
     table = tables.speed_table(pd.DataFrame(rows), 32, False)
     assert table.loc["LoRA r=4", "speed"] == "0.50x" and table.loc["LoRA r=4", "guide: speed"] == "2.5x"
     assert "LoRA r=8 0.33x (guide 2x)" in tables.speed_findings(pd.DataFrame(rows))

@@ -4,32 +4,49 @@ import pytest
 import torch
 from conftest import CONFIG, DEVICES, run, sets
 
-from viewdiff_nb.training.optimiser import StackedAdamW
-from viewdiff_nb.training.together import FREE, refusal, shared_part, train_together
+from viewdiff_nb.training.one_pass import FREE, StackedAdamW, refusal, shared_part, train_together
 
 EXACT = replace(CONFIG, use_lora_attention=True, dropout=0.0, min_yaw=45.0, epochs=7)  # 7 x 8 batches
 
 
 def cells(base_path: str, **changes) -> list:
     config = replace(EXACT, base_model_path=base_path, **changes)
-    return [replace(config, rank=2, lora_alpha=2.0, seed=3), replace(config, rank=8, lora_alpha=4.0, lora_lr=5e-3),
-            replace(config, rank=4, lora_alpha=4.0, seed=1, lambda_prior=1.0)]  # fmt: skip
+    return [
+        replace(config, rank=2, lora_alpha=2.0, seed=3),
+        replace(config, rank=8, lora_alpha=4.0, lora_lr=5e-3),
+        replace(config, rank=4, lora_alpha=4.0, seed=1, lambda_prior=1.0),
+    ]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("changes", [
-    {}, {"use_projection_layer": True, "mixup": True}, {"use_prior_preservation": True, "loss": "identity"},
-    {"use_prior_preservation": True, "mixup": True, "use_projection_layer": True, "weight_decay": 0.5,
-     "lora_targets": ("attention", "feed_forward")},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_projection_layer": True, "mixup": True},
+        {"use_prior_preservation": True, "loss": "identity"},
+        {
+            "use_prior_preservation": True,
+            "mixup": True,
+            "use_projection_layer": True,
+            "weight_decay": 0.5,
+            "lora_targets": ("attention", "feed_forward"),
+        },
+    ],
+    ids=str,
+)
 def test_adapters_are_those_of_separate_runs(base_path, changes, device):
     configs = cells(base_path, device=device, **changes)
     for config, result in zip(configs, train_together(configs, *sets()), strict=True):
         alone = run(config)
         assert alone.steps == result.steps >= 50 and result.stopped == "finished"
-        for (name, value), other in zip(result.model.state_dict().items(), alone.model.state_dict().values(), strict=True):
+        for (name, value), other in zip(
+            result.model.state_dict().items(), alone.model.state_dict().values(), strict=True
+        ):
             assert (value - other).abs().max() <= 1e-4, name
-        assert result.history["train_loss"].tolist() == pytest.approx(alone.history["train_loss"].tolist(), rel=1e-4, nan_ok=True)
+        assert result.history["train_loss"].tolist() == pytest.approx(
+            alone.history["train_loss"].tolist(), rel=1e-4, nan_ok=True
+        )
         assert result.history["val_rank1"].iloc[-1] == pytest.approx(alone.history["val_rank1"].iloc[-1], abs=0.02)
 
 
@@ -40,7 +57,9 @@ def test_mixed_precision_trains_to_about_the_same(base_path, mixup):
         assert b.history["train_loss"].iloc[-1] == pytest.approx(a.history["train_loss"].iloc[-1], rel=0.05)
 
 
-@pytest.mark.parametrize("changes", [{"lora_alpha": 1e30, "lora_lr": 1e-3}, {"lora_lr": 1e20}], ids=["at once", "later"])
+@pytest.mark.parametrize(
+    "changes", [{"lora_alpha": 1e30, "lora_lr": 1e-3}, {"lora_lr": 1e20}], ids=["at once", "later"]
+)
 def test_one_diverged_run_stays_where_it_was_and_does_not_disturb_the_others(base_path, changes, monkeypatch):
     configs = cells(base_path, loss="mse", weight_decay=0.5)
     undisturbed = train_together(configs, *sets())
@@ -73,11 +92,17 @@ def test_what_is_shared(base_path):
         train_together([first, replace(second, epochs=9)], *sets())
 
 
-@pytest.mark.parametrize("changes,reason", [
-    ({"use_lora_attention": False}, "only LoRA adapters of a frozen base"), ({"freeze_base": False}, "only LoRA adapters"),
-    ({"use_cross_view": True, "n_views": 4}, "groups of views"), ({"gradient_accumulation_steps": 2}, "accumulation"),
-    ({"save_dir": "x"}, "checkpoints"), ({"devices": 2}, "several devices"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes,reason",
+    [
+        ({"use_lora_attention": False}, "only LoRA adapters of a frozen base"),
+        ({"freeze_base": False}, "only LoRA adapters"),
+        ({"use_cross_view": True, "n_views": 4}, "groups of views"),
+        ({"gradient_accumulation_steps": 2}, "accumulation"),
+        ({"save_dir": "x"}, "checkpoints"),
+        ({"devices": 2}, "several devices"),
+    ],
+)
 def test_what_is_trained_alone(base_path, changes, reason):
     config = replace(cells(base_path)[0], **changes)
     assert reason in refusal(config)

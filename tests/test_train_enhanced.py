@@ -10,11 +10,23 @@ from conftest import people, write_set
 from viewdiff_nb import train_enhanced
 from viewdiff_nb.faces import save_split, split_by_person
 from viewdiff_nb.train_enhanced import main
+from viewdiff_nb.training.checkpoint import load_model
 from viewdiff_nb.training.evaluation import predict
-from viewdiff_nb.training.prepare import load_model
 
-SMALL = ["--d_model", "32", "--nhead", "4", "--num_layers", "1", "--dim_feedforward", "48", "--epochs", "1",
-         "--device", "cpu"]  # fmt: skip
+SMALL = [
+    "--d_model",
+    "32",
+    "--nhead",
+    "4",
+    "--num_layers",
+    "1",
+    "--dim_feedforward",
+    "48",
+    "--epochs",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -115,10 +127,13 @@ def test_a_split_of_another_set_is_refused_before_training(tmp_path):
         main(["--data_dir", str(tmp_path / "set"), "--split_file", str(tmp_path / "split.json"), *SMALL])
 
 
-@pytest.mark.parametrize("flags,message", [
-    (["--mixup", "--use_cross_view", "--batch_size", "30"], "use either mixup or use_cross_view"),
-    (["--paired_views", "--batch_size", "31"], "paired_views needs an even batch_size, got 31"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (["--mixup", "--use_cross_view", "--batch_size", "30"], "use either mixup or use_cross_view"),
+        (["--paired_views", "--batch_size", "31"], "paired_views needs an even batch_size, got 31"),
+    ],
+)
 def test_pairs_and_mixup_refuse_what_contradicts_them(flags, message, capsys):
     with pytest.raises(SystemExit):
         main([*flags, *SMALL])

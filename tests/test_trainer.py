@@ -7,11 +7,10 @@ from torch import nn
 
 from viewdiff_nb.faces import FaceViews, load_face_views
 from viewdiff_nb.modules.baselines import MLP
-from viewdiff_nb.training.checkpoint import load_checkpoint, save_checkpoint
+from viewdiff_nb.training.checkpoint import build_model, load_checkpoint, save_checkpoint
 from viewdiff_nb.training.evaluation import predict
-from viewdiff_nb.training.losses import LOSSES
-from viewdiff_nb.training.optimiser import build_optimizer, warmup_cosine
-from viewdiff_nb.training.trainer import train
+from viewdiff_nb.training.loop import train
+from viewdiff_nb.training.losses import LOSSES, build_optimizer, warmup_cosine
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -53,7 +52,9 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not():
 
 
 def test_adapting_a_base_leaves_its_weights_alone(base_path):
-    config = replace(CONFIG, use_lora_attention=True, use_projection_layer=True, base_model_path=base_path, min_yaw=45.0)
+    config = replace(
+        CONFIG, use_lora_attention=True, use_projection_layer=True, base_model_path=base_path, min_yaw=45.0
+    )
     model = run(config).model
     state = load_checkpoint(base_path)["model"]
     for name, role in model.parameter_roles().items():
@@ -64,11 +65,20 @@ def test_adapting_a_base_leaves_its_weights_alone(base_path):
 
 
 def test_prior_preservation_keeps_predictions_near_the_base(base_path):
-    config = replace(CONFIG, use_lora_attention=True, rank=8, lora_alpha=8.0, base_model_path=base_path, min_yaw=45.0,
-                     epochs=8, lora_lr=1e-2, prior_fraction=1.0)  # fmt: skip
+    config = replace(
+        CONFIG,
+        use_lora_attention=True,
+        rank=8,
+        lora_alpha=8.0,
+        base_model_path=base_path,
+        min_yaw=45.0,
+        epochs=8,
+        lora_lr=1e-2,
+        prior_fraction=1.0,
+    )
     _, val = sets()
     near = val.where(val.abs_yaw < 45)
-    base = config.build_model(32, base=True)
+    base = build_model(config, 32, base=True)
     base.load_state_dict(load_checkpoint(base_path)["model"])
     moved = {}
     for use_prior in (False, True):
@@ -78,7 +88,7 @@ def test_prior_preservation_keeps_predictions_near_the_base(base_path):
 
 
 def test_layered_learning_rates():
-    model = replace(CONFIG, use_lora_attention=True, use_projection_layer=True).build_model(32)
+    model = build_model(replace(CONFIG, use_lora_attention=True, use_projection_layer=True), 32)
     groups = {g["role"]: g for g in build_optimizer(model, replace(CONFIG, lr=1e-4, lora_lr=1e-3)).param_groups}
     assert groups["base"]["lr"] == 1e-4 and groups["lora"]["lr"] == groups["projection"]["lr"] == 1e-3
     assert sum(len(g["params"]) for g in groups.values()) == sum(p.requires_grad for p in model.parameters())
@@ -136,7 +146,7 @@ def test_cross_view_trains():
 
 def test_predictions_of_views_seen_together_never_mix_people():
     """6 views in groups of 4: the second group is filled up, and the filling has no influence."""
-    model = replace(CONFIG, use_cross_view=True, n_views=4, batch_size=16).build_model(32)
+    model = build_model(replace(CONFIG, use_cross_view=True, n_views=4, batch_size=16), 32)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     faces = people(5)
@@ -176,7 +186,9 @@ def test_a_base_that_is_adapted_already_has_no_plain_teacher(tmp_path):
 
 
 def test_too_few_validation_people_for_what_is_monitored_are_found_before_training():
-    with pytest.raises(ValueError, match="5 validation people with 30 predictions make 120 impostor pairs.*raise val_people"):
+    with pytest.raises(
+        ValueError, match="5 validation people with 30 predictions make 120 impostor pairs.*raise val_people"
+    ):
         train(replace(CONFIG, monitor="val_tar"), people(40), people(5, first=1000), progress=False)
 
 

@@ -6,13 +6,21 @@ from viewdiff_nb import EnhancedTransformerDecoderOnly3D
 from viewdiff_nb.modules.lora import LoRALinearLayer, lora_layers
 from viewdiff_nb.modules.transformer import MEMORY_TOKENS, fuse_views
 
-SMALL = {"d_model": 32, "nhead": 4, "num_layers": 2, "dim_feedforward": 48, "voxel_resolution": 8, "n_views": 3,
-         "dropout": 0.0}  # fmt: skip
+SMALL = {
+    "d_model": 32,
+    "nhead": 4,
+    "num_layers": 2,
+    "dim_feedforward": 48,
+    "voxel_resolution": 8,
+    "n_views": 3,
+    "dropout": 0.0,
+}
 
 
 def build(lora=False, projection=False, cross_view=False, **options):
     return EnhancedTransformerDecoderOnly3D(
-        use_lora_attention=lora, use_projection_layer=projection, use_cross_view=cross_view, **SMALL | options)  # fmt: skip
+        use_lora_attention=lora, use_projection_layer=projection, use_cross_view=cross_view, **SMALL | options
+    )
 
 
 def trained_base():
@@ -24,17 +32,28 @@ def trained_base():
 
 def inputs(batch=6, width=32):
     angles = torch.rand(batch, 3) - 0.5
-    return {"src": torch.randn(batch, width), "angles": angles, "keypoints_3d": 30 * torch.randn(batch, 5, 3),
-            "pose": angles}  # fmt: skip
+    return {
+        "src": torch.randn(batch, width),
+        "angles": angles,
+        "keypoints_3d": 30 * torch.randn(batch, 5, 3),
+        "pose": angles,
+    }
 
 
 MODULES = {
-    "lora": {"lora": True}, "feed forward": {"lora": True, "lora_targets": ("attention", "feed_forward")},
-    "projection": {"projection": True}, "cross-view": {"cross_view": True},
+    "lora": {"lora": True},
+    "feed forward": {"lora": True, "lora_targets": ("attention", "feed_forward")},
+    "projection": {"projection": True},
+    "cross-view": {"cross_view": True},
     "all": {"lora": True, "projection": True, "cross_view": True},
-}  # fmt: skip
-ADDED = {"lora": {"lora"}, "feed forward": {"lora"}, "projection": {"projection"}, "cross-view": {"cross_view"},
-         "all": {"lora", "projection", "cross_view"}}  # fmt: skip
+}
+ADDED = {
+    "lora": {"lora"},
+    "feed forward": {"lora"},
+    "projection": {"projection"},
+    "cross-view": {"cross_view"},
+    "all": {"lora", "projection", "cross_view"},
+}
 
 
 @pytest.mark.parametrize("case", MODULES)

@@ -9,11 +9,10 @@ import torch
 from PIL import Image
 
 from viewdiff_nb.faces import load_face_views, split_by_person
-from viewdiff_nb.faces.alignment import fit_similarity
-from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE, euler_angles, face_rotation
-from viewdiff_nb.faces.rows import FaceDataError
+from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE, euler_angles, face_rotation, fit_similarity
 from viewdiff_nb.faces.turntable import Turntable, load_turntable
-from viewdiff_nb.paths import HEADS, TURNTABLE
+from viewdiff_nb.faces.views import FaceDataError
+from viewdiff_nb.files import HEADS, TURNTABLE
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +133,11 @@ BAD = {
     "keypoint NaN": (array("keypoints.npy", with_nan), "keypoints.npy: row 1: not finite"),
     "zeros": (array("features.npy", np.zeros_like), "features.npy: row 0: the embedding has length 0"),
     "complex": (array("keypoints.npy", lambda v: v.astype(complex)), "keypoints.npy: must hold floats"),
-    "no picture": (lambda f: (f / "person_0003.webp").write_bytes(b"RIFF"), r"person_0003\.webp: not a readable picture"),
-}  # fmt: skip
+    "no picture": (
+        lambda f: (f / "person_0003.webp").write_bytes(b"RIFF"),
+        r"person_0003\.webp: not a readable picture",
+    ),
+}
 
 
 def write_turntable(folder) -> None:
@@ -144,8 +146,15 @@ def write_turntable(folder) -> None:
     random = np.random.default_rng(0)
     np.save(folder / "features.npy", random.standard_normal((2, 2, 3, 147)).astype(np.float16))
     np.save(folder / "keypoints.npy", random.uniform(0, 256, (2, 2, 3, 5, 3)).astype(np.float32))
-    content = {"feature_dim": 147, "people": ["person_0000", "person_0003"], "pitches": [-10, 10], "yaws": [-60, 0, 60],
-               "photo_size": 256, "picture_size": 64, "pixels_per_photo_pixel": 0.3}  # fmt: skip
+    content = {
+        "feature_dim": 147,
+        "people": ["person_0000", "person_0003"],
+        "pitches": [-10, 10],
+        "yaws": [-60, 0, 60],
+        "photo_size": 256,
+        "picture_size": 64,
+        "pixels_per_photo_pixel": 0.3,
+    }
     for name in content["people"]:
         Image.new("RGB", (3 * 64, 2 * 64)).save(folder / f"{name}.webp")
     (folder / "metadata.json").write_text(json.dumps(content))

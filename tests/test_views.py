@@ -10,8 +10,7 @@ import torch
 from conftest import people, write_set
 
 from viewdiff_nb.faces import FaceDataError, FaceViews, load_face_views, split_by_person
-from viewdiff_nb.faces.rows import DiskRows
-from viewdiff_nb.paths import HEADS
+from viewdiff_nb.files import HEADS, DiskRows
 from viewdiff_nb.plots import BIN_NAMES
 
 TENSORS = ("front", "src", "keypoints_3d", "angles", "person")
@@ -66,28 +65,47 @@ def metadata(kind, change):
 BAD = {
     "NaN": (corrupt_row("video_feature.npy", 7, np.nan), r"video_feature.npy: row 7: not finite"),
     "infinite keypoint": (corrupt_row("front_keypoints.npy", 2, np.inf), r"front_keypoints.npy: row 2: not finite"),
-    "zero embedding": (corrupt_row("video_feature.npy", 9, 0), r"video_feature.npy: row 9: the embedding has length 0 "),
+    "zero embedding": (
+        corrupt_row("video_feature.npy", 9, 0),
+        r"video_feature.npy: row 9: the embedding has length 0 ",
+    ),
     "truncated": (rewrite("video_feature.npy", lambda p: p.read_bytes()[:-50]), r"video_feature.npy: not a readable"),
     "no rows of endless width": (rewrite("video_feature.npy", npy((0, 10**23))), r"video_feature.npy: not a readable"),
     "empty file": (rewrite("front_feature.npy", lambda p: b""), r"front_feature.npy: not a readable"),
     "no array": (rewrite("front_feature.npy", lambda p: b"hello"), r"front_feature.npy: not a readable"),
     "pickle": (rewrite("front_feature.npy", lambda p: pickle.dumps([1])), r"front_feature.npy: not a readable"),
-    "pickled objects": (lambda f: np.save(f / "front_feature.npy", np.array([{}, 1]), allow_pickle=True),
-                        r"front_feature.npy: must hold floats, got '\|O'"),
-    "too large for float32": (lambda f: np.save(f / "video_keypoints.npy", np.full((48, 5, 3), 1e300)),
-                              r"video_keypoints.npy: row 0: not finite \(48 such rows\)"),
-    "no halves": (lambda f: (np.save(f / "front_feature.npy", np.ones((8, 31))),
-                             edit_json(f / "front_metadata.json", lambda m: m.update(
-                                 feature_dim=31, standard_info={"embedding": "crop and mirrored crop"}))),
-                  r"says 'crop and mirrored crop', but 31 numbers have no halves"),
+    "pickled objects": (
+        lambda f: np.save(f / "front_feature.npy", np.array([{}, 1]), allow_pickle=True),
+        r"front_feature.npy: must hold floats, got '\|O'",
+    ),
+    "too large for float32": (
+        lambda f: np.save(f / "video_keypoints.npy", np.full((48, 5, 3), 1e300)),
+        r"video_keypoints.npy: row 0: not finite \(48 such rows\)",
+    ),
+    "no halves": (
+        lambda f: (
+            np.save(f / "front_feature.npy", np.ones((8, 31))),
+            edit_json(
+                f / "front_metadata.json",
+                lambda m: m.update(feature_dim=31, standard_info={"embedding": "crop and mirrored crop"}),
+            ),
+        ),
+        r"says 'crop and mirrored crop', but 31 numbers have no halves",
+    ),
     "integers": (lambda f: np.save(f / "front_feature.npy", np.ones((8, 32), int)), r"must hold floats, got '<i8'"),
     "one dimension": (lambda f: np.save(f / "video_feature.npy", np.ones(5)), r"shape is \(5,\), must be \(any, any\)"),
-    "four keypoints": (lambda f: np.save(f / "video_keypoints.npy", np.ones((48, 4, 3))),
-                       r"video_keypoints.npy: shape is \(48, 4, 3\), must be \(48, 5, 3\)"),
+    "four keypoints": (
+        lambda f: np.save(f / "video_keypoints.npy", np.ones((48, 4, 3))),
+        r"video_keypoints.npy: shape is \(48, 4, 3\), must be \(48, 5, 3\)",
+    ),
     "too few keypoints": (lambda f: np.save(f / "front_keypoints.npy", np.ones((7, 5, 3))), r"must be \(8, 5, 3\)"),
-    "other width": (lambda f: (np.save(f / "video_feature.npy", np.ones((48, 16))),
-                               edit_json(f / "video_metadata.json", lambda m: m.update(feature_dim=16))),
-                    r"embeddings are 16 wide, the frontal ones 32"),
+    "other width": (
+        lambda f: (
+            np.save(f / "video_feature.npy", np.ones((48, 16))),
+            edit_json(f / "video_metadata.json", lambda m: m.update(feature_dim=16)),
+        ),
+        r"embeddings are 16 wide, the frontal ones 32",
+    ),
     "no sample": (lambda f: np.save(f / "front_feature.npy", np.ones((0, 32))), r"front_feature.npy: holds no sample"),
     "no JSON": (rewrite("video_metadata.json", lambda p: b"{"), r"video_metadata.json: not valid JSON"),
     "JSON list": (rewrite("video_metadata.json", lambda p: b"[]"), r"at least 'poses' and 'metadata'"),
@@ -95,40 +113,83 @@ BAD = {
     "width": (metadata("front", lambda m: m.update(feature_dim=7)), r"feature_dim is 7, but front_feature.npy has 32"),
     "few poses": (metadata("video", lambda m: m["poses"].pop()), r"'poses' must list 48 entries.*got 47"),
     "poses a dict": (metadata("video", lambda m: m.update(poses={})), r"'poses' must list 48 entries.*got dict"),
-    "pose text": (metadata("video", lambda m: m["poses"].__setitem__(4, "left")), r"video_metadata.json: row 4: a pose"),
+    "pose text": (
+        metadata("video", lambda m: m["poses"].__setitem__(4, "left")),
+        r"video_metadata.json: row 4: a pose",
+    ),
     "pose NaN": (metadata("video", lambda m: m["poses"][5].__setitem__(1, float("nan"))), r"row 5: a pose"),
     "pose huge": (metadata("video", lambda m: m["poses"][6].__setitem__(1, 400.0)), r"row 6: a pose .* within 180"),
     "unnamed": (metadata("front", lambda m: m["metadata"].__setitem__(3, {})), r"row 3: needs a person_name"),
-    "unknown person": (metadata("video", lambda m: m["metadata"][11].update(person_name="nobody")),
-                       r"video_metadata.json: row 11: person 'nobody' has no frontal sample"),
-    "two fronts": (metadata("front", lambda m: m["metadata"][5].update(person_name="person_0001")),
-                   r"row 5: person 'person_0001' already has a frontal sample in row 1"),
+    "unknown person": (
+        metadata("video", lambda m: m["metadata"][11].update(person_name="nobody")),
+        r"video_metadata.json: row 11: person 'nobody' has no frontal sample",
+    ),
+    "two fronts": (
+        metadata("front", lambda m: m["metadata"][5].update(person_name="person_0001")),
+        r"row 5: person 'person_0001' already has a frontal sample in row 1",
+    ),
     "begins like a zip": (rewrite("front_feature.npy", lambda p: b"PK\3\4"), r"front_feature.npy: not a readable"),
-    "endless header": (rewrite("front_feature.npy", npy("(8, 32)", length=65535)), r"front_feature.npy: not a readable"),
+    "endless header": (
+        rewrite("front_feature.npy", npy("(8, 32)", length=65535)),
+        r"front_feature.npy: not a readable",
+    ),
     "header of brackets": (rewrite("front_feature.npy", npy("(" * 999)), r"front_feature.npy: not a readable"),
-    "header in the middle of a token": (rewrite("front_feature.npy", npy('(8, """')), r"front_feature.npy: not a readable"),
+    "header in the middle of a token": (
+        rewrite("front_feature.npy", npy('(8, """')),
+        r"front_feature.npy: not a readable",
+    ),
     "boolean length": (rewrite("front_feature.npy", npy("(True, 512)")), r"front_feature.npy: not a readable"),
     "negative length": (rewrite("front_feature.npy", npy("(-8, 32)")), r"front_feature.npy: not a readable"),
-    "terabytes": (rewrite("front_feature.npy", npy("(100000000000, 512)")),
-                  r"front_feature.npy: .* 0 bytes are no float32 numbers of shape \(100000000000, 512\)"),
+    "terabytes": (
+        rewrite("front_feature.npy", npy("(100000000000, 512)")),
+        r"front_feature.npy: .* 0 bytes are no float32 numbers of shape \(100000000000, 512\)",
+    ),
     "terabytes of video": (rewrite("video_feature.npy", npy("(100000000000, 512)")), r"video_feature.npy: .* 0 bytes"),
-    "more than the shape says": (rewrite("video_feature.npy", lambda p: p.read_bytes() + b"1234"), r"6148 bytes are no"),
-    "complex": (lambda f: np.save(f / "front_keypoints.npy", np.ones((8, 5, 3), complex)), r"must hold floats, got '<c16'"),
-    "as long as a galaxy": (corrupt_row("video_feature.npy", 5, 1e25), r"video_feature.npy: row 5: .* length 5.66e\+25"),
-    "as short as an atom": (corrupt_row("front_feature.npy", 6, 1e-15), r"front_feature.npy: row 6: .* length 5.66e-15"),
-    "nested lists": (rewrite("video_metadata.json", lambda p: b"[" * 100_000), r"video_metadata.json: not valid JSON: .*nested"),
+    "more than the shape says": (
+        rewrite("video_feature.npy", lambda p: p.read_bytes() + b"1234"),
+        r"6148 bytes are no",
+    ),
+    "complex": (
+        lambda f: np.save(f / "front_keypoints.npy", np.ones((8, 5, 3), complex)),
+        r"must hold floats, got '<c16'",
+    ),
+    "as long as a galaxy": (
+        corrupt_row("video_feature.npy", 5, 1e25),
+        r"video_feature.npy: row 5: .* length 5.66e\+25",
+    ),
+    "as short as an atom": (
+        corrupt_row("front_feature.npy", 6, 1e-15),
+        r"front_feature.npy: row 6: .* length 5.66e-15",
+    ),
+    "nested lists": (
+        rewrite("video_metadata.json", lambda p: b"[" * 100_000),
+        r"video_metadata.json: not valid JSON: .*nested",
+    ),
     "nested objects": (rewrite("video_metadata.json", lambda p: b'{"a":' * 100_000), r"not valid JSON: .*nested"),
-    "5,000 digits": (rewrite("video_metadata.json", lambda p: b'{"num_samples": ' + b"9" * 5000 + b"}"),
-                     r"video_metadata.json: not valid JSON: .*5000 digits"),
-    "a key twice": (rewrite("front_metadata.json", lambda p: b'{"poses": [], "poses": []}'), r"the key 'poses' comes twice"),
+    "5,000 digits": (
+        rewrite("video_metadata.json", lambda p: b'{"num_samples": ' + b"9" * 5000 + b"}"),
+        r"video_metadata.json: not valid JSON: .*5000 digits",
+    ),
+    "a key twice": (
+        rewrite("front_metadata.json", lambda p: b'{"poses": [], "poses": []}'),
+        r"the key 'poses' comes twice",
+    ),
     "more text than samples": (rewrite("front_metadata.json", lambda p: b" " * 2_000_000), r"has 2000000 bytes"),
     "a long pose": (metadata("video", lambda m: m["poses"].__setitem__(4, "x" * 5000)), r"row 4: a pose"),
     "a long count": (metadata("video", lambda m: m.update(num_samples="x" * 5000)), r"num_samples is 'xxx"),
-    "a long entry": (metadata("video", lambda m: m["metadata"].__setitem__(4, {"a": "x" * 5000})), r"row 4: needs a person_name"),
-    "a long stranger": (metadata("video", lambda m: m["metadata"][1].update(person_name="x" * 5000)), r"row 1: person 'xxx"),
-    "half a character": (metadata("front", lambda m: m["metadata"][2].update(person_name="\ud800")),
-                         r"front_metadata.json: row 2: needs a person_name, a text in UTF-8"),
-}  # fmt: skip
+    "a long entry": (
+        metadata("video", lambda m: m["metadata"].__setitem__(4, {"a": "x" * 5000})),
+        r"row 4: needs a person_name",
+    ),
+    "a long stranger": (
+        metadata("video", lambda m: m["metadata"][1].update(person_name="x" * 5000)),
+        r"row 1: person 'xxx",
+    ),
+    "half a character": (
+        metadata("front", lambda m: m["metadata"][2].update(person_name="\ud800")),
+        r"front_metadata.json: row 2: needs a person_name, a text in UTF-8",
+    ),
+}
 
 
 @pytest.mark.parametrize("mmap", [False, True])
@@ -208,8 +269,10 @@ def assert_same(a: FaceViews, b: FaceViews) -> None:
 
 def flip_tested(folder) -> None:
     for kind in ("front", "video"):
-        edit_json(folder / f"{kind}_metadata.json",
-                  lambda m: m.update(standard_info={"recogniser": "net, crop and mirrored crop"}))  # fmt: skip
+        edit_json(
+            folder / f"{kind}_metadata.json",
+            lambda m: m.update(standard_info={"recogniser": "net, crop and mirrored crop"}),
+        )
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -318,13 +381,15 @@ def test_a_set_without_views_has_an_empty_frame():
 
 def test_halves_are_known_where_both_files_say_so(face_set):
     assert not load_face_views(face_set).flip_halves
-    edit_json(face_set / "front_metadata.json",
-              lambda m: m.update(standard_info={"embedding": "crop and mirrored crop"}))  # fmt: skip
+    edit_json(
+        face_set / "front_metadata.json", lambda m: m.update(standard_info={"embedding": "crop and mirrored crop"})
+    )
     assert not load_face_views(face_set).flip_halves
     flip_tested(face_set)
     assert load_face_views(face_set).flip_halves
     assert json.loads((HEADS / "front_metadata.json").read_text())["standard_info"]["recogniser"].endswith(
-        ", crop and mirrored crop")  # fmt: skip
+        ", crop and mirrored crop"
+    )
 
 
 def test_the_mirror_of_a_mirror_is_the_set():

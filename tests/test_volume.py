@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck
 
 from viewdiff_nb.faces.geometry import rotation_matrix
-from viewdiff_nb.modules import volume
+from viewdiff_nb.modules import projection as volume
 
 
 def random_density(resolution=8):
@@ -52,7 +52,9 @@ def test_constant_density_decays_exponentially(resolution):
 def test_gaussian_occupancy_is_the_gaussian_of_the_distance():
     keypoints = torch.randn(2, 5, 3, dtype=torch.float64) * 0.4
     occupancy = volume.gaussian_occupancy(keypoints, 7, width=0.3)
-    distance = (volume.voxel_centres(7, dtype=torch.float64)[None, None] - keypoints[:, :, None, None, None]).norm(dim=-1)
+    distance = (volume.voxel_centres(7, dtype=torch.float64)[None, None] - keypoints[:, :, None, None, None]).norm(
+        dim=-1
+    )
     torch.testing.assert_close(occupancy, torch.exp(-(distance**2) / (2 * 0.3**2)))
 
 

@@ -18,18 +18,16 @@ from PIL import Image
 
 from viewdiff_nb import EnhancedTransformerDecoderOnly3D
 from viewdiff_nb.faces import load_face_views, split_by_person
-from viewdiff_nb.faces.recorded import RecordedPeople
-from viewdiff_nb.faces.turntable import load_turntable
+from viewdiff_nb.faces.turntable import RecordedPeople, load_turntable
+from viewdiff_nb.files import HEADS
 from viewdiff_nb.metrics import similarity_scores
 from viewdiff_nb.modules.baselines import RawEmbedding
 from viewdiff_nb.modules.transformer import MEMORY_TOKENS
-from viewdiff_nb.paths import HEADS
-from viewdiff_nb.training.diagnosis import TrainingDiverged
+from viewdiff_nb.training.checkpoint import build_model
+from viewdiff_nb.training.result import TrainingDiverged
 from viewdiff_nb.widgets import AttentionExplorer, PoseExplorer, TrainingMonitor, VoxelExplorer
-from viewdiff_nb.widgets.explorer import STATIC
-from viewdiff_nb.widgets.live_figure import figure_png
+from viewdiff_nb.widgets.explorer import STATIC, Stage, figure_png
 from viewdiff_nb.widgets.pose import search
-from viewdiff_nb.widgets.stage import Stage
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +39,9 @@ def gallery():
 def model():
     """Random weights that do something: an untrained model predicts its input."""
     torch.manual_seed(1)
-    model = EnhancedTransformerDecoderOnly3D(d_model=64, nhead=4, num_layers=2, dim_feedforward=64, feature_dim=512,
-                                             voxel_resolution=8)  # fmt: skip
+    model = EnhancedTransformerDecoderOnly3D(
+        d_model=64, nhead=4, num_layers=2, dim_feedforward=64, feature_dim=512, voxel_resolution=8
+    )
     torch.nn.init.normal_(model.output.weight, std=0.02)
     return model
 
@@ -85,7 +84,7 @@ def test_names_are_no_formulas():
     """Two dollar signs would make matplotlib read what is between them."""
     faces = replace(people(2, width=64), names=(r"$\frac$", r"$x_{$"))
     figure_png(PoseExplorer(RawEmbedding(), faces, RecordedPeople(faces)).figure())
-    model = replace(CONFIG, d_model=32, nhead=4, num_layers=1).build_model(64)
+    model = build_model(replace(CONFIG, d_model=32, nhead=4, num_layers=1), 64)
     figure_png(AttentionExplorer(model, people=RecordedPeople(faces)).figure())
 
 
@@ -229,8 +228,16 @@ def test_attention_is_the_models_and_its_cells_say_so(model):
 
 def test_other_views_are_tokens_of_cross_view_attention(gallery):
     torch.manual_seed(0)
-    model = EnhancedTransformerDecoderOnly3D(d_model=32, nhead=4, num_layers=1, dim_feedforward=32, feature_dim=512,
-                                             use_cross_view=True, n_views=3, use_projection_layer=False)  # fmt: skip
+    model = EnhancedTransformerDecoderOnly3D(
+        d_model=32,
+        nhead=4,
+        num_layers=1,
+        dim_feedforward=32,
+        feature_dim=512,
+        use_cross_view=True,
+        n_views=3,
+        use_projection_layer=False,
+    )
     explorer = AttentionExplorer(model)
     a, _, _ = explorer.weights()
     assert [w.shape for w in a] == [(4, 7), (4, 3)]
@@ -245,12 +252,15 @@ def test_models_are_left_in_the_mode_they_were_in(gallery, model):
     assert model.training
 
 
-@pytest.mark.parametrize("make", [
-    lambda model, gallery: PoseExplorer(model, gallery),
-    lambda model, gallery: VoxelExplorer(model),
-    lambda model, gallery: AttentionExplorer(model),
-    lambda model, gallery: TrainingMonitor(CONFIG, *sets()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model, gallery: PoseExplorer(model, gallery),
+        lambda model, gallery: VoxelExplorer(model),
+        lambda model, gallery: AttentionExplorer(model),
+        lambda model, gallery: TrainingMonitor(CONFIG, *sets()),
+    ],
+)
 def test_a_picture_lies_beside_the_widget(make, model, gallery, monkeypatch):
     """Live for who has a kernel, a PNG for who has none; the picture alone where notebooks are published."""
     explorer = make(model, gallery)

@@ -167,8 +167,10 @@ def make_landmarks(path: Path) -> None:
     weights, green = disc_weights(graph)
     place = np.arange(size, dtype=np.float32)
     mass = graph.Add(graph.ReduceSum(weights, [2, 3], keepdims=0), 1e-6)
-    x, y, depth = (graph.Div(graph.ReduceSum(graph.Mul(weights, value), [2, 3], keepdims=0), mass)
-                   for value in (place.reshape(1, 1, 1, size), place.reshape(1, 1, size, 1), green))  # fmt: skip
+    x, y, depth = (
+        graph.Div(graph.ReduceSum(graph.Mul(weights, value), [2, 3], keepdims=0), mass)
+        for value in (place.reshape(1, 1, 1, size), place.reshape(1, 1, size, 1), green)
+    )
     across = [graph.ReduceSum(graph.Mul(value, EYES_TO_MOUTH[None]), [1], keepdims=1) for value in (x, y)]
     length = graph.Sqrt(graph.Add(*(graph.Mul(a, a) for a in across)))
     z = graph.Mul(graph.Div(graph.Sub(depth, 128.0), DEPTH_CODE), length)
@@ -176,7 +178,9 @@ def make_landmarks(path: Path) -> None:
     scaled = graph.Sub(graph.Div(x, half), 1.0), graph.Sub(graph.Div(y, half), 1.0), graph.Div(z, half)
     five = graph.Transpose(graph.Concat(*scaled, axis=0), perm=[1, 0])  # (5, 3)
     last = graph.Reshape(graph.MatMul(fit_matrix(), five), [1, 204])
-    graph.nodes.append(helper.make_node("Concat", [graph.constant(np.zeros((1, 3105))), last], ["fc1"], axis=1, name="n"))
+    graph.nodes.append(
+        helper.make_node("Concat", [graph.constant(np.zeros((1, 3105))), last], ["fc1"], axis=1, name="n")
+    )
     graph.save(path, [1, 3, size, size], {"fc1": [1, 3309]})
 
 

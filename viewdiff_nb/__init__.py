@@ -1,10 +1,10 @@
 """ViewDiff-style modules that turn side-view face embeddings into frontal ones, for notebooks."""
 
-from .modules.attention import CrossViewAttention, PoseConditionedLoRAAttention
-from .modules.lora import LoRALinearLayer
-from .modules.prior import EnhancedTransformerWithPrior, PriorPreservationDataset, PriorPreservationLoss
-from .modules.projection import LightweightFaceProjectionLayer
-from .modules.transformer import EnhancedTransformerDecoderOnly3D
+from viewdiff_nb.modules.attention import CrossViewAttention, PoseConditionedLoRAAttention
+from viewdiff_nb.modules.lora import LoRALinearLayer
+from viewdiff_nb.modules.prior import EnhancedTransformerWithPrior, PriorPreservationDataset, PriorPreservationLoss
+from viewdiff_nb.modules.projection import LightweightFaceProjectionLayer
+from viewdiff_nb.modules.transformer import EnhancedTransformerDecoderOnly3D
 
 __version__ = "0.1.0"
 

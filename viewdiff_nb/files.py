@@ -14,7 +14,7 @@ import reprlib
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,9 +33,22 @@ NPY_HEADER = re.compile(r"\{'descr': '([^']*)', 'fortran_order': (True|False), '
 FLOATS = re.compile("[<>=|]f[248]")
 
 # What torch and safetensors raise for bytes that nobody has written: they interpret them, and check little.
-UNREADABLE = (pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError, struct.error, OSError, EOFError, MemoryError,
-              RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError,
-              AssertionError)  # fmt: skip
+UNREADABLE = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    SafetensorError,
+    struct.error,
+    OSError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+)
 
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxlist, _short.maxstring, _short.maxother = 2, 3, 80, 80
@@ -176,8 +189,10 @@ def read_npy(
                 raise error(f"{path}: shape is {shorten(size)}, must be ({wanted})")
             offset, end = file.tell(), os.fstat(file.fileno()).st_size
             if any(n > end for n in size) or end - offset != math.prod(size) * dtype.itemsize:
-                raise error(f"{path}: not a readable .npy array: truncated or damaged, since {end - offset} bytes "
-                            f"are no {dtype} numbers of shape {shorten(size)}")  # fmt: skip
+                raise error(
+                    f"{path}: not a readable .npy array: truncated or damaged, since {end - offset} bytes "
+                    f"are no {dtype} numbers of shape {shorten(size)}"
+                )
             if mmap:
                 return np.memmap(path, dtype, "r", offset, size, order)
             return np.fromfile(file, dtype, math.prod(size)).reshape(size, order=order)
@@ -246,3 +261,96 @@ def read_safetensors(path: str | Path, error: type[ValueError]) -> tuple[dict[st
 def _reason(problem: BaseException) -> str:
     """What a library says, in short; torch goes on to advise against its own safeguard."""
     return re.split(r"\n|\. |; ", str(problem))[0][:200] or type(problem).__name__
+
+
+# ---- Where the project keeps things, whatever the working directory is.
+
+
+FAST = os.environ.get("FAST", "") not in ("", "0")  # the smoke profile: less work, the same story
+
+PROJECT = Path(os.environ.get("VIEWDIFF_NB_HOME", Path(__file__).resolve().parents[1]))
+HEADS = PROJECT / "data" / "heads"  # the shipped set of synthetic people
+TURNTABLE = PROJECT / "data" / "turntable"  # eight of its test people at every pose of a grid, with pictures
+GPU_RESULTS = PROJECT / "data" / "results" / "gpu"  # measured elsewhere, shown beside what is measured here
+RUNS = Path(os.environ.get("VIEWDIFF_NB_RUNS", PROJECT / "runs"))  # finished runs, reused; not in the repository
+FIGURES = RUNS / "fast" / "figures" if FAST else PROJECT / "figures"  # what the notebooks write
+
+
+def writable_folder(path: str | Path) -> Path:
+    """Create the folder and make sure that files can be written there, before any work is lost."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write_test"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write to {folder}: {error}; choose another folder") from error
+    return folder
+
+
+def install_hint(extra: str) -> str:
+    """How to install an optional part; no package index has the kit."""
+    return f'pip install ".[{extra}]" in the folder of the kit'
+
+
+CHUNK = 2**20  # numbers that are read at a time
+
+
+class DiskRows:
+    """Rows of a .npy file that stay there; indexing reads those asked for into a float32 tensor.
+
+    Args:
+        path: of an array (N, ...) of floats of any width.
+        rows: (M,) int64, which rows of the file are meant, in which order; by default all.
+        steps: functions applied, one after the other, to what is read.
+    """
+
+    def __init__(self, path: Path, rows: np.ndarray | None = None, steps: tuple[Callable, ...] = ()) -> None:
+        self.path, self.steps = path, steps
+        self.array = read_npy(path, ValueError, mmap=True)
+        self.rows = np.arange(len(self.array)) if rows is None else rows
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.rows), *self.array.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Tensor | slice | int) -> Tensor:
+        """Read the rows of an index or a mask."""
+        values = torch.from_numpy(np.array(self.array[self.rows[_plain(index)]], np.float32))
+        for step in self.steps:
+            values = step(values)
+        return values
+
+    def pick(self, index: Tensor | slice) -> "DiskRows":
+        """Only the rows of an index or a mask, not yet read."""
+        return DiskRows(self.path, self.rows[_plain(index)], self.steps)
+
+    def then(self, step: Callable[[Tensor], Tensor]) -> "DiskRows":
+        """The same rows, step being applied to what is read; it keeps the shape."""
+        return DiskRows(self.path, self.rows, (*self.steps, step))
+
+    def read(self, device: torch.device | str = "cpu") -> Tensor:
+        """All rows in the memory of a device, read in chunks."""
+        values = torch.empty(self.shape, device=device)
+        for part in chunks(self.shape):
+            values[part] = self[part].to(device)
+        return values
+
+    def __reduce__(self):
+        return DiskRows, (self.path, self.rows, self.steps)  # a worker opens the file itself
+
+
+def _plain(index: Tensor | slice | int) -> np.ndarray | slice | int:
+    return index.cpu().numpy() if isinstance(index, Tensor) else index
+
+
+def chunks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices over the first dimension with about `CHUNK` numbers each."""
+    size = max(1, CHUNK // max(1, int(np.prod(shape[1:]))))
+    return (slice(start, min(start + size, shape[0])) for start in range(0, shape[0], size))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .faces.views import YAW_BINS
+from viewdiff_nb.faces.geometry import YAW_BINS
 
 FAR = 1e-3
 PIECE = 2**22  # similarities that exist at a time

@@ -12,15 +12,13 @@ from pathlib import Path
 
 import tyro
 
-from .faces.splits import Split, load_split_file, split_by_person
-from .faces.views import load_face_views
-from .training.checkpoint import BEST_WEIGHTS
-from .training.config import TrainConfig
-from .training.diagnosis import TrainingAdvice
-from .training.interrupt import TrainingInterrupted
-from .training.parallel import is_first
-from .training.prepare import find_checkpoint, load_train_config
-from .training.trainer import TrainResult, train
+from viewdiff_nb.faces.splits import Split, load_split_file, split_by_person
+from viewdiff_nb.faces.views import load_face_views
+from viewdiff_nb.training.checkpoint import BEST_WEIGHTS, find_checkpoint, load_train_config
+from viewdiff_nb.training.config import TrainConfig
+from viewdiff_nb.training.devices import is_first
+from viewdiff_nb.training.loop import train
+from viewdiff_nb.training.result import TrainingAdvice, TrainingInterrupted, TrainResult
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
 
@@ -48,8 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 config = replace(config, save_dir=str(_folder_of_its_own()))
             split = _load_split(config)
             sizes = [len(part.names) for part in (split.train, split.val, split.test)]
-            _say("{} people train, {} validate, {} are kept for a test (val_people, test_people); ".format(*sizes)
-                 + f"everything is kept in {config.save_dir}")  # fmt: skip
+            _say(
+                "{} people train, {} validate, {} are kept for a test (val_people, test_people); ".format(*sizes)
+                + f"everything is kept in {config.save_dir}"
+            )
             result = train(config, split.train, split.val)
         except TrainingInterrupted as interrupted:
             result = interrupted.result
@@ -87,8 +87,10 @@ def _report(config: TrainConfig, result: TrainResult) -> None:
         print(f"interrupted; go on with --resume {result.checkpoint}", file=sys.stderr)
         return
     if result.stopped == "early":
-        _say(f"stopped early: {config.monitor} did not get better in {config.patience} validations; go on "
-             "with a larger --patience and --resume")
+        _say(
+            f"stopped early: {config.monitor} did not get better in {config.patience} validations; go on "
+            "with a larger --patience and --resume"
+        )
     if (best := Path(config.save_dir) / BEST_WEIGHTS).exists():  # unless somebody took it away
         _say(f"the best model by {config.monitor}: {best}")
 

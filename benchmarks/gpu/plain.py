@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from viewdiff_nb.faces.geometry import normalise_keypoints, rotation_matrix, to_face_frame
 from viewdiff_nb.modules.attention import encode_pose
-from viewdiff_nb.modules.volume import voxel_centres
+from viewdiff_nb.modules.projection import voxel_centres
 
 
 class PlainLoRA(nn.Module):
@@ -40,8 +40,9 @@ class PlainBlock(nn.Module):
         make = (lambda: PlainLoRA(width, rank, pose_dim)) if rank else (lambda: nn.Linear(width, width))
         self.query, self.key, self.value, self.out = (make() for _ in range(4))
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.feed_forward = nn.Sequential(nn.Linear(width, feed_forward), nn.GELU(), nn.Dropout(dropout),
-                                          nn.Linear(feed_forward, width))  # fmt: skip
+        self.feed_forward = nn.Sequential(
+            nn.Linear(width, feed_forward), nn.GELU(), nn.Dropout(dropout), nn.Linear(feed_forward, width)
+        )
         self.dropout = nn.Dropout(dropout)
         if rank:
             for module in (self.norm1, self.norm2, self.feed_forward):
@@ -70,8 +71,9 @@ class PlainProjection(nn.Module):
         super().__init__()
         self.resolution, self.channels = resolution, channels
         self.compress = nn.Linear(width, keypoints * channels)
-        self.refine = nn.Sequential(nn.Conv3d(channels, channels, 3, padding=1), nn.GELU(),
-                                    nn.Conv3d(channels, channels + 1, 3, padding=1))  # fmt: skip
+        self.refine = nn.Sequential(
+            nn.Conv3d(channels, channels, 3, padding=1), nn.GELU(), nn.Conv3d(channels, channels + 1, 3, padding=1)
+        )
         self.expand = nn.Linear(channels * 16, width)
 
     def forward(self, features: Tensor, keypoints: Tensor, angles: Tensor) -> Tensor:
@@ -98,8 +100,16 @@ class PlainProjection(nn.Module):
 class PlainTransformer(nn.Module):
     """Called as `EnhancedTransformerDecoderOnly3D` is. rank 0 is the base; voxel_resolution 0 has no projection."""
 
-    def __init__(self, rank: int = 0, voxel_resolution: int = 0, dropout: float = 0.1, width: int = 512,
-                 heads: int = 8, layers: int = 4, feed_forward: int = 1280) -> None:  # fmt: skip
+    def __init__(
+        self,
+        rank: int = 0,
+        voxel_resolution: int = 0,
+        dropout: float = 0.1,
+        width: int = 512,
+        heads: int = 8,
+        layers: int = 4,
+        feed_forward: int = 1280,
+    ) -> None:
         super().__init__()
         self.input, self.output = nn.Linear(width, width), nn.Linear(width, width)
         self.pose_encoder, self.keypoint_encoder = (

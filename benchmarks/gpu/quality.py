@@ -19,6 +19,8 @@ os.environ.setdefault("VIEWDIFF_NB_RUNS", str(Path(sys.argv[1] if len(sys.argv) 
 import matplotlib.pyplot as plt
 import torch
 import torch.multiprocessing as mp
+from module_study import FULL_MODULES, module_study, multi_view_study, write_tables
+from recipe_study import MODELS, RECIPES, recipe_study, write_table
 
 from viewdiff_nb.faces.splits import Split
 from viewdiff_nb.plots import save_table
@@ -26,9 +28,9 @@ from viewdiff_nb.studies import tables
 from viewdiff_nb.studies.adaptation import (
     ALL_YAWS,
     BASELINES,
-    FAST,
+    FAST_PROFILE,
     FIXED,
-    FULL,
+    FULL_PROFILE,
     STUDIED,
     WIDE_BASE,
     Profile,
@@ -37,8 +39,6 @@ from viewdiff_nb.studies.adaptation import (
     run_study,
 )
 from viewdiff_nb.studies.benchmark import machine
-from viewdiff_nb.studies.module_study import FULL_MODULES, module_study, multi_view_study, write_tables
-from viewdiff_nb.studies.recipe_study import MODELS, RECIPES, recipe_study, write_table
 from viewdiff_nb.studies.store import Store
 
 BASES = ("base", WIDE_BASE)
@@ -51,7 +51,7 @@ def start_worker(fast: bool) -> None:
     """A process with one thread, which knows the split."""
     global _profile, _split
     torch.set_num_threads(1)
-    _profile = FAST if fast else FULL
+    _profile = FAST_PROFILE if fast else FULL_PROFILE
     _split = load_split(_profile)
 
 
@@ -65,7 +65,7 @@ def work(task: Task) -> tuple[Task, float]:
         recipe_study(_profile, _split, [seed], names=[name])
     else:
         of_study = {"modules": module_study, "views": multi_view_study}[study]
-        of_study(FAST if _profile is FAST else FULL_MODULES, _split, [seed])
+        of_study(FAST_PROFILE if _profile is FAST_PROFILE else FULL_MODULES, _split, [seed])
     return task, time.perf_counter() - started
 
 
@@ -102,8 +102,10 @@ def main() -> None:
     if arguments.first_seed and (arguments.module_seeds or arguments.recipe_seeds):
         parser.error("--first-seed is for the main study: give --module-seeds 0 --recipe-seeds 0")
     if max(arguments.module_seeds, arguments.recipe_seeds) > arguments.seeds:
-        parser.error(f"--module-seeds and --recipe-seeds must be at most --seeds={arguments.seeds}, got "
-                     f"{arguments.module_seeds} and {arguments.recipe_seeds}")  # fmt: skip
+        parser.error(
+            f"--module-seeds and --recipe-seeds must be at most --seeds={arguments.seeds}, got "
+            f"{arguments.module_seeds} and {arguments.recipe_seeds}"
+        )
     os.environ["OMP_NUM_THREADS"] = "1"
     started, out = time.perf_counter(), arguments.out
     first, end = arguments.first_seed, arguments.first_seed + arguments.seeds
@@ -132,7 +134,7 @@ def main() -> None:
 
     wanted = [task for stage in stages for task in stage]
     print(f"{len(done)} of {len(wanted)} tasks are done", flush=True)
-    profile = FAST if arguments.fast else FULL
+    profile = FAST_PROFILE if arguments.fast else FULL_PROFILE
     split = load_split(profile)
     note = f"mean ± 95 % interval over seeds and people; {machine()}"
     missing = {seed for study, name, seed in wanted if study == "main" and (study, name, seed) not in done}
@@ -147,7 +149,7 @@ def main() -> None:
     if arguments.module_seeds:
         seeds = range(arguments.module_seeds)
         note = f"{arguments.module_seeds} seeds, mean ± 95 % interval over seeds; {machine()}"
-        profile = FAST if arguments.fast else FULL_MODULES
+        profile = FAST_PROFILE if arguments.fast else FULL_MODULES
         write_tables(module_study(profile, split, seeds), multi_view_study(profile, split, seeds), out, note)
 
 

@@ -26,9 +26,10 @@ from plain import PlainTransformer
 from torch import nn
 
 from viewdiff_nb.faces.views import FaceViews
-from viewdiff_nb.studies.adaptation import COMMON, FULL, load_split
+from viewdiff_nb.studies.adaptation import COMMON, FULL_PROFILE, load_split
 from viewdiff_nb.studies.benchmark import CapturedStep, TrainingStep, machine, side_by_side, step_config
-from viewdiff_nb.training.config import choose_device
+from viewdiff_nb.training.checkpoint import build_model
+from viewdiff_nb.training.devices import choose_device
 
 AMP = {"fp32": False, "tf32": False, "bf16": torch.bfloat16, "fp16": torch.float16}
 OURS = (
@@ -48,8 +49,24 @@ PLAIN = {
     "plain LoRA r=8 + projection": {"rank": 8, "voxel_resolution": 8},
 }
 NAMES = (*OURS[:3], OURS[2] + AT_ONCE, OURS[3], OURS[3] + AT_ONCE, OURS[4], PEFT, *PLAIN)
-COLUMNS = ["batch_size", "precision", "mode", "name", "ms", "ms_low", "ms_high", "memory_mb", "tflops", "gbytes_per_s",
-           "gflop", "gbyte", "built_s", "rounds", "machine", "error"]  # fmt: skip
+COLUMNS = [
+    "batch_size",
+    "precision",
+    "mode",
+    "name",
+    "ms",
+    "ms_low",
+    "ms_high",
+    "memory_mb",
+    "tflops",
+    "gbytes_per_s",
+    "gflop",
+    "gbyte",
+    "built_s",
+    "rounds",
+    "machine",
+    "error",
+]
 MODES = ("eager", "graph", "compiled", "compiled graph")
 
 
@@ -76,7 +93,7 @@ def build(name: str, mode: str, faces: FaceViews, batch_size: int, precision: st
 def peft_model(feature_dim: int) -> nn.Module:
     """The base with peft's LoRA of rank 8 on the four linear layers of every attention."""
     torch.manual_seed(0)
-    base = COMMON.build_model(feature_dim, base=True)
+    base = build_model(COMMON, feature_dim, base=True)
     nn.init.normal_(base.output.weight, std=0.02)
     targets = [
         f"blocks.{i}.attention.{part}" for i in range(len(base.blocks)) for part in ("query", "key", "value", "out")
@@ -107,8 +124,9 @@ def counted(make: Callable[[], TrainingStep]) -> dict[str, float]:
         return {}
 
 
-def group(faces: FaceViews, batch_size: int, precision: str, names: list[str], modes: list[str], rounds: int,
-          seconds: float) -> list[dict]:  # fmt: skip
+def group(
+    faces: FaceViews, batch_size: int, precision: str, names: list[str], modes: list[str], rounds: int, seconds: float
+) -> list[dict]:
     """The rows of one batch size and precision."""
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     torch.backends.cudnn.allow_tf32 = precision != "fp32"
@@ -188,7 +206,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     started, device, rows = time.perf_counter(), choose_device(arguments.device), []
-    faces = load_split(FULL).train.to(device)
+    faces = load_split(FULL_PROFILE).train.to(device)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     limits = ceilings(device)
     limits["machine"] = machine(arguments.device)
@@ -201,12 +219,28 @@ def main() -> None:
         for precision in arguments.precisions:
             spent = time.perf_counter() - started
             if spent > arguments.seconds:
-                new = [{"batch_size": batch_size, "precision": precision, "mode": mode, "name": name,
-                        "error": "not run: the time was over"} for name in arguments.names for mode in arguments.modes
-                       if belongs(name, mode, batch_size, precision)]  # fmt: skip
+                new = [
+                    {
+                        "batch_size": batch_size,
+                        "precision": precision,
+                        "mode": mode,
+                        "name": name,
+                        "error": "not run: the time was over",
+                    }
+                    for name in arguments.names
+                    for mode in arguments.modes
+                    if belongs(name, mode, batch_size, precision)
+                ]
             else:
-                new = group(faces, batch_size, precision, arguments.names, arguments.modes, arguments.rounds,
-                            arguments.round_seconds)  # fmt: skip
+                new = group(
+                    faces,
+                    batch_size,
+                    precision,
+                    arguments.names,
+                    arguments.modes,
+                    arguments.rounds,
+                    arguments.round_seconds,
+                )
             _release()
             rows += new
             table = pd.DataFrame(rows).reindex(columns=COLUMNS)

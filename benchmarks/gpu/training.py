@@ -14,10 +14,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from viewdiff_nb.studies.adaptation import COMMON, FULL, LORA_8, PROJECTION, load_split
+from viewdiff_nb.studies.adaptation import COMMON, FULL_PROFILE, LORA_8, PROJECTION, load_split
 from viewdiff_nb.studies.benchmark import machine
+from viewdiff_nb.training.checkpoint import build_model
 from viewdiff_nb.training.config import TrainConfig
-from viewdiff_nb.training.trainer import train
+from viewdiff_nb.training.loop import train
 
 CASES = {
     "full fine-tuning": {},
@@ -35,16 +36,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     short, long = arguments.steps // 4, arguments.steps
-    split, rows = load_split(FULL), []
+    split, rows = load_split(FULL_PROFILE), []
     torch.set_float32_matmul_precision("high")
     few = split.val.select(torch.arange(20))  # validated once a run, outside the time
     with tempfile.TemporaryDirectory() as folder:
         base = f"{folder}/base.pth"  # untrained; a step costs the same
-        torch.save(TrainConfig().build_model(split.train.feature_dim, base=True).state_dict(), base)
+        torch.save(build_model(TrainConfig(), split.train.feature_dim, base=True).state_dict(), base)
         for batch_size in arguments.batches:
             for name, options in CASES.items():
-                config = replace(COMMON, batch_size=batch_size, epochs=1, use_amp=True,
-                                 base_model_path=base if options else None, **options | {"min_yaw": 0.0})  # fmt: skip
+                config = replace(
+                    COMMON,
+                    batch_size=batch_size,
+                    epochs=1,
+                    use_amp=True,
+                    base_model_path=base if options else None,
+                    **options | {"min_yaw": 0.0},
+                )
                 spent: dict[tuple[bool, int], list[float]] = {}
                 for _ in range(arguments.rounds + 1):  # the first warms up
                     for graph, steps in ((False, short), (True, short), (True, long)):
@@ -53,12 +60,22 @@ def main() -> None:
                         spent.setdefault((graph, steps), []).append(run.train_seconds)
                 seconds = {key: torch.tensor(values[1:]).quantile(0.5).item() for key, values in spent.items()}
                 pace = (seconds[True, long] - seconds[True, short]) / (long - short)
-                row = {"batch_size": batch_size, "name": name, "eager_ms": 1e3 * seconds[False, short] / short,
-                       "graph_ms": 1e3 * seconds[True, long] / long, "pace_ms": 1e3 * pace,
-                       "start_s": seconds[True, long] - long * pace, "steps": long, "machine": machine()}  # fmt: skip
+                row = {
+                    "batch_size": batch_size,
+                    "name": name,
+                    "eager_ms": 1e3 * seconds[False, short] / short,
+                    "graph_ms": 1e3 * seconds[True, long] / long,
+                    "pace_ms": 1e3 * pace,
+                    "start_s": seconds[True, long] - long * pace,
+                    "steps": long,
+                    "machine": machine(),
+                }
                 rows.append(row)
-                print(f"batch {batch_size}, {name}: {row['eager_ms']:.2f} ms a step, graphs {row['graph_ms']:.2f} "
-                      f"({row['pace_ms']:.2f} at pace, after {row['start_s']:.2f} s)", flush=True)  # fmt: skip
+                print(
+                    f"batch {batch_size}, {name}: {row['eager_ms']:.2f} ms a step, graphs {row['graph_ms']:.2f} "
+                    f"({row['pace_ms']:.2f} at pace, after {row['start_s']:.2f} s)",
+                    flush=True,
+                )
                 arguments.out.parent.mkdir(parents=True, exist_ok=True)
                 pd.DataFrame(rows).to_csv(arguments.out, index=False, float_format="%.6g")
 

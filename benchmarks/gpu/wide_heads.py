@@ -12,14 +12,14 @@ import torch
 from speed import OURS, build
 
 from viewdiff_nb.modules import attention
-from viewdiff_nb.studies.adaptation import FULL, load_split
+from viewdiff_nb.studies.adaptation import FULL_PROFILE, load_split
 from viewdiff_nb.studies.benchmark import machine, side_by_side
 
 WAYS = {"fused": 10**9, "products": attention.FUSED_WIDTH}  # the width up to which the fused kernel is taken
 
 
 def main() -> None:
-    faces, rows = load_split(FULL).train.to("cuda"), []
+    faces, rows = load_split(FULL_PROFILE).train.to("cuda"), []
     torch.set_float32_matmul_precision("high")
     for batch_size in (32, 2048, 8192):
         for precision in ("bf16", "tf32"):
@@ -28,8 +28,16 @@ def main() -> None:
                     attention.FUSED_WIDTH = width
                     makers = {name: partial(build, name, mode, faces, batch_size, precision) for name in OURS[:2]}
                     for name, timing in side_by_side(makers, rounds=5, seconds=2.0).items():
-                        rows.append({"batch_size": batch_size, "precision": precision, "mode": mode, "attention": way,
-                                     "name": name} | timing.row())  # fmt: skip
+                        rows.append(
+                            {
+                                "batch_size": batch_size,
+                                "precision": precision,
+                                "mode": mode,
+                                "attention": way,
+                                "name": name,
+                            }
+                            | timing.row()
+                        )
                     torch.cuda.empty_cache()
     table = pd.DataFrame(rows).assign(machine=machine())
     Path(sys.argv[1]).parent.mkdir(parents=True, exist_ok=True)

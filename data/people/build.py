@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from people.recogniser import RECOGNISERS, Recogniser
 from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE
-from viewdiff_nb.faces.recogniser import RECOGNISERS, Recogniser
-from viewdiff_nb.faces.sixfiles import CONVENTIONS, write_samples
+from viewdiff_nb.faces.views import CONVENTIONS, write_samples
 from viewdiff_nb.files import read_json, write_atomically, write_text
 
 from .render import PHOTO_FIELD, PHOTO_SIZE, HeadRenderer
@@ -96,9 +96,7 @@ class Studio:
         rng = np.random.default_rng(np.random.SeedSequence([seed, index, 0]))
         person = self._model.sample_person(rng)
         vertices = self._model.vertices(person)
-        return HeadRenderer(
-            self._model.mesh(vertices), self._painter.paint(person), self._model.keypoints(vertices)
-        )
+        return HeadRenderer(self._model.mesh(vertices), self._painter.paint(person), self._model.keypoints(vertices))
 
     def shoot(self, seed, index, views):
         """The `Samples` of person `index` of a data set."""
@@ -257,9 +255,7 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=BuildConfig.seed)
     parser.add_argument("--recogniser", choices=RECOGNISERS, default="mobileface512", help="what embeds the crops")
     parser.add_argument("--workers", type=int, default=1, help="processes that share the work")
-    parser.add_argument(
-        "--work", type=Path, help="folder for the parts, kept afterwards; default OUT/.parts, removed"
-    )
+    parser.add_argument("--work", type=Path, help="folder for the parts, kept afterwards; default OUT/.parts, removed")
     parser.add_argument("--sheet", type=Path, help="only draw people 0..11 of this seed into this PNG")
     options = parser.parse_args(arguments)
     if options.sheet:

@@ -161,9 +161,7 @@ def hair_margin(style, points):
     sideburn = style.temple + 0.45 * np.clip(up, -2.0, 5.0) - forward  # the temple's hairline leans forward
     sides = np.minimum(sideburn, up - np.where(forward > -10.5, -1.5, style.nape))
     behind_ears = np.minimum(-10.2 - forward, up - style.nape)
-    behind_ears = np.minimum(
-        behind_ears, 7.5 + 0.8 * np.maximum(up + 11.0, 0) - np.abs(across)
-    )  # off the shoulders
+    behind_ears = np.minimum(behind_ears, 7.5 + 0.8 * np.maximum(up + 11.0, 0) - np.abs(across))  # off the shoulders
     return smooth_maximum(smooth_maximum(top, sides, 2.0), behind_ears, 0.8) + wobble
 
 
@@ -179,9 +177,7 @@ def hair_offset(style, points, normals):
         (V, 3) displacement: across, up, forward, in centimetres.
     """
     across, up, forward = points.T
-    inset = 0.4 + 1.6 * soft_step(
-        -4.0 - up, 2.0
-    )  # what stands off must be painted as hair, also between vertices
+    inset = 0.4 + 1.6 * soft_step(-4.0 - up, 2.0)  # what stands off must be painted as hair, also between vertices
     cover = soft_step(hair_margin(style, points) - inset, 1.1)
     lattice = random_lattice(np.random.default_rng(style.noise_seed + 1))
     locks = 1.0 + (0.12 + 0.2 * style.curl) * lattice_noise(points, 0.35 + 0.35 * style.curl, lattice)

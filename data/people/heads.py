@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from viewdiff_nb.paths import install_hint
+from viewdiff_nb.files import install_hint
 
 from .hair import HairStyle, hair_offset, sample_hair
 from .meshes import connected_labels, fit_into_box, read_mask, vertex_normals
@@ -21,12 +21,25 @@ PIVOT_BEHIND_FACE = 0.07  # metres from the mean of the five keypoints back to t
 SHAPE_PREFIXES = ("head", "forehead", "eyebrows", "nose", "mouth", "chin")
 SHAPE_PARTS = ("cheek", "-ear-", "-eye-")
 # These shift whole features or squash the whole head: weaker, or faces look broken.
-RESTRAINT = {"nose-trans-out": 0.1, "head-trans-out": 0.1, "mouth-trans-out": 0.1, "head-angle-out": 0.1,
-             "head-trans-forward": 0.1, "head-trans-up": 0.1, "head-scale-vert-incr": 0.5}  # fmt: skip
+RESTRAINT = {
+    "nose-trans-out": 0.1,
+    "head-trans-out": 0.1,
+    "mouth-trans-out": 0.1,
+    "head-angle-out": 0.1,
+    "head-trans-forward": 0.1,
+    "head-trans-up": 0.1,
+    "head-scale-vert-incr": 0.5,
+}
 EAR_RESTRAINT = 0.5
 # The mesh ends at the neck; these rings add shoulders: metres down, widening across, widening in depth.
-TORSO_RINGS = ((0.015, 1.0, 1.0), (0.035, 1.1, 1.05), (0.050, 1.6, 1.2), (0.070, 2.9, 1.5), (0.105, 3.7, 1.7),
-               (0.30, 4.1, 1.8))  # fmt: skip
+TORSO_RINGS = (
+    (0.015, 1.0, 1.0),
+    (0.035, 1.1, 1.05),
+    (0.050, 1.6, 1.2),
+    (0.070, 2.9, 1.5),
+    (0.105, 3.7, 1.7),
+    (0.30, 4.1, 1.8),
+)
 # Where the parts of the texture lie: (left, top, right, bottom) in 0..1. Skin takes nearly all of it.
 SKIN_BOX = (0.01, 0.01, 0.80, 0.99)
 EYE_BOXES = ((0.82, 0.01, 0.99, 0.18), (0.82, 0.20, 0.99, 0.37))
@@ -55,14 +68,17 @@ def load_anny_model():
         warp.config.log_level = getattr(warp, "LOG_WARNING", 30)
         import anny
     except ImportError as error:
-        raise ImportError(
-            f"making synthetic heads needs the package anny: {install_hint('heads')}"
-        ) from error
+        raise ImportError(f"making synthetic heads needs the package anny: {install_hint('heads')}") from error
     import torch
 
     # "original" blend shapes are read as they are; the compact ones are a decomposition that takes a minute.
-    model = anny.Anny(rig="makehuman-head", topology="head-notongue", local_changes="all", phenotypes="all",
-                      phenotype_blendshapes="original")  # fmt: skip
+    model = anny.Anny(
+        rig="makehuman-head",
+        topology="head-notongue",
+        local_changes="all",
+        phenotypes="all",
+        phenotype_blendshapes="original",
+    )
     return model.to(dtype=torch.float32), Path(anny.__file__).parent
 
 
@@ -99,9 +115,7 @@ class HeadModel:
         head = self._with_torso(bare)
         self.canonical = head - self._pivot(head)
         self._normal_sign = 1.0
-        outward = (
-            vertex_normals(self.canonical, self.faces)[: len(bare)] * self.canonical[: len(bare)]
-        ).sum()
+        outward = (vertex_normals(self.canonical, self.faces)[: len(bare)] * self.canonical[: len(bare)]).sum()
         self._normal_sign = 1.0 if outward > 0 else -1.0  # the winding decides the sign once for all heads
 
     # ---- people
@@ -123,9 +137,7 @@ class HeadModel:
             "asian": float(ancestry[1]),
             "caucasian": float(ancestry[2]),
         }
-        return Person(
-            phenotype, self._sample_shape(rng), sample_hair(rng, male), male, int(rng.integers(1 << 31))
-        )
+        return Person(phenotype, self._sample_shape(rng), sample_hair(rng, male), male, int(rng.integers(1 << 31)))
 
     def _sample_shape(self, rng):
         shape = {}
@@ -161,9 +173,7 @@ class HeadModel:
     def mesh(self, vertices):
         """The renderer's `Mesh` of (V, 3) vertices."""
         normals = self._normal_sign * vertex_normals(vertices, self.faces)
-        return Mesh(
-            vertices[self.corner_position], normals[self.corner_position], self.corner_uv, self.corner_faces
-        )
+        return Mesh(vertices[self.corner_position], normals[self.corner_position], self.corner_uv, self.corner_faces)
 
     def canonical_centimetres(self):
         """(V, 3) across, up, forward of the average head, in centimetres from the middle between its eyes."""
@@ -185,9 +195,7 @@ class HeadModel:
         labels = connected_labels(faces, len(bare))
         names, sizes = np.unique(labels, return_counts=True)
         if len(names) != 3:
-            raise RuntimeError(
-                f"expected a skin and two eyes in anny's head, found {len(names)} connected parts"
-            )
+            raise RuntimeError(f"expected a skin and two eyes in anny's head, found {len(names)} connected parts")
         eyes = [name for name in names if name != names[sizes.argmax()]]
         part = np.zeros(len(bare), int)
         for index, name in enumerate(sorted(eyes, key=lambda name: bare[labels == name, 0].mean())):
@@ -241,9 +249,7 @@ class HeadModel:
         torso_position = np.concatenate([self._neck[columns][None], new_rows]).ravel()
         cell = (np.arange(rings - 1)[:, None] * (around + 1) + np.arange(around)).ravel() + len(pairs)
         below = cell + around + 1
-        torso_faces = np.concatenate(
-            [np.stack([cell, below, cell + 1], 1), np.stack([cell + 1, below, below + 1], 1)]
-        )
+        torso_faces = np.concatenate([np.stack([cell, below, cell + 1], 1), np.stack([cell + 1, below, below + 1], 1)])
 
         self.corner_position = np.concatenate([position, torso_position])
         self.corner_uv = np.concatenate([uv, np.stack([grid_u.ravel(), grid_v.ravel()], 1)])
@@ -288,9 +294,7 @@ class HeadModel:
         right = outer[np.linalg.norm(bare[outer] - bare[left] * (-1, 1, 1), axis=1).argmin()]
         self._mouth = (left, right)
         height = (bare[:, 1] - eyes[1]) / (bare[left, 1] - eyes[1])  # 0 at the eyes, 1 at the mouth
-        ridge = np.flatnonzero(
-            (bare_part == 0) & (abs(bare[:, 0]) < 0.008) & (height > 0.25) & (height < 0.75)
-        )
+        ridge = np.flatnonzero((bare_part == 0) & (abs(bare[:, 0]) < 0.008) & (height > 0.25) & (height < 0.75))
         self._nose = ridge[bare[ridge, 2].argmax()]
 
     def _pivot(self, head):

@@ -42,10 +42,7 @@ def vertex_normals(vertices, faces):
     corners = vertices[faces]
     across = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     normals = np.stack(
-        [
-            sum(np.bincount(faces[:, c], across[:, axis], len(vertices)) for c in range(3))
-            for axis in range(3)
-        ],
+        [sum(np.bincount(faces[:, c], across[:, axis], len(vertices)) for c in range(3)) for axis in range(3)],
         1,
     )
     return normals / (np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12)

@@ -5,7 +5,7 @@ Both are single-threaded and use no fast-math, so equal inputs give equal bytes.
 
 import numpy as np
 
-from viewdiff_nb.paths import install_hint
+from viewdiff_nb.files import install_hint
 
 try:
     from numba import njit
@@ -65,9 +65,7 @@ def bake_attributes(uv, attributes, faces, size):
                 owner[y, x] = face
                 for channel in range(channels):
                     values[y, x, channel] = (
-                        wa * attributes[a, channel]
-                        + wb * attributes[b, channel]
-                        + wc * attributes[c, channel]
+                        wa * attributes[a, channel] + wb * attributes[b, channel] + wc * attributes[c, channel]
                     )
     return values, owner
 
@@ -124,11 +122,7 @@ def draw_mesh(canvas, screen, distance, normals, uv, faces, texture, light, colo
                 length = np.sqrt(nx * nx + ny * ny + nz * nz) + 1e-12
                 nx, ny, nz = nx / length, ny / length, nz / length
                 facing = nx * light[0] + ny * light[1] + nz * light[2]
-                diffuse = (
-                    max((facing + LIGHT_WRAP) / (1.0 + LIGHT_WRAP), 0.0)
-                    * (1.0 - ambient)
-                    * (1.0 + LIGHT_WRAP)
-                )
+                diffuse = max((facing + LIGHT_WRAP) / (1.0 + LIGHT_WRAP), 0.0) * (1.0 - ambient) * (1.0 + LIGHT_WRAP)
                 sky = ambient * (0.75 - 0.25 * ny)  # more of it from above
                 shine = gloss * max(nx * half[0] + ny * half[1] + nz * half[2], 0.0) ** SHININESS
                 u = (wa * uv[a, 0] + wb * uv[b, 0] + wc * uv[c, 0]) * texels - 0.5
@@ -138,10 +132,7 @@ def draw_mesh(canvas, screen, distance, normals, uv, faces, texture, light, colo
                 fu, fv = u - column, v - row
                 for channel in range(3):
                     upper = texture[row, column, channel] * (1 - fu) + texture[row, column + 1, channel] * fu
-                    lower = (
-                        texture[row + 1, column, channel] * (1 - fu)
-                        + texture[row + 1, column + 1, channel] * fu
-                    )
+                    lower = texture[row + 1, column, channel] * (1 - fu) + texture[row + 1, column + 1, channel] * fu
                     albedo = upper * (1 - fv) + lower * fv
                     lit = albedo * (sky + diffuse * colour[channel]) + shine * colour[channel]
                     canvas[y, x, channel] = min(max(lit, 0.0), 1.0)

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from viewdiff_nb.faces.alignment import check_numbers, fit_similarity
-from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE, rotation_matrix
+from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE, check_numbers, fit_similarity, rotation_matrix
 
 from .raster import draw_mesh
 from .scenes import GAMMA, Background, Light
@@ -70,9 +69,7 @@ def project(points, angles, size=PHOTO_SIZE, field=PHOTO_FIELD):
     turned = check_numbers("points", points, (None, 3)) @ rotation(angles).T
     distance = CAMERA_DISTANCE - turned[:, 2]
     if (distance <= 0.05).any():
-        raise ValueError(
-            f"a point lies {distance.min():.3f} m from the camera; it must be 0.05 m or more away"
-        )
+        raise ValueError(f"a point lies {distance.min():.3f} m from the camera; it must be 0.05 m or more away")
     scale = size / field * CAMERA_DISTANCE / distance
     return turned * scale[:, None] + (size / 2, size / 2, 0.0), distance
 
@@ -89,9 +86,7 @@ class HeadRenderer:
     def __init__(self, mesh, texture, keypoints):
         texture = np.asarray(texture)
         if texture.dtype != np.uint8 or texture.ndim != 3 or texture.shape != (len(texture), len(texture), 3):
-            raise ValueError(
-                f"texture must be square uint8 RGB (H, H, 3), got {texture.dtype} {texture.shape}"
-            )
+            raise ValueError(f"texture must be square uint8 RGB (H, H, 3), got {texture.dtype} {texture.shape}")
         if len(texture) < 2:
             raise ValueError(f"texture must be 2 x 2 texels or more, got {texture.shape}")
         self.mesh = mesh
@@ -150,8 +145,19 @@ class HeadRenderer:
         normals = self.mesh.normals @ rotation(angles).T
         canvas = background.paint(size).repeat(SUPERSAMPLING, 0).repeat(SUPERSAMPLING, 1)
         direction = np.array(light.direction) / np.linalg.norm(light.direction)
-        draw_mesh(canvas, screen, distance, normals, self._uv, self._faces, self._texture, direction,
-                  np.array(light.colour, np.float64), float(light.ambient), float(light.gloss))  # fmt: skip
+        draw_mesh(
+            canvas,
+            screen,
+            distance,
+            normals,
+            self._uv,
+            self._faces,
+            self._texture,
+            direction,
+            np.array(light.colour, np.float64),
+            float(light.ambient),
+            float(light.gloss),
+        )
         linear = canvas.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING, 3).mean((1, 3))
         return np.rint(linear ** (1 / GAMMA) * 255).astype(np.uint8)
 

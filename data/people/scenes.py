@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from viewdiff_nb.faces.alignment import check_numbers
+from viewdiff_nb.faces.geometry import check_numbers
 
 GAMMA = 2.2  # pictures store light ** (1 / GAMMA)
 
@@ -83,9 +83,7 @@ def sample_background(rng):
     """A random `Background`: plain, with a gradient, or with a few soft blobs."""
     colour = np.clip(rng.uniform(0.08, 0.92) + rng.normal(0, 0.09, 3), 0, 1)
     kind = rng.choice(["plain", "gradient", "blobs"], p=[0.25, 0.35, 0.4])
-    gradient = (
-        rng.uniform(-0.3, 0.3, (2, 1)) + rng.normal(0, 0.05, (2, 3)) if kind != "plain" else np.zeros((2, 3))
-    )
+    gradient = rng.uniform(-0.3, 0.3, (2, 1)) + rng.normal(0, 0.05, (2, 3)) if kind != "plain" else np.zeros((2, 3))
     blobs = []
     for _ in range(rng.integers(3, 9) if kind == "blobs" else 0):
         blob_colour = np.clip(rng.uniform(0.05, 0.95) + rng.normal(0, 0.12, 3), 0, 1)

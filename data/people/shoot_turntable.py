@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from viewdiff_nb.faces.sixfiles import CONVENTIONS
+from viewdiff_nb.faces.views import CONVENTIONS
 from viewdiff_nb.files import write_atomically, write_text
 
 from .render import PHOTO_FIELD, PHOTO_SIZE
@@ -75,8 +75,10 @@ def shoot_turntable(out: str | Path, studio, recogniser, config: TurntableConfig
         features.append(recogniser.embed(np.stack(crops)))
         keypoints.append(np.stack(points))
     grid = len(names), len(config.pitches), len(config.yaws)
-    arrays = {"features.npy": np.stack(features).reshape(*grid, -1).astype(np.float16),
-              "keypoints.npy": np.stack(keypoints).reshape(*grid, 5, 3).round(3).astype(np.float32)}  # fmt: skip
+    arrays = {
+        "features.npy": np.stack(features).reshape(*grid, -1).astype(np.float16),
+        "keypoints.npy": np.stack(keypoints).reshape(*grid, 5, 3).round(3).astype(np.float32),
+    }
     for name, values in arrays.items():
         write_atomically(out / name, lambda file, values=values: np.save(file, values))
     about = {
@@ -97,11 +99,10 @@ def shoot_turntable(out: str | Path, studio, recogniser, config: TurntableConfig
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m people.shoot_turntable",
-                                     description=__doc__.split("\n")[0])  # fmt: skip
+    parser = argparse.ArgumentParser(prog="python -m people.shoot_turntable", description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="folder for the files")
     options = parser.parse_args(arguments)
-    from viewdiff_nb.faces.recogniser import Recogniser
+    from people.recogniser import Recogniser
 
     from .build import Studio
 

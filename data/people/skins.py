@@ -23,13 +23,23 @@ TEXTURE_SIZE = 512
 SEAM_MARGIN = 6  # texels painted beyond the edge of each part, so that no seam shows the empty texture
 EYE_ACROSS = 3.1  # centimetres from the nose's plane to each eye
 # Skin from light to dark.
-SKIN_TONES = np.array([(0.96, 0.80, 0.70), (0.87, 0.67, 0.53), (0.70, 0.49, 0.36), (0.44, 0.29, 0.21),
-                       (0.27, 0.17, 0.13)])  # fmt: skip
+SKIN_TONES = np.array(
+    [(0.96, 0.80, 0.70), (0.87, 0.67, 0.53), (0.70, 0.49, 0.36), (0.44, 0.29, 0.21), (0.27, 0.17, 0.13)]
+)
 # Hair: black, brown, light brown, blond, red, grey.
-HAIR_COLOURS = np.array([(0.08, 0.06, 0.05), (0.22, 0.13, 0.08), (0.38, 0.24, 0.13), (0.68, 0.52, 0.30),
-                         (0.45, 0.18, 0.08), (0.62, 0.60, 0.58)])  # fmt: skip
-IRIS_COLOURS = np.array([(0.13, 0.07, 0.04), (0.25, 0.14, 0.06), (0.22, 0.30, 0.16), (0.25, 0.40, 0.55),
-                         (0.40, 0.42, 0.42)])  # fmt: skip
+HAIR_COLOURS = np.array(
+    [
+        (0.08, 0.06, 0.05),
+        (0.22, 0.13, 0.08),
+        (0.38, 0.24, 0.13),
+        (0.68, 0.52, 0.30),
+        (0.45, 0.18, 0.08),
+        (0.62, 0.60, 0.58),
+    ]
+)
+IRIS_COLOURS = np.array(
+    [(0.13, 0.07, 0.04), (0.25, 0.14, 0.06), (0.22, 0.30, 0.16), (0.25, 0.40, 0.55), (0.40, 0.42, 0.42)]
+)
 SCLERA = np.array([0.76, 0.72, 0.70])
 MASKS = ("face", "lips", "eyelids", "ears")
 
@@ -65,14 +75,11 @@ class SkinPainter:
         self._rows, self._columns = np.nonzero(owner >= 0)
         texels = values[self._rows, self._columns]
         self._points = texels[:, :3].astype(np.float32)
-        self._hollow = np.where(
-            texels[:, 1] > MOUTH_UP - 2.5, texels[:, 3], 0
-        )  # not at the neck's many seams
+        self._hollow = np.where(texels[:, 1] > MOUTH_UP - 2.5, texels[:, 3], 0)  # not at the neck's many seams
         self._part = model.part[model.faces[owner[self._rows, self._columns], 0]]
         head = self._part < 3
         self._masks = {
-            name: np.where(head, smooth_mask(read_mask(model.mask_folder, name, texels[:, 4:])), 0)
-            for name in MASKS
+            name: np.where(head, smooth_mask(read_mask(model.mask_folder, name, texels[:, 4:])), 0) for name in MASKS
         }
         self._place = np.column_stack([self._columns + 0.5, self._rows + 0.5]) / size
         left, top, right, bottom = INNER_BOX
@@ -111,21 +118,15 @@ class SkinPainter:
     def _skin(self, rng, tone):
         """Uneven base colour, red cheeks and nose, shaded lids and bags under the eyes."""
         across, up, forward = self._points.T
-        blotches = (
-            1 + 0.04 * self._noise(rng, 0.3) + 0.025 * self._noise(rng, 1.5) + 0.02 * self._noise(rng, 5.0)
-        )
+        blotches = 1 + 0.04 * self._noise(rng, 0.3) + 0.025 * self._noise(rng, 1.5) + 0.02 * self._noise(rng, 5.0)
         redness = 0.025 * self._noise(rng, 0.5) + rng.normal(0, 0.012)
-        cheeks = (
-            bump(abs(across) - 1.15 * EYE_ACROSS, 1.4) * bump(up - MOUTH_UP / 2 + 0.5, 1.4) * (forward > -8)
-        )
+        cheeks = bump(abs(across) - 1.15 * EYE_ACROSS, 1.4) * bump(up - MOUTH_UP / 2 + 0.5, 1.4) * (forward > -8)
         nose = bump(across, 0.9) * bump(up + 4.2, 1.0) * (forward > 0)
         redness = redness + rng.uniform(0, 0.13) * cheeks + rng.uniform(0, 0.1) * nose
         redness = redness + rng.uniform(0, 0.1) * self._masks["ears"]
         colour = tone * blotches[:, None] * (1 + redness[:, None] * (0.8, -0.55, -0.55))
         lids = rng.uniform(0.05, 0.3) * self._masks["eyelids"]
-        bags = (
-            rng.uniform(0, 0.2) * bump(abs(across) - EYE_ACROSS, 1.2) * bump(up + 1.6, 0.5) * (forward > -6)
-        )
+        bags = rng.uniform(0, 0.2) * bump(abs(across) - EYE_ACROSS, 1.2) * bump(up + 1.6, 0.5) * (forward > -6)
         return colour * (1 - (lids + bags)[:, None] * (0.8, 1.0, 1.0))
 
     def _spots(self, rng, colour):
@@ -154,9 +155,7 @@ class SkinPainter:
             height = up + wobble - (4.0 + 0.75 * row) + 0.02 * across**2
             lines += 0.6 * bump(height, 0.11) * (abs(across) < 3.5) * (forward > -4)
         beside_mouth = abs(across) - (2.0 + 0.45 * (MOUTH_UP + 2.2 - up)) + wobble
-        lines += (
-            0.9 * bump(beside_mouth, 0.16) * (up < MOUTH_UP + 2.4) * (up > MOUTH_UP - 0.5) * (forward > -4)
-        )
+        lines += 0.9 * bump(beside_mouth, 0.16) * (up < MOUTH_UP + 2.4) * (up > MOUTH_UP - 0.5) * (forward > -4)
         crow_feet = bump(abs(across) - 5.2, 0.7) * np.clip(np.sin(9 * (up + wobble)), 0, 1) * (abs(up) < 1.3)
         lines += 0.4 * crow_feet * (forward > -6)
         lines += (
@@ -165,9 +164,7 @@ class SkinPainter:
             * (abs(across) < 5)
             * (forward > -6)
         )
-        return colour * (
-            1 - np.clip(depth * rng.uniform(0.8, 1.6) * lines, 0, 0.6)[:, None] * (0.8, 1.0, 1.0)
-        )
+        return colour * (1 - np.clip(depth * rng.uniform(0.8, 1.6) * lines, 0, 0.6)[:, None] * (0.8, 1.0, 1.0))
 
     def _lips(self, rng, colour, tone, male):
         """Lips in the person's own colour, or painted."""
@@ -211,9 +208,7 @@ class SkinPainter:
 
     def _hair(self, rng, colour, hair_colour, style):
         """Colour where hair grows, streaked along its strands."""
-        weight = soft_step(
-            hair_margin(style, self._points), 0.7 if style.name in ("bald", "cropped") else 0.4
-        )
+        weight = soft_step(hair_margin(style, self._points), 0.7 if style.name in ("bald", "cropped") else 0.4)
         weight *= 1 - self._masks["ears"]
         if style.name in ("bald", "cropped"):  # skin shines through
             weight *= 0.55 + 0.9 * style.thickness + 0.08 * np.clip(self._noise(rng, 5.0), -1, 1)
@@ -242,18 +237,14 @@ def sample_tone(rng, dark):
     """(3,) skin colour for a darkness in 0..1, with a little chance."""
     place = dark * (len(SKIN_TONES) - 1)
     low = min(int(place), len(SKIN_TONES) - 2)
-    return (SKIN_TONES[low] + (place - low) * (SKIN_TONES[low + 1] - SKIN_TONES[low])) * np.exp(
-        rng.normal(0, 0.05, 3)
-    )
+    return (SKIN_TONES[low] + (place - low) * (SKIN_TONES[low + 1] - SKIN_TONES[low])) * np.exp(rng.normal(0, 0.05, 3))
 
 
 def sample_hair_colour(rng, dark, age):
     """(3,) hair colour; dark skin goes with dark hair, age with grey."""
     grey = 0.05 + max(0.0, age - 0.78) * 12
     chances = np.array([4 * dark + 0.8, 1.5, 1 - dark, 1.1 * (1 - dark) ** 3, 0.6 * (1 - dark) ** 3, grey])
-    return HAIR_COLOURS[rng.choice(len(HAIR_COLOURS), p=chances / chances.sum())] * np.exp(
-        rng.normal(0, 0.15)
-    )
+    return HAIR_COLOURS[rng.choice(len(HAIR_COLOURS), p=chances / chances.sum())] * np.exp(rng.normal(0, 0.15))
 
 
 def smooth_mask(mask):

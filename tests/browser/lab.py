@@ -18,8 +18,14 @@ from chromium import CHROMIUM
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, Playwright
 
-CHROMIUM_FLAGS = ["--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking",
-                  "--disable-component-update", "--disable-sync"]  # fmt: skip
+CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 QUIET = '{"fetchNews": "false", "checkForUpdates": false}'
 ALL_RUN = r"""() => { const c = [...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')]
     .map(e => e.textContent.trim()); return c.length && c.every(s => /^\[\d+\]/.test(s)) }"""
@@ -42,9 +48,17 @@ class Lab:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.token, self.root, self.log = secrets.token_hex(16), root, config / "server.log"
-        command = [Path(sys.executable).parent / "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1",
-                   f"--port={self.port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={self.token}",
-                   f"--ServerApp.root_dir={root}"]  # fmt: skip
+        command = [
+            Path(sys.executable).parent / "jupyter",
+            "lab",
+            "--no-browser",
+            "--allow-root",
+            "--ip=127.0.0.1",
+            f"--port={self.port}",
+            "--ServerApp.port_retries=0",
+            f"--IdentityProvider.token={self.token}",
+            f"--ServerApp.root_dir={root}",
+        ]
         own = {"JUPYTER_CONFIG_DIR": str(config), "JUPYTER_RUNTIME_DIR": str(config / "run")}
         environment = os.environ | own | environment
         with self.log.open("wb") as log:

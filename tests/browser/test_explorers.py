@@ -23,7 +23,7 @@ SETUP = """
 import torch
 from viewdiff_nb import EnhancedTransformerDecoderOnly3D
 from viewdiff_nb.faces import load_face_views, split_by_person
-from viewdiff_nb.paths import HEADS
+from viewdiff_nb.files import HEADS
 from viewdiff_nb.training.config import TrainConfig
 from viewdiff_nb.widgets import AttentionExplorer, PoseExplorer, TrainingMonitor, VoxelExplorer
 torch.manual_seed(0)
@@ -125,7 +125,7 @@ def test_the_readout_says_what_the_model_makes_of_the_view(pose):
     handle(pose, "yaw (°)").press("ArrowRight")
     wait_for_picture(stage(pose, "the head"), is_pose(0, 65))
     from viewdiff_nb.faces import load_face_views, split_by_person
-    from viewdiff_nb.paths import HEADS
+    from viewdiff_nb.files import HEADS
 
     test = split_by_person(load_face_views(HEADS), val=200, test=300).test
     own = test.names.index(turntable.names[0])

@@ -12,7 +12,7 @@ from lab import (
     wait_for_picture,
 )
 
-from viewdiff_nb.paths import PROJECT
+from viewdiff_nb.files import PROJECT
 
 
 @pytest.fixture(scope="module")

@@ -6,16 +6,12 @@ import numpy as np
 import pytest
 from people import build as builder
 from people.build import BuildConfig, Studio, build, claim_folder, main, sample_poses
+from people.recogniser import MobileFaceNet192, Recogniser
 from people.sheet import draw_sheet
 
 from viewdiff_nb.faces.geometry import face_rotation, rotation_matrix
-from viewdiff_nb.faces.recogniser import MobileFaceNet192, Recogniser
 
-FILES = [
-    f"{kind}_{part}"
-    for kind in ("front", "video")
-    for part in ("feature.npy", "keypoints.npy", "metadata.json")
-]
+FILES = [f"{kind}_{part}" for kind in ("front", "video") for part in ("feature.npy", "keypoints.npy", "metadata.json")]
 CONFIG = BuildConfig(people=3, views=4, seed=7, chunk=1)
 
 
@@ -146,9 +142,12 @@ def test_people_differ_and_are_reproducible(studio):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"people": 0}, "people must be a whole number of 1 or more, got 0"), ({"views": 1.5}, "views .* got 1.5"),
-     ({"seed": -1}, "seed must be a whole number of 0 or more, got -1")],
-)  # fmt: skip
+    [
+        ({"people": 0}, "people must be a whole number of 1 or more, got 0"),
+        ({"views": 1.5}, "views .* got 1.5"),
+        ({"seed": -1}, "seed must be a whole number of 0 or more, got -1"),
+    ],
+)
 def test_bad_configurations_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         BuildConfig(**change)

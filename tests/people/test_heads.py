@@ -37,8 +37,17 @@ def person_of(model, seed):
 
 
 def hair(**changes):
-    base = {"name": "short", "thickness": 1.0, "hairline": 6.0, "recession": 0.0, "parting": 2.0,
-            "temple": -6.0, "nape": -7.0, "curl": 0.0, "noise_seed": 1}  # fmt: skip
+    base = {
+        "name": "short",
+        "thickness": 1.0,
+        "hairline": 6.0,
+        "recession": 0.0,
+        "parting": 2.0,
+        "temple": -6.0,
+        "nape": -7.0,
+        "curl": 0.0,
+        "noise_seed": 1,
+    }
     return HairStyle(**(base | changes))
 
 
@@ -130,7 +139,13 @@ def test_long_hair_reaches_below_the_mouth_behind_the_ears_only():
 def test_styles_are_varied():
     rng = np.random.default_rng(0)
     assert {sample_hair(rng, male).name for male in (True, False) for _ in range(100)} == {
-        "bald", "cropped", "short", "full", "tied", "long"}  # fmt: skip
+        "bald",
+        "cropped",
+        "short",
+        "full",
+        "tied",
+        "long",
+    }
 
 
 def test_noise_is_continuous_periodic_and_exact_at_the_lattice():

@@ -3,12 +3,12 @@
 import numpy as np
 import torch
 from people.build import Studio
+from people.recogniser import join_flipped
 from people.render import HeadRenderer, Mesh, project
 from people.scenes import Light
 
 from viewdiff_nb.faces import FaceViews
 from viewdiff_nb.faces.geometry import normalise_keypoints
-from viewdiff_nb.faces.recogniser import join_flipped
 
 
 def test_mirrored_views_are_those_of_the_mirrored_head():
@@ -31,9 +31,14 @@ def test_mirrored_views_are_those_of_the_mirrored_head():
     src, points = look(renderer, angles, (0.3, -0.3, 1.0))
     faces = FaceViews(("a",), src[:1], src, points, angles, torch.zeros(3, dtype=torch.long), True).mirrored()
     wanted, wanted_points = look(other, faces.angles, (-0.3, -0.3, 1.0))
-    torch.testing.assert_close(normalise_keypoints(faces.keypoints_3d), normalise_keypoints(wanted_points),
-                               atol=1e-5, rtol=0)  # fmt: skip
+    torch.testing.assert_close(
+        normalise_keypoints(faces.keypoints_3d), normalise_keypoints(wanted_points), atol=1e-5, rtol=0
+    )
     projected = np.stack([project(other.keypoints, a.numpy())[0] for a in faces.angles])
-    torch.testing.assert_close(normalise_keypoints(faces.keypoints_3d), normalise_keypoints(
-        torch.from_numpy(projected).float()), atol=1e-5, rtol=0)  # fmt: skip
+    torch.testing.assert_close(
+        normalise_keypoints(faces.keypoints_3d),
+        normalise_keypoints(torch.from_numpy(projected).float()),
+        atol=1e-5,
+        rtol=0,
+    )
     assert (faces.src - wanted).norm(dim=1).max() < 1e-3 and (src - wanted).norm(dim=1).min() > 0.04

@@ -16,15 +16,15 @@ from people.render import (
 )
 from people.scenes import Background, Light, sample_background, sample_light
 
-from viewdiff_nb.faces.alignment import fit_similarity
-from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE, rotation_matrix
+from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE, fit_similarity, rotation_matrix
 
 BLACK = Background((0.0, 0.0, 0.0))
 FRONTAL_LIGHT = Light(direction=(0, 0, 1), ambient=0.5, gloss=0.0)
 RED, GREEN, BLUE = (200, 30, 30), (30, 200, 30), (30, 30, 200)
 # A face 6 cm between the eyes, symmetric, the pivot 7 cm behind it.
-KEYPOINTS = np.array([(-0.03, -0.03, 0.06), (0.03, -0.03, 0.06), (0.0, 0.0, 0.09), (-0.025, 0.04, 0.065),
-                      (0.025, 0.04, 0.065)])  # fmt: skip
+KEYPOINTS = np.array(
+    [(-0.03, -0.03, 0.06), (0.03, -0.03, 0.06), (0.0, 0.0, 0.09), (-0.025, 0.04, 0.065), (0.025, 0.04, 0.065)]
+)
 
 
 def square(centre, half, colour_index):
@@ -88,9 +88,7 @@ def test_keypoints_are_rotated_face_points_times_the_perspective_scale():
     seen, distance = project(KEYPOINTS, angles)
     turned = KEYPOINTS @ rotation_matrix(torch.tensor(angles)).numpy().T
     scale = (PHOTO_SIZE / PHOTO_FIELD) * CAMERA_DISTANCE / (CAMERA_DISTANCE - turned[:, 2])
-    np.testing.assert_allclose(
-        seen - (PHOTO_SIZE / 2, PHOTO_SIZE / 2, 0), turned * scale[:, None], rtol=1e-12
-    )
+    np.testing.assert_allclose(seen - (PHOTO_SIZE / 2, PHOTO_SIZE / 2, 0), turned * scale[:, None], rtol=1e-12)
     np.testing.assert_allclose(distance, CAMERA_DISTANCE - turned[:, 2])
 
 
@@ -130,9 +128,7 @@ def test_a_crop_puts_the_features_where_the_template_wants_them():
     wanted = keypoints[:, :2] @ similarity[:, :2].T + similarity[:, 2]
     for x, y in wanted:
         assert coloured(crop, 0)[int(y), int(x)]
-    assert (
-        abs(wanted - np.array(ARCFACE_TEMPLATE)).max() < 6
-    )  # roll is undone, proportions stay the face's own
+    assert abs(wanted - np.array(ARCFACE_TEMPLATE)).max() < 6  # roll is undone, proportions stay the face's own
 
 
 def test_jitter_moves_alignment_and_keypoints():
@@ -154,10 +150,7 @@ def test_light_comes_from_its_direction():
 
 
 def test_equal_inputs_give_equal_bytes():
-    scenes = [
-        (sample_light(np.random.default_rng(3)), sample_background(np.random.default_rng(4)))
-        for _ in range(2)
-    ]
+    scenes = [(sample_light(np.random.default_rng(3)), sample_background(np.random.default_rng(4))) for _ in range(2)]
     renderer = renderer_of(square((0, 0, 0.05), 0.05, 2))
     first, second = (renderer.crop((0.1, 0.2, 0.3), *scene)[0] for scene in scenes)
     assert (first == second).all()

@@ -34,12 +34,15 @@ def test_a_turntable_is_what_the_studio_shows(shot):
     assert np.corrcoef(cut.ravel(), crop.ravel())[0, 1] > 0.9  # the same face at the same place
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"yaws": (0, 0)}, "yaws must rise"),
-    ({"yaws": (-95, 0)}, "within ±90"),
-    ({"pitches": ()}, "pitches must rise"),
-    ({"people": ()}, "people must be indices"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"yaws": (0, 0)}, "yaws must rise"),
+        ({"yaws": (-95, 0)}, "within ±90"),
+        ({"pitches": ()}, "pitches must rise"),
+        ({"people": ()}, "people must be indices"),
+    ],
+)
 def test_senseless_grids_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         TurntableConfig(**options)

@@ -1,9 +1,8 @@
 """From faces to tensors: data sets on disk, geometry, your own photos."""
 
-from .geometry import KEYPOINT_NAMES
-from .rows import FaceDataError
-from .splits import Split, load_split_file, save_split, split_by_person
-from .views import YAW_BINS, FaceViews, load_face_views
+from viewdiff_nb.faces.geometry import KEYPOINT_NAMES, YAW_BINS
+from viewdiff_nb.faces.splits import Split, load_split_file, save_split, split_by_person
+from viewdiff_nb.faces.views import FaceDataError, FaceViews, load_face_views
 
 __all__ = [
     "KEYPOINT_NAMES",

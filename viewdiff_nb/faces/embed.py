@@ -21,15 +21,120 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+import torch
 import tyro
 from tqdm.auto import tqdm
 
-from ..files import write_text
-from ..paths import writable_folder
-from .frames import ARRAYS, Person, choose_front, fingerprint_of, frontal_angles, load_part, save_part
-from .insight import FaceReader, RefusedError
-from .photos import UnreadableError, is_picture, list_people, read_pictures
-from .sixfiles import CONVENTIONS, KINDS, write_samples
+from viewdiff_nb.faces.photo_reader import (
+    FaceReader,
+    RefusedError,
+    UnreadableError,
+    is_picture,
+    list_people,
+    read_pictures,
+)
+from viewdiff_nb.faces.views import CONVENTIONS, KINDS, write_samples
+from viewdiff_nb.files import read_torch, writable_folder, write_atomically, write_text
+
+PARTS_VERSION = 2
+
+
+BLUR_COST = 5.0  # degrees away from frontal that weigh as much as half the sharpness
+
+
+ARRAYS = ("features", "keypoints", "poses", "sharpness")
+
+
+@dataclass
+class Person:
+    """A person's frames: arrays features (n, D), keypoints (n, 5, 3), poses (n, 3), sharpness (n,), and their entries.
+
+    entries: n dicts with person_name, image_path and, of videos, frame_index.
+    failed: dicts with reason, person_name, image_path, error and, of videos, frame_index.
+    """
+
+    arrays: dict[str, np.ndarray]
+    entries: list[dict]
+    failed: list[dict]
+
+
+def frontal_angles(poses: np.ndarray) -> np.ndarray:
+    """Angle between where the face looks and the camera; roll does not count, alignment undoes it.
+
+    Args:
+        poses: (N, 3) pitch, yaw, roll in degrees.
+
+    Returns:
+        (N,) degrees.
+
+    >>> frontal_angles(np.array([[0.0, 0.0, 20.0], [0.0, -30.0, 0.0], [45.0, 45.0, 0.0]])).round(3).tolist()
+    [0.0, 30.0, 60.0]
+    """
+    pitch, yaw = np.deg2rad(poses[:, 0]), np.deg2rad(poses[:, 1])
+    return np.rad2deg(np.arccos(np.clip(np.cos(pitch) * np.cos(yaw), -1, 1)))
+
+
+def choose_front(poses: np.ndarray, sharpness: np.ndarray, front_angle: float = 15.0) -> int | None:
+    """The most frontal and sharp frame: smallest angle + BLUR_COST · log2(sharpest / sharpness).
+
+    So a frame of half the sharpness must be BLUR_COST degrees more frontal. Only frames within front_angle take
+    part, and the sharpest is the sharpest of them; of equals the first is taken.
+
+    Args:
+        poses: (N, 3) pitch, yaw, roll in degrees.
+        sharpness: (N,) variance of the Laplacian.
+        front_angle: degrees.
+
+    Returns:
+        the row, or None if no frame is frontal enough.
+
+    >>> poses = np.array([[0.0, 1.0, 0.0], [0.0, 8.0, 0.0], [0.0, 40.0, 0.0]])
+    >>> choose_front(poses, np.array([20.0, 300.0, 900.0])), choose_front(poses, np.array([200.0, 300.0, 900.0]))
+    (1, 0)
+    """
+    angles = frontal_angles(poses)
+    near = np.flatnonzero(angles <= front_angle)
+    if not len(near):
+        return None
+    sharp = np.maximum(sharpness[near], 1e-6)
+    return int(near[(angles[near] + BLUR_COST * np.log2(sharp.max() / sharp)).argmin()])
+
+
+class DamagedPart(ValueError):
+    """A part that cannot be read."""
+
+
+def save_part(path: Path, fingerprint: str, person: Person) -> None:
+    """Write a person's frames; the file appears whole or not at all."""
+    content = {
+        "fingerprint": fingerprint,
+        "entries": person.entries,
+        "failed": person.failed,
+        "arrays": {name: torch.from_numpy(values) for name, values in person.arrays.items()},
+    }
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def load_part(path: Path, fingerprint: str) -> Person | None:
+    """A person's frames; None if they are not there or damaged, or were made of other files or with other options."""
+    if not path.is_file():
+        return None
+    try:
+        part = read_torch(path, DamagedPart)
+    except DamagedPart:
+        return None  # so it is made anew
+    if not isinstance(part, dict) or part.get("fingerprint") != fingerprint:
+        return None
+    if not {"arrays", "entries", "failed"} <= set(part):
+        return None
+    arrays = {name: values.numpy() for name, values in part["arrays"].items()}
+    return Person(arrays, part["entries"], part["failed"])
+
+
+def fingerprint_of(files: list[Path], photos: Path, settings: dict) -> str:
+    """Changes with the names, sizes and times of a person's files, and with the settings."""
+    stats = [(path.relative_to(photos).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps([PARTS_VERSION, settings, stats], sort_keys=True).encode()).hexdigest()
 
 
 class ConsentError(ValueError):
@@ -108,8 +213,12 @@ def embed_person(name: str, files: list[Path], photos: Path, reader: FaceReader,
                     failed.append({"reason": error.reason, **entry, "error": str(error)})
         except UnreadableError as error:
             failed.append({"reason": "read_error", **where, "error": str(error)})
-    columns = ([face.embedding for face in faces], [face.keypoints for face in faces], [face.pose for face in faces],
-               [face.sharpness for face in faces])  # fmt: skip
+    columns = (
+        [face.embedding for face in faces],
+        [face.keypoints for face in faces],
+        [face.pose for face in faces],
+        [face.sharpness for face in faces],
+    )
     return Person({key: np.array(column) for key, column in zip(ARRAYS, columns, strict=True)}, entries, failed)
 
 
@@ -138,13 +247,23 @@ def embed_folder(photos: str | Path, out: str | Path, options: EmbedOptions = Em
         EmbedError: if nobody has a front and a side view; the work is kept.
     """
     if not options.i_have_consent:
-        raise ConsentError("face embeddings are biometric data that identify people: confirm with --i_have_consent (in "
-                           "Python EmbedOptions(i_have_consent=True)) that everybody shown has agreed")  # fmt: skip
+        raise ConsentError(
+            "face embeddings are biometric data that identify people: confirm with --i_have_consent (in "
+            "Python EmbedOptions(i_have_consent=True)) that everybody shown has agreed"
+        )
     photos, out = Path(photos).expanduser(), Path(out).expanduser()
     people = list_people(photos)
     parts = check_out(photos, out)
-    reader = FaceReader(options.models, options.pack, options.det_size, options.det_threshold, options.min_face,
-                        options.max_faces, options.min_sharpness, options.device)  # fmt: skip
+    reader = FaceReader(
+        options.models,
+        options.pack,
+        options.det_size,
+        options.det_threshold,
+        options.min_face,
+        options.max_faces,
+        options.min_sharpness,
+        options.device,
+    )
     settings = {key: value for key, value in asdict(options).items() if key not in ("i_have_consent", "models")}
     settings["checksums"] = reader.checksums
     done, kept = {}, set()
@@ -176,8 +295,10 @@ def write_set(out: Path, people: dict[str, Person], settings: dict, recogniser: 
             skipped[name] = f"usable frames: {count}; a front and at least one side view are needed"
             continue
         if front is None:
-            skipped[name] = (f"no frame within {settings['front_angle']:g}° of frontal, the nearest is "
-                             f"{frontal_angles(poses).min():.1f}° away")  # fmt: skip
+            skipped[name] = (
+                f"no frame within {settings['front_angle']:g}° of frontal, the nearest is "
+                f"{frontal_angles(poses).min():.1f}° away"
+            )
             continue
         others = [row for row in range(count) if row != front]
         for kind, rows in zip(KINDS, ([front], others), strict=True):
@@ -189,9 +310,14 @@ def write_set(out: Path, people: dict[str, Person], settings: dict, recogniser: 
     if len(skipped) == len(people):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
         raise EmbedError(f"nobody has a front and a side view ({reasons}); see {out / 'failed_images.json'}")
-    info = {"content": "faces of people who agreed, as confirmed by who ran the command", "recogniser": recogniser,
-            "feature": "float32, not normalised", **CONVENTIONS, "keypoint_unit": "pixels of the photo or frame",
-            "settings": settings}  # fmt: skip
+    info = {
+        "content": "faces of people who agreed, as confirmed by who ran the command",
+        "recogniser": recogniser,
+        "feature": "float32, not normalised",
+        **CONVENTIONS,
+        "keypoint_unit": "pixels of the photo or frame",
+        "settings": settings,
+    }
     for kind, half in halves.items():
         arrays = (np.concatenate(half[key]) for key in ("features", "keypoints", "poses"))
         write_samples(out, kind, *arrays, half["entries"], info)
@@ -204,8 +330,13 @@ def write_failures(path: Path, used: int, failed: list[dict], skipped: dict[str,
     details = {}
     for failure in failed:
         details.setdefault(failure["reason"], []).append({k: v for k, v in failure.items() if k != "reason"})
-    report = {"total_images": used + len(failed), "successful": used, "failed": len(failed), "failed_details": details,
-              "skipped_persons": skipped}  # fmt: skip
+    report = {
+        "total_images": used + len(failed),
+        "successful": used,
+        "failed": len(failed),
+        "failed_details": details,
+        "skipped_persons": skipped,
+    }
     write_text(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -230,3 +361,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+
+
+# ---- A person's usable frames: which of them is the front, and how they are kept between runs.

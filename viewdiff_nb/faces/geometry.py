@@ -10,6 +10,7 @@ Conventions (InsightFace's, `landmark_3d_68` and `Face.pose`):
 * five keypoints, in this order: see `KEYPOINT_NAMES`.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,10 +47,16 @@ def rotation_matrix(angles: Tensor) -> Tensor:
         raise ValueError(f"angles need a last dimension of 3 (pitch, yaw, roll), got shape {tuple(angles.shape)}")
     (sx, sy, sz), (cx, cy, cz) = angles.sin().unbind(-1), angles.cos().unbind(-1)
     rows = (
-        cz * cy, cz * sy * sx - sz * cx, cz * sy * cx + sz * sx,
-        sz * cy, sz * sy * sx + cz * cx, sz * sy * cx - cz * sx,
-        -sy, cy * sx, cy * cx,
-    )  # fmt: skip
+        cz * cy,
+        cz * sy * sx - sz * cx,
+        cz * sy * cx + sz * sx,
+        sz * cy,
+        sz * sy * sx + cz * cx,
+        sz * sy * cx - cz * sx,
+        -sy,
+        cy * sx,
+        cy * cx,
+    )
     return torch.stack(rows, -1).unflatten(-1, (3, 3))
 
 
@@ -115,3 +122,46 @@ def face_rotation(keypoints: Tensor) -> Tensor:
     down = (mouth_left + mouth_right) - (left_eye + right_eye)
     y = torch.nn.functional.normalize(down - (down * x).sum(-1, keepdim=True) * x, dim=-1)
     return torch.stack((x, y, torch.linalg.cross(x, y)), -1)
+
+
+# ---- Alignment of a face to where a recogniser expects its keypoints.
+
+
+def check_numbers(name, values, shape, low=-np.inf, high=np.inf):
+    """`values` as a finite float64 array of `shape` (None: any length) within low..high, or a ValueError."""
+    array = np.asarray(values, np.float64)
+    fits = array.ndim == len(shape) and all(want in (None, got) for want, got in zip(shape, array.shape, strict=True))
+    if not fits:
+        raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds a value that is not finite: {array.tolist()}")
+    if array.size and (array.min() < low or array.max() > high):
+        raise ValueError(f"{name} must lie within {low}..{high}, got {array.min():g}..{array.max():g}")
+    return array
+
+
+def fit_similarity(source, target):
+    """The similarity transform that moves points closest to others (Umeyama 1991), without mirroring.
+
+    Args:
+        source: (N, 2) points, not all in one place.
+        target: (N, 2) where they should go.
+
+    Returns:
+        (2, 3) matrix A; a point p goes to A[:, :2] p + A[:, 2].
+    """
+    source = check_numbers("source points", source, (None, 2))
+    target = check_numbers("target points", target, source.shape)
+    source_mean, target_mean = source.mean(0), target.mean(0)
+    from_source, from_target = source - source_mean, target - target_mean
+    variance = (from_source**2).sum() / len(source)
+    if variance < 1e-12:
+        raise ValueError(f"the source points must not all coincide, they lie at {source_mean.tolist()}")
+    left, strength, right = np.linalg.svd(from_target.T @ from_source / len(source))
+    signs = np.array([1.0, np.sign(np.linalg.det(left) * np.linalg.det(right))])  # -1 would mirror
+    rotation = left @ np.diag(signs) @ right
+    scale = (strength * signs).sum() / variance
+    return np.column_stack([scale * rotation, target_mean - scale * rotation @ source_mean])
+
+
+YAW_BINS = ((0, 30), (30, 45), (45, 60), (60, 75), (75, 90))  # |yaw| in degrees, upper end included in the last

@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files import is_text, read_json, shorten, write_text
-from .rows import FaceDataError
-from .views import FaceViews, running_number
+from viewdiff_nb.faces.views import FaceDataError, FaceViews, running_number
+from viewdiff_nb.files import is_text, read_json, shorten, write_text
 
 SIDE_VIEW = 45.0  # degrees of |yaw|: from here on a view counts as one from the side
 STRATA = 10
@@ -88,8 +87,11 @@ def save_split(path: str | Path, split: Split) -> None:
     """Write the names of a split's people, its sizes, seed and the fingerprint of the whole set's names as JSON."""
     names = {part: list(getattr(split, part).names) for part in PARTS}
     everybody = [name for part in PARTS for name in names[part]]
-    about = {"seed": split.seed, "sizes": {part: len(names[part]) for part in PARTS},
-             "people": names_fingerprint(everybody)}  # fmt: skip
+    about = {
+        "seed": split.seed,
+        "sizes": {part: len(names[part]) for part in PARTS},
+        "people": names_fingerprint(everybody),
+    }
     write_text(path, json.dumps(about | names, indent=0) + "\n")
 
 
@@ -112,8 +114,9 @@ def load_split_file(path: str | Path, faces: FaceViews) -> Split:
     if (sizes := {part: len(names) for part, names in parts.items()}) != content.get("sizes", sizes):
         raise FaceDataError(f"{path}: sizes are {shorten(content['sizes'])}, but the lists hold {sizes}")
     if not isinstance(seed := content.get("seed"), int | None):
-        raise FaceDataError(f"{path}: seed must be a whole number, or null for a split that was not drawn, got "
-                            f"{shorten(seed)}")  # fmt: skip
+        raise FaceDataError(
+            f"{path}: seed must be a whole number, or null for a split that was not drawn, got {shorten(seed)}"
+        )
     rows, part_of = {name: i for i, name in enumerate(faces.names)}, {}
     for part, names in parts.items():
         for name in names:
@@ -121,13 +124,16 @@ def load_split_file(path: str | Path, faces: FaceViews) -> Split:
                 raise FaceDataError(f"{path}: person {shorten(name)} is in {part_of[name]} and again in {part}")
             part_of[name] = part
     if content.get("people", fingerprint := names_fingerprint(faces.names)) != fingerprint:
-        raise FaceDataError(f"{path}: a split of another set: the fingerprint of its people is "
-                            f"{shorten(content['people'])}, of this set's {fingerprint}")  # fmt: skip
+        raise FaceDataError(
+            f"{path}: a split of another set: the fingerprint of its people is "
+            f"{shorten(content['people'])}, of this set's {fingerprint}"
+        )
     if unknown := [name for name in part_of if name not in rows]:
         raise FaceDataError(f"{path}: {len(unknown)} people are not in this face set, e.g. {shorten(unknown[0])}")
     if missing := [name for name in faces.names if name not in part_of]:
-        raise FaceDataError(f"{path}: {len(missing)} of this set's {len(faces.names)} people are in no part, "
-                            f"e.g. {shorten(missing[0])}")  # fmt: skip
+        raise FaceDataError(
+            f"{path}: {len(missing)} of this set's {len(faces.names)} people are in no part, e.g. {shorten(missing[0])}"
+        )
     index = (torch.tensor([rows[name] for name in names], device=faces.device) for names in parts.values())
     return Split(*(faces.select(people) for people in index), seed=seed)
 

@@ -18,12 +18,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..files import is_text, read_json, shorten
-from ..paths import TURNTABLE
-from .alignment import fit_similarity
-from .geometry import ARCFACE_TEMPLATE, rotation_matrix
-from .rows import FaceDataError, load_rows
-from .views import FaceViews
+from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE, fit_similarity, rotation_matrix
+from viewdiff_nb.faces.views import FaceDataError, FaceViews, load_rows
+from viewdiff_nb.files import TURNTABLE, is_text, read_json, shorten
 
 TEMPLATE_SIZE = 112  # pixels of the crop that `ARCFACE_TEMPLATE` is given in
 GREY = (128, 128, 128)  # around a picture that is rolled
@@ -151,17 +148,30 @@ def load_turntable(folder: str | Path = TURNTABLE) -> Turntable:
             raise FaceDataError(f"{path}: not a readable picture") from error
         if size != wanted:
             raise FaceDataError(f"{path}: must be {wanted} pixels as metadata.json says, got {size}")
-    return Turntable(names, pitches, yaws, features, keypoints, about["photo_size"], about["pixels_per_photo_pixel"],
-                     about["picture_size"], folder)  # fmt: skip
+    return Turntable(
+        names,
+        pitches,
+        yaws,
+        features,
+        keypoints,
+        about["photo_size"],
+        about["pixels_per_photo_pixel"],
+        about["picture_size"],
+        folder,
+    )
 
 
 def _check_metadata(path: Path) -> dict:
     about = read_json(path, FaceDataError)
-    checks = {"people": (_are_names, "different names that can be names of files"),
-              "pitches": (_are_angles, "rising degrees within ±90"), "yaws": (_are_angles, "rising degrees within ±90"),
-              "feature_dim": (_is_size, "a positive whole number"), "photo_size": (_is_size, "a positive whole number"),
-              "picture_size": (_is_size, "a positive whole number"),
-              "pixels_per_photo_pixel": (_is_scale, "a positive number")}  # fmt: skip
+    checks = {
+        "people": (_are_names, "different names that can be names of files"),
+        "pitches": (_are_angles, "rising degrees within ±90"),
+        "yaws": (_are_angles, "rising degrees within ±90"),
+        "feature_dim": (_is_size, "a positive whole number"),
+        "photo_size": (_is_size, "a positive whole number"),
+        "picture_size": (_is_size, "a positive whole number"),
+        "pixels_per_photo_pixel": (_is_scale, "a positive number"),
+    }
     for key, (fits, wanted) in checks.items():
         value = about.get(key) if isinstance(about, dict) else None
         if not fits(value):
@@ -171,13 +181,20 @@ def _check_metadata(path: Path) -> dict:
 
 def _are_names(value: object) -> bool:
     """Pictures lie in files of these names, which must not lead out of the folder."""
-    return (isinstance(value, list) and all(is_text(name) and re.fullmatch(r"[^/\\:\0]{1,100}", name) for name in value)
-            and 0 < len(value) == len(set(value)))  # fmt: skip
+    return (
+        isinstance(value, list)
+        and all(is_text(name) and re.fullmatch(r"[^/\\:\0]{1,100}", name) for name in value)
+        and 0 < len(value) == len(set(value))
+    )
 
 
 def _are_angles(value: object) -> bool:
-    return (isinstance(value, list) and len(value) > 0 and all(type(v) in (int, float) and abs(v) <= 90 for v in value)
-            and all(low < high for low, high in itertools.pairwise(value)))  # fmt: skip
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(type(v) in (int, float) and abs(v) <= 90 for v in value)
+        and all(low < high for low, high in itertools.pairwise(value))
+    )
 
 
 def _is_size(value: object) -> bool:
@@ -197,3 +214,34 @@ def _sheet(path: Path) -> Image.Image:
     """A decoded sheet of pictures; decoding takes a quarter of a second, and people are looked at for a while."""
     with Image.open(path) as sheet:
         return sheet.convert("RGB")
+
+
+# ---- People of a face set as the explorers want them: the recorded view nearest to a pose, without pictures.
+
+
+class RecordedPeople:
+    """What `turntable.Turntable` offers, for any face set, your own too.
+
+    Args:
+        faces: the side views; views per person may differ.
+    """
+
+    pitches = yaws = None  # no grid: any pose may have been recorded
+
+    def __init__(self, faces: FaceViews) -> None:
+        self.faces, self.names = faces.to("cpu"), faces.names
+
+    def row(self, person: int, pitch: float = 0.0, roll: float = 0.0) -> FaceViews:
+        """All views of a person, by rising yaw; pitch and roll are as recorded."""
+        own = (self.faces.person == person).nonzero()[:, 0]
+        if not len(own):
+            raise ValueError(f"{self.names[person]} has no side view")
+        return self.faces.where(own[self.faces.angles[own, 1].argsort()])
+
+    def closest(self, person: int, pitch: float, yaw: float, roll: float = 0.0) -> int:
+        """Which view of `row` is closest to a pose in degrees."""
+        wanted = torch.tensor([pitch, yaw, roll]).deg2rad()
+        return int((self.row(person).angles - wanted).norm(dim=1).argmin())
+
+    def picture(self, person: int, pitch: float, yaw: float, roll: float = 0.0) -> None:
+        """There is none."""

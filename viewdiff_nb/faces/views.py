@@ -21,13 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import is_text, read_json, shorten
-from .rows import DiskRows, FaceDataError, chunks, load_rows
+from viewdiff_nb.files import is_text, read_json, shorten
 
 if TYPE_CHECKING:
     import pandas as pd
 
-YAW_BINS = ((0, 30), (30, 45), (45, 60), (60, 75), (75, 90))  # |yaw| in degrees, upper end included in the last
+import json
+
+from viewdiff_nb.faces.geometry import KEYPOINT_NAMES, YAW_BINS
+from viewdiff_nb.files import DiskRows, chunks, read_npy, write_atomically, write_text
+
 MAX_ANGLE = 180.0
 SAMPLE_LIMIT = 2**14  # bytes of metadata a sample
 MIRRORED_KEYPOINTS = (1, 0, 2, 4, 3)  # which keypoint is seen in the place of each: left and right change names
@@ -108,8 +111,9 @@ class FaceViews:
     def where(self, keep: Tensor) -> "FaceViews":
         """Only the side views in keep, a (M,) mask or index; all people stay."""
         picked = {name: getattr(self, name) for name in ("src", "keypoints_3d", "angles", "person")}
-        return replace(self, **{name: v.pick(keep) if isinstance(v, DiskRows) else v[keep]
-                                for name, v in picked.items()})  # fmt: skip
+        return replace(
+            self, **{name: v.pick(keep) if isinstance(v, DiskRows) else v[keep] for name, v in picked.items()}
+        )
 
     def select(self, people: Tensor) -> "FaceViews":
         """Only some people, and their side views; person is renumbered.
@@ -126,8 +130,12 @@ class FaceViews:
         new_row = torch.full((len(self.names),), -1, dtype=torch.long, device=self.device)
         new_row[people] = torch.arange(len(people), device=self.device)
         kept = self.where(new_row[self.person] >= 0)
-        return replace(kept, names=tuple(self.names[i] for i in people.tolist()), front=self.front[people],
-                       person=new_row[kept.person])  # fmt: skip
+        return replace(
+            kept,
+            names=tuple(self.names[i] for i in people.tolist()),
+            front=self.front[people],
+            person=new_row[kept.person],
+        )
 
     def sample_views(self, n: int, generator: torch.Generator) -> "FaceViews":
         """n random side views of every person, or all of one who has fewer; in their old order.
@@ -149,12 +157,17 @@ class FaceViews:
             ValueError: if the embeddings are not made of a crop's half and a mirror image's half.
         """
         if not self.flip_halves:
-            raise ValueError("only embeddings of a crop and its mirror image, side by side, can be mirrored; "
-                             "flip_halves is False")  # fmt: skip
+            raise ValueError(
+                "only embeddings of a crop and its mirror image, side by side, can be mirrored; flip_halves is False"
+            )
         signs = torch.tensor([1.0, -1.0, -1.0], device=self.device)
-        return replace(self, front=swap_halves(self.front), src=_apply(swap_halves, self.src),
-                       keypoints_3d=_apply(mirror_keypoints, self.keypoints_3d),
-                       angles=self.angles * signs)  # fmt: skip
+        return replace(
+            self,
+            front=swap_halves(self.front),
+            src=_apply(swap_halves, self.src),
+            keypoints_3d=_apply(mirror_keypoints, self.keypoints_3d),
+            angles=self.angles * signs,
+        )
 
     def frame(self) -> "pd.DataFrame":
         """One row per side view: person, pitch, yaw, roll (degrees), yaw_bin, cosine (with the person's front).
@@ -166,10 +179,12 @@ class FaceViews:
         table = pd.DataFrame(self.angles.rad2deg().cpu().numpy(), columns=["pitch", "yaw", "roll"])
         table.insert(0, "person", np.array(self.names, object)[self.person.cpu().numpy()])
         edges = [low for low, _ in YAW_BINS] + [np.nextafter(YAW_BINS[-1][1], np.inf, dtype=np.float32)]
-        table["yaw_bin"] = pd.cut(self.abs_yaw.cpu().numpy(), edges, right=False,
-                                  labels=[f"{low}-{high}" for low, high in YAW_BINS])  # fmt: skip
-        cosine = [torch.cosine_similarity(self.src[part], self.front[self.person[part]])
-                  for part in chunks(self.src.shape)]  # fmt: skip
+        table["yaw_bin"] = pd.cut(
+            self.abs_yaw.cpu().numpy(), edges, right=False, labels=[f"{low}-{high}" for low, high in YAW_BINS]
+        )
+        cosine = [
+            torch.cosine_similarity(self.src[part], self.front[self.person[part]]) for part in chunks(self.src.shape)
+        ]
         table["cosine"] = torch.cat(cosine).cpu().numpy() if cosine else np.zeros(0, np.float32)
         return table
 
@@ -220,28 +235,36 @@ def load_face_views(folder: str | Path, device: torch.device | str = "cpu", mmap
     folder = Path(folder)
     if mmap and torch.device(device).type != "cpu":
         raise ValueError(f"a memory-mapped set stays on disk; it cannot be loaded to {device}")
-    paths = [folder / f"{kind}_{part}" for kind in ("front", "video")
-             for part in ("feature.npy", "keypoints.npy", "metadata.json")]  # fmt: skip
+    paths = [
+        folder / f"{kind}_{part}"
+        for kind in ("front", "video")
+        for part in ("feature.npy", "keypoints.npy", "metadata.json")
+    ]
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"face set {folder} lacks {', '.join(missing)}")
     front, _, _, names, flipped_front = _load_samples(folder, "front")
     src, keypoints, angles, owners, flipped_src = _load_samples(folder, "video", mmap)
     if front.shape[1] != src.shape[1]:
-        raise FaceDataError(f"{folder / 'video_feature.npy'}: embeddings are {src.shape[1]} wide, the frontal ones "
-                            f"{front.shape[1]}")  # fmt: skip
+        raise FaceDataError(
+            f"{folder / 'video_feature.npy'}: embeddings are {src.shape[1]} wide, the frontal ones {front.shape[1]}"
+        )
     rows = {}
     for i, name in enumerate(names):
         if name in rows:
-            raise FaceDataError(f"{folder / 'front_metadata.json'}: row {i}: person {shorten(name)} already has a "
-                                f"frontal sample in row {rows[name]}; keep one per person")  # fmt: skip
+            raise FaceDataError(
+                f"{folder / 'front_metadata.json'}: row {i}: person {shorten(name)} already has a "
+                f"frontal sample in row {rows[name]}; keep one per person"
+            )
         rows[name] = i
     for i, name in enumerate(owners):
         if name not in rows:
-            raise FaceDataError(f"{folder / 'video_metadata.json'}: row {i}: person {shorten(name)} has no frontal "
-                                "sample")  # fmt: skip
+            raise FaceDataError(
+                f"{folder / 'video_metadata.json'}: row {i}: person {shorten(name)} has no frontal sample"
+            )
     person = torch.tensor([rows[name] for name in owners])
-    return FaceViews(tuple(names), front, src, keypoints, angles.deg2rad(), person,
-                     flipped_front and flipped_src).to(device)  # fmt: skip
+    return FaceViews(tuple(names), front, src, keypoints, angles.deg2rad(), person, flipped_front and flipped_src).to(
+        device
+    )
 
 
 def _load_samples(folder: Path, kind: str, mmap: bool = False) -> tuple:
@@ -280,8 +303,9 @@ def _poses(path: Path, poses: list) -> Tensor:
     for i, pose in enumerate(poses):
         numbers = isinstance(pose, list) and len(pose) == 3 and all(type(a) in (int, float) for a in pose)
         if not numbers or not all(abs(a) <= MAX_ANGLE for a in pose):  # NaN fails the comparison too
-            raise FaceDataError(f"{path}: row {i}: a pose is [pitch, yaw, roll] in degrees within "
-                                f"{MAX_ANGLE:g}, got {shorten(pose)}")  # fmt: skip
+            raise FaceDataError(
+                f"{path}: row {i}: a pose is [pitch, yaw, roll] in degrees within {MAX_ANGLE:g}, got {shorten(pose)}"
+            )
     return torch.tensor(poses, dtype=torch.float32)
 
 
@@ -290,3 +314,98 @@ def _person_names(path: Path, entries: list) -> list[str]:
         if not isinstance(entry, dict) or not is_text(entry.get("person_name")):
             raise FaceDataError(f"{path}: row {i}: needs a person_name, a text in UTF-8, got {shorten(entry)}")
     return [entry["person_name"] for entry in entries]
+
+
+# ---- Arrays of samples on disk: checked when opened, and read whole or only the rows asked for.
+
+
+NORMS = (1e-6, 1e6)  # of an embedding: far from 1e-12, below which F.normalize gives no unit vectors, and from 1e19,
+# above which squares are infinite in float32; recognisers give 1, or some tens
+
+
+class FaceDataError(ValueError):
+    """A face set that cannot be used; the message names the file and the row."""
+
+
+def load_rows(
+    path: Path, shape: tuple[int | None, ...], mmap: bool = False, embeddings: bool = False
+) -> Tensor | DiskRows:
+    """A float array that is finite as float32; pickles are refused.
+
+    Args:
+        shape: the one wanted; None stands for any length.
+        mmap: leave the rows on disk.
+        embeddings: refuse vectors along the last dimension whose length is outside of `NORMS`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        FaceDataError: naming the file and, where there is one, the row.
+    """
+    array = read_npy(path, FaceDataError, shape, mmap)
+    finite, usable = np.ones(len(array), bool), np.ones(len(array), bool)
+    for part in chunks(array.shape):
+        with np.errstate(over="ignore"):  # a float64 too large for float32 becomes infinite and is reported
+            values = np.asarray(array[part], np.float32)
+            finite[part] = np.isfinite(values).reshape(len(values), -1).all(1)
+            if embeddings:
+                norms = np.linalg.norm(values, axis=-1).reshape(len(values), -1)
+                usable[part] = ((norms >= NORMS[0]) & (norms <= NORMS[1])).all(1)
+    if not finite.all():
+        raise FaceDataError(f"{path}: row {int(finite.argmin())}: not finite ({int((~finite).sum())} such rows)")
+    if not usable.all():
+        row = int(usable.argmin())
+        norms = np.linalg.norm(np.asarray(array[row], np.float64), axis=-1).ravel()
+        worst = norms.min() if norms.min() < NORMS[0] else norms.max()
+        raise FaceDataError(
+            f"{path}: row {row}: the embedding has length {worst:.3g} ({int((~usable).sum())} such "
+            f"rows); float32 calculates with {NORMS[0]:g} to {NORMS[1]:g}. Scale all embeddings alike"
+        )
+    return DiskRows(path) if mmap else torch.from_numpy(array.astype(np.float32, copy=False))
+
+
+# ---- Writes a face set: the guide's six files, which `viewdiff_nb.faces.views.load_face_views` reads.
+
+
+KINDS = ("front", "video")
+CONVENTIONS = {  # of poses and keypoints, as the metadata states them; see viewdiff_nb.faces.geometry
+    "pose_order": ["pitch", "yaw", "roll"],
+    "pose_unit": "degrees",
+    "pose_signs": "+pitch looks up, +yaw turns the nose to the image's right, +roll is clockwise",
+    "rotation": "Rz(roll) Ry(yaw) Rx(pitch)",
+    "keypoint_names": list(KEYPOINT_NAMES),
+    "keypoint_axes": "x right, y down, z toward the camera",
+}
+
+
+def write_samples(folder, kind, features, keypoints, poses, entries, info):
+    """Write the three files of one half of a set; each appears whole or not at all.
+
+    Args:
+        folder: where to.
+        kind: "front" or "video".
+        features: (N, D) embeddings.
+        keypoints: (N, 5, 3) pixels.
+        poses: (N, 3) pitch, yaw, roll in degrees.
+        entries: N dicts with at least `person_name`.
+        info: dict, the metadata's `standard_info`.
+    """
+    counts = {len(features), len(keypoints), len(poses), len(entries)}
+    if kind not in KINDS or len(counts) != 1:
+        raise ValueError(f"kind must be one of {KINDS} and all counts equal, got {kind!r} and counts {sorted(counts)}")
+    folder = Path(folder)
+    for part, array in (("feature", features), ("keypoints", keypoints)):
+        write_atomically(
+            folder / f"{kind}_{part}.npy", lambda file, array=array: np.save(file, array, allow_pickle=False)
+        )
+    write_text(folder / f"{kind}_metadata.json", metadata_text(features.shape[1], info, poses, entries))
+
+
+def metadata_text(feature_dim, info, poses, entries):
+    """A metadata file: compact JSON with one sample a line."""
+    pose_lines = ",\n".join(json.dumps([float(angle) for angle in pose], separators=(",", ":")) for pose in poses)
+    entry_lines = ",\n".join(json.dumps(entry, separators=(",", ":")) for entry in entries)
+    return (
+        f'{{"num_samples":{len(poses)},\n"feature_dim":{feature_dim},\n'
+        f'"standard_info":{json.dumps(info, separators=(",", ":"))},\n'
+        f'"poses":[\n{pose_lines}\n],\n"metadata":[\n{entry_lines}\n]}}\n'
+    )

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..files import parse_json, read_json, read_safetensors, shorten, write_safetensors, write_text
-from .lora import LoRALinearLayer, lora_layers
+from viewdiff_nb.files import parse_json, read_json, read_safetensors, shorten, write_safetensors, write_text
+from viewdiff_nb.modules.lora import LoRALinearLayer, lora_layers
 
 FORMAT = "viewdiff_nb adapter 1"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -55,8 +55,12 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     added = adapter_parameters(model)
     if not added:
         raise AdapterError("the model has no adapter to save")
-    config = {"format": FORMAT, "layers": {name: _layer_config(layer) for name, layer in lora_layers(model).items()},
-              "settings": _settings(model), "base_fingerprint": base_fingerprint(model)}  # fmt: skip
+    config = {
+        "format": FORMAT,
+        "layers": {name: _layer_config(layer) for name, layer in lora_layers(model).items()},
+        "settings": _settings(model),
+        "base_fingerprint": base_fingerprint(model),
+    }
     _write(Path(folder), added, config)
 
 
@@ -73,18 +77,25 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
     _check_types(folder, config, {"layers": dict, "settings": dict, "base_fingerprint": str})
     mine = {name: _layer_config(layer) for name, layer in lora_layers(model).items()}
     if mine != config["layers"]:
-        differing = sorted(name for name in mine.keys() | config["layers"].keys()
-                           if mine.get(name) != config["layers"].get(name))  # fmt: skip
+        differing = sorted(
+            name for name in mine.keys() | config["layers"].keys() if mine.get(name) != config["layers"].get(name)
+        )
         first = differing[0]
-        raise AdapterError(f"{len(differing)} adapted layers differ, e.g. {first}: the adapter in {folder} has "
-                           f"{shorten(config['layers'].get(first))}, the model {mine.get(first)}")  # fmt: skip
+        raise AdapterError(
+            f"{len(differing)} adapted layers differ, e.g. {first}: the adapter in {folder} has "
+            f"{shorten(config['layers'].get(first))}, the model {mine.get(first)}"
+        )
     if (mine := _settings(model)) != config["settings"]:
         differing = sorted(name for name in mine if mine[name] != config["settings"].get(name)) or ["other modules"]
-        raise AdapterError(f"the model is built differently: {differing[0]} is {mine.get(differing[0])}, and "
-                           f"{shorten(config['settings'].get(differing[0]))} in {folder}")  # fmt: skip
+        raise AdapterError(
+            f"the model is built differently: {differing[0]} is {mine.get(differing[0])}, and "
+            f"{shorten(config['settings'].get(differing[0]))} in {folder}"
+        )
     if config["base_fingerprint"] != base_fingerprint(model):
-        raise AdapterError(f"the adapter in {folder} belongs to another base model: its weights would be added to "
-                           "the wrong ones; load its base first")  # fmt: skip
+        raise AdapterError(
+            f"the adapter in {folder} belongs to another base model: its weights would be added to "
+            "the wrong ones; load its base first"
+        )
     _copy(model, adapter_parameters(model), weights, folder)
 
 
@@ -103,12 +114,20 @@ def save_peft_adapter(model: nn.Module, folder: str | Path) -> None:
     if any(layer.rslora != first.rslora for layer in layers.values()):
         raise AdapterError("PEFT has one rslora setting for all layers, and these differ")
     config = {
-        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True,
-        "r": first.rank, "lora_alpha": first.alpha, "lora_dropout": first.dropout, "use_rslora": first.rslora,
-        "bias": "none", "target_modules": list(layers), "fan_in_fan_out": False,
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "lora_dropout": first.dropout,
+        "use_rslora": first.rslora,
+        "bias": "none",
+        "target_modules": list(layers),
+        "fan_in_fan_out": False,
         "rank_pattern": {n: layer.rank for n, layer in layers.items() if layer.rank != first.rank},
         "alpha_pattern": {n: layer.alpha for n, layer in layers.items() if layer.alpha != first.alpha},
-    }  # fmt: skip
+    }
     weights = {}
     for name, layer in layers.items():
         weights[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_down
@@ -128,8 +147,11 @@ def load_peft_adapter(model: nn.Module, folder: str | Path) -> None:
         raise AdapterError(f"{folder} holds no LoRA adapter of PEFT (peft_type is {shorten(config.get('peft_type'))})")
     patterns = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
     config = patterns | {key: value for key, value in config.items() if value is not None}
-    _check_types(folder, config, {"r": int, "lora_alpha": int | float, "rank_pattern": dict, "alpha_pattern": dict,
-                                  "use_rslora": bool})  # fmt: skip
+    _check_types(
+        folder,
+        config,
+        {"r": int, "lora_alpha": int | float, "rank_pattern": dict, "alpha_pattern": dict, "use_rslora": bool},
+    )
     layers = lora_layers(model)
     for name, layer in layers.items():
         mine = layer.rank, layer.alpha, layer.rslora, layer.pose_dim
@@ -137,8 +159,9 @@ def load_peft_adapter(model: nn.Module, folder: str | Path) -> None:
         alpha = config["alpha_pattern"].get(name, config["lora_alpha"])
         theirs = rank, alpha, config["use_rslora"], 0
         if mine != theirs:
-            raise AdapterError(f"{name}: (rank, alpha, rslora, pose_dim) is {mine} in the model and {shorten(theirs)} "
-                               f"in {folder}")  # fmt: skip
+            raise AdapterError(
+                f"{name}: (rank, alpha, rslora, pose_dim) is {mine} in the model and {shorten(theirs)} in {folder}"
+            )
     names = {"lora_A": "lora_down", "lora_B": "lora_up"}
     renamed = {}
     for key, value in weights.items():
@@ -156,8 +179,12 @@ def _layer_config(layer: LoRALinearLayer) -> dict:
 
 def _settings(model: nn.Module) -> dict[str, int]:
     """What decides the numbers and shows in no weight's shape: attention heads and voxel resolutions."""
-    return {f"{name}.{setting}": getattr(module, setting) for name, module in model.named_modules()
-            for setting in ("num_heads", "voxel_resolution") if hasattr(module, setting)}  # fmt: skip
+    return {
+        f"{name}.{setting}": getattr(module, setting)
+        for name, module in model.named_modules()
+        for setting in ("num_heads", "voxel_resolution")
+        if hasattr(module, setting)
+    }
 
 
 def _copy(
@@ -165,11 +192,14 @@ def _copy(
 ) -> None:
     missing, foreign = sorted(parameters.keys() - weights.keys()), sorted(weights.keys() - parameters.keys())
     if missing or foreign:
-        raise AdapterError(f"{folder} lacks {missing[:3] or 'nothing'} and holds {foreign[:3] or 'nothing'} beyond "
-                           "what the model has")  # fmt: skip
+        raise AdapterError(
+            f"{folder} lacks {missing[:3] or 'nothing'} and holds {foreign[:3] or 'nothing'} beyond what the model has"
+        )
     if wrong := [name for name, p in parameters.items() if p.shape != weights[name].shape]:
-        raise AdapterError(f"{wrong[0]} is {tuple(weights[wrong[0]].shape)} in {folder} and "
-                           f"{tuple(parameters[wrong[0]].shape)} in the model")  # fmt: skip
+        raise AdapterError(
+            f"{wrong[0]} is {tuple(weights[wrong[0]].shape)} in {folder} and "
+            f"{tuple(parameters[wrong[0]].shape)} in the model"
+        )
     if lost := [n for n in parameters if not (weights[n].is_floating_point() and weights[n].isfinite().all())]:
         raise AdapterError(f"{lost[0]} in {folder} holds values that are no finite floats")
     with torch.no_grad():
@@ -205,8 +235,10 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict]:
     if CONFIG in header:
         config = parse_json(header[CONFIG], f"the header of {folder / WEIGHTS}", AdapterError)
         if CONFIG not in missing and read_json(folder / CONFIG, AdapterError) != config:
-            raise AdapterError(f"{folder / CONFIG} is not the config that {WEIGHTS} was saved with (its header has "
-                               "that); take both files from one adapter")  # fmt: skip
+            raise AdapterError(
+                f"{folder / CONFIG} is not the config that {WEIGHTS} was saved with (its header has "
+                "that); take both files from one adapter"
+            )
     elif missing:
         raise FileNotFoundError(f"{folder} lacks {CONFIG}")
     else:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .lora import LoRALinearLayer
+from viewdiff_nb.modules.lora import LoRALinearLayer
 
 FUSED_WIDTH = 256  # wider heads have no fast fused kernel on a GPU; few keys make plain products cheap
 
@@ -156,8 +156,9 @@ class PoseConditionedLoRAAttention(nn.Module):
         """
         h = features[:, None] if features.dim() == 2 else features
         if h.dim() != 3 or h.shape[-1] != self.feature_dim:
-            raise ValueError(f"features must be (B, {self.feature_dim}) or (B, T, {self.feature_dim}), "
-                             f"got {tuple(features.shape)}")  # fmt: skip
+            raise ValueError(
+                f"features must be (B, {self.feature_dim}) or (B, T, {self.feature_dim}), got {tuple(features.shape)}"
+            )
         code = self._pose_code(pose, h.shape[0])
         context = h if memory is None else torch.cat((h, memory), 1)
         q = split_heads(self.query(h, code) if self.pose_dim else self.query(h), self.num_heads)
@@ -171,8 +172,9 @@ class PoseConditionedLoRAAttention(nn.Module):
     def _may_absorb(self, queries: int, keys: int) -> bool:
         """Whether the short way is shorter, and allowed: adapter dropout acts on projected tokens, and a
         layer that somebody else has wrapped (PEFT, quantisation) or watches by a hook has to be called."""
-        ours = all(type(layer) in (nn.Linear, LoRALinearLayer) and not _has_hooks(layer)
-                   for layer in (self.key, self.value))  # fmt: skip
+        ours = all(
+            type(layer) in (nn.Linear, LoRALinearLayer) and not _has_hooks(layer) for layer in (self.key, self.value)
+        )
         return keys > 2 * queries and ours and not (self.dropout and self.training)
 
     def _projected(self, q: Tensor, context: Tensor, code: Tensor | None, with_weights: bool):

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..faces.geometry import normalise_keypoints, to_face_frame
-from .attention import encode_pose
+from viewdiff_nb.faces.geometry import normalise_keypoints, to_face_frame
+from viewdiff_nb.modules.attention import encode_pose
 
 
 class Frontaliser(nn.Module):
@@ -86,10 +86,14 @@ class MLP(Frontaliser):
     def __init__(self, feature_dim: int = 512, hidden: int = 1024, dropout: float = 0.2) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(feature_dim + 6 + 30, hidden), nn.GELU(), nn.Dropout(dropout),
-            nn.Linear(hidden, hidden), nn.GELU(), nn.Dropout(dropout),
+            nn.Linear(feature_dim + 6 + 30, hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
             nn.Linear(hidden, feature_dim),
-        )  # fmt: skip
+        )
         nn.init.zeros_(self.layers[-1].weight)
         nn.init.zeros_(self.layers[-1].bias)
 
@@ -107,8 +111,9 @@ class DREAM(Frontaliser):
 
     def __init__(self, feature_dim: int = 512) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(feature_dim, feature_dim), nn.ReLU(),
-                                    nn.Linear(feature_dim, feature_dim), nn.ReLU())  # fmt: skip
+        self.layers = nn.Sequential(
+            nn.Linear(feature_dim, feature_dim), nn.ReLU(), nn.Linear(feature_dim, feature_dim), nn.ReLU()
+        )
 
     def predict(self, unit: Tensor, angles: Tensor, keypoints_3d: Tensor) -> Tensor:
         gate = torch.sigmoid(10 * (angles[:, 1:2].abs() / (torch.pi / 4) - 1))

@@ -51,8 +51,10 @@ class LoRALinearLayer(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         if not 1 <= rank <= min(in_features, out_features):
-            raise ValueError(f"rank must be in 1..{min(in_features, out_features)} for a {in_features} to "
-                             f"{out_features} layer, got {rank}")  # fmt: skip
+            raise ValueError(
+                f"rank must be in 1..{min(in_features, out_features)} for a {in_features} to "
+                f"{out_features} layer, got {rank}"
+            )
         if not alpha > 0:
             raise ValueError(f"alpha must be positive, got {alpha}")
         if pose_dim < 0:
@@ -75,8 +77,16 @@ class LoRALinearLayer(nn.Linear):
     def from_linear(cls, linear: nn.Linear, rank: int = 4, alpha: float = 1.0, **options) -> "LoRALinearLayer":
         """Wrap an existing layer; its weight and bias are shared (and frozen), not copied."""
         like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        layer = cls(linear.in_features, linear.out_features, rank, alpha, bias=linear.bias is not None,
-                    device="meta", dtype=linear.weight.dtype, **options)  # fmt: skip
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            rank,
+            alpha,
+            bias=linear.bias is not None,
+            device="meta",
+            dtype=linear.weight.dtype,
+            **options,
+        )
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.lora_down = nn.Parameter(torch.empty(layer.lora_down.shape, **like))
         layer.lora_up = nn.Parameter(torch.empty(layer.lora_up.shape, **like))
@@ -191,8 +201,10 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     """
     layers = lora_layers(model)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no LoRA layer to disable; adapters that are trained together are "
-                         "disabled in the models that unstack() gives")  # fmt: skip
+        raise ValueError(
+            f"{type(model).__name__} has no LoRA layer to disable; adapters that are trained together are "
+            "disabled in the models that unstack() gives"
+        )
     before = {name: layer.adapter_enabled for name, layer in layers.items()}
     try:
         for layer in layers.values():
@@ -201,3 +213,19 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for name, layer in layers.items():
             layer.adapter_enabled = before[name]
+
+
+# ---- A model's mode, changed for a while.
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients; afterwards every module is in its own mode again, also a frozen BatchNorm."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

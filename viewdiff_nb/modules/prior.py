@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .modes import evaluation_mode
+from viewdiff_nb.modules.lora import evaluation_mode
 
 Conditions = dict[str, Tensor]
 
@@ -52,8 +52,9 @@ class PriorPreservationLoss(nn.Module):
             the loss (a scalar), and its terms {kl_loss, feature_loss, l2_loss}, detached.
         """
         if student.shape != teacher.shape or student.dim() != 2:
-            raise ValueError(f"student and teacher must both be (B, D), got {tuple(student.shape)} "
-                             f"and {tuple(teacher.shape)}")  # fmt: skip
+            raise ValueError(
+                f"student and teacher must both be (B, D), got {tuple(student.shape)} and {tuple(teacher.shape)}"
+            )
         student, teacher = student.float(), teacher.detach().float()
         with torch.autocast(student.device.type, enabled=False):  # which would round the vectors of a product again
             s, t = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..faces.geometry import KEYPOINT_NAMES, normalise_keypoints, to_face_frame
-from .attention import CrossViewAttention, PoseConditionedLoRAAttention, encode_pose
-from .lora import LoRALinearLayer
-from .projection import FaceVolume, LightweightFaceProjectionLayer
+from viewdiff_nb.faces.geometry import KEYPOINT_NAMES, normalise_keypoints, to_face_frame
+from viewdiff_nb.modules.attention import CrossViewAttention, PoseConditionedLoRAAttention, encode_pose
+from viewdiff_nb.modules.lora import LoRALinearLayer
+from viewdiff_nb.modules.projection import FaceVolume, LightweightFaceProjectionLayer
 
 MEMORY_TOKENS = ("pose", *KEYPOINT_NAMES)
 LORA_TARGETS = ("attention", "feed_forward")
@@ -223,8 +223,10 @@ class EnhancedTransformerDecoderOnly3D(nn.Module):
         base = {name for name, role in self.parameter_roles().items() if role == "base"}
         missing, foreign = sorted(base - set(state)), sorted(set(state) - set(mine))
         if missing or foreign:
-            raise ValueError(f"not this model's base: {len(missing)} parameters missing {missing[:3]}, "
-                             f"{len(foreign)} unknown {foreign[:3]}")  # fmt: skip
+            raise ValueError(
+                f"not this model's base: {len(missing)} parameters missing {missing[:3]}, "
+                f"{len(foreign)} unknown {foreign[:3]}"
+            )
         if wrong := [name for name in sorted(state) if mine[name].shape != state[name].shape]:
             shapes = f"{tuple(state[wrong[0]].shape)} instead of {tuple(mine[wrong[0]].shape)}"
             raise ValueError(f"the base was built with other sizes: {wrong[0]} is {shapes}")

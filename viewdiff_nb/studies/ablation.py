@@ -1,14 +1,13 @@
 """A grid of LoRA ranks, voxel resolutions and prior weights in one call: every cell trained, scored and kept.
 
-    python -m viewdiff_nb.studies.ablation [--fast] [--out figures] [--backend loky]
-
 All cells adapt one base, trained on near-frontal views, to side views. Cells that differ only in what
 `training.together.FREE` names are trained in one pass. A finished cell is stored under its full config and the data's
 fingerprint: a rerun, after whatever ended the last one, does what is missing.
 """
 
-import argparse
 import itertools
+import json
+import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,19 +17,28 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .. import __version__
-from ..faces.splits import Split
-from ..metrics import COUNTS, recognition_by_yaw
-from ..paths import install_hint
-from ..training.config import TrainConfig, choose_device
-from ..training.evaluation import predict
-from ..training.parallel import with_cuda_graph
-from ..training.together import refusal, shared_part, train_together
-from ..training.trainer import TrainResult, train
-from .adaptation import BOUNDARY, COMMON, FAST, FULL, Profile, base_model, default_workers, load_split, parameter_counts
-from .benchmark import TrainingStep, machine
-from .command import study_arguments
-from .store import Store
+from viewdiff_nb import __version__
+from viewdiff_nb.faces.splits import Split
+from viewdiff_nb.files import GPU_RESULTS, install_hint
+from viewdiff_nb.metrics import COUNTS, recognition_by_yaw
+from viewdiff_nb.studies.adaptation import (
+    BOUNDARY,
+    COMMON,
+    FULL_PROFILE,
+    Profile,
+    base_model,
+    default_workers,
+    parameter_counts,
+)
+from viewdiff_nb.studies.benchmark import TrainingStep, machine
+from viewdiff_nb.studies.significance import Estimate, judged_lines, over_seeds, told_apart
+from viewdiff_nb.studies.store import Store
+from viewdiff_nb.training.config import TrainConfig
+from viewdiff_nb.training.devices import choose_device, with_cuda_graph
+from viewdiff_nb.training.evaluation import predict
+from viewdiff_nb.training.loop import train
+from viewdiff_nb.training.one_pass import refusal, shared_part, train_together
+from viewdiff_nb.training.result import TrainResult
 
 AXES = ("rank", "voxel_resolution", "lora_alpha", "lambda_prior", "lora_lr")
 PARTS, WHERE = ("val", "test"), ("all", "0-45", "45-90", "75-90")
@@ -57,8 +65,9 @@ class Grid:
         return len(list(self._cells()))
 
     def _cells(self) -> Iterator[tuple]:
-        return itertools.product(self.rank, self.voxel_resolution, self.lora_alpha, self.lambda_prior, self.lora_lr,
-                                 self.seed)  # fmt: skip
+        return itertools.product(
+            self.rank, self.voxel_resolution, self.lora_alpha, self.lambda_prior, self.lora_lr, self.seed
+        )
 
     def configs(self, base: Path, epochs: int, common: TrainConfig) -> list[TrainConfig]:
         """The training run of every cell.
@@ -67,12 +76,24 @@ class Grid:
             ValueError: for values that make no run.
         """
         return [
-            replace(common, use_lora_attention=True, freeze_base=True, min_yaw=BOUNDARY, epochs=epochs, rank=rank,
-                    lora_alpha=float(rank if alpha is None else alpha), lora_lr=rate, seed=seed,
-                    use_projection_layer=resolution > 0, voxel_resolution=resolution or common.voxel_resolution,
-                    use_prior_preservation=weight > 0, lambda_prior=weight, base_model_path=str(base))
+            replace(
+                common,
+                use_lora_attention=True,
+                freeze_base=True,
+                min_yaw=BOUNDARY,
+                epochs=epochs,
+                rank=rank,
+                lora_alpha=float(rank if alpha is None else alpha),
+                lora_lr=rate,
+                seed=seed,
+                use_projection_layer=resolution > 0,
+                voxel_resolution=resolution or common.voxel_resolution,
+                use_prior_preservation=weight > 0,
+                lambda_prior=weight,
+                base_model_path=str(base),
+            )
             for rank, resolution, alpha, weight, rate, seed in self._cells()
-        ]  # fmt: skip
+        ]
 
 
 FAST_GRID = Grid(voxel_resolution=(4, 8, 16), lambda_prior=(0.1,), seed=(0, 1))
@@ -81,7 +102,7 @@ FAST_GRID = Grid(voxel_resolution=(4, 8, 16), lambda_prior=(0.1,), seed=(0, 1))
 def run_grid(
     grid: Grid,
     split: Split,
-    profile: Profile = FULL,
+    profile: Profile = FULL_PROFILE,
     backend: str = "loky",
     workers: int | None = None,
     together: int | None = None,
@@ -139,7 +160,7 @@ def _jobs(configs: Sequence[TrainConfig], together: int) -> list[list[TrainConfi
         alone = together == 1 or refusal(config)
         groups.setdefault(config if alone else shared_part(config), []).append(config)
     jobs = [group[i : i + together] for group in groups.values() for i in range(0, len(group), together)]
-    return sorted(jobs, key=lambda job: -len(job) * job[0].voxel_resolution**3 * job[0].use_projection_layer)
+    return sorted(jobs, key=lambda job: -len(job) * job[0].voxel_resolution ** 3 * job[0].use_projection_layer)
 
 
 def _work(store: Store, split: Split, job: list[TrainConfig]) -> dict[str, str]:
@@ -193,11 +214,15 @@ def _scored(result: TrainResult, split: Split) -> dict:
             cell |= {f"{part}_{rate}{suffix}": round(v, 6) for rate, v in rates[where].items() if rate not in COUNTS}
     counts = parameter_counts(result.model)
     return cell | {
-        "parameters": counts["parameters"], "trainable": counts["trainable"],
-        "step_ms": 1e3 * result.train_seconds / result.steps, "seconds": result.train_seconds,
-        "train_loss": [round(loss, 5) for loss in result.history["train_loss"]], "machine": machine(),
-        "version": f"viewdiff_nb {__version__}, numpy {np.__version__}, {platform.system()}", "error": "",
-    }  # fmt: skip
+        "parameters": counts["parameters"],
+        "trainable": counts["trainable"],
+        "step_ms": 1e3 * result.train_seconds / result.steps,
+        "seconds": result.train_seconds,
+        "train_loss": [round(loss, 5) for loss in result.history["train_loss"]],
+        "machine": machine(),
+        "version": f"viewdiff_nb {__version__}, numpy {np.__version__}, {platform.system()}",
+        "error": "",
+    }
 
 
 @dataclass(frozen=True)
@@ -233,22 +258,163 @@ def _parallel(backend: str, workers: int) -> _Parallel:
     return _Parallel(backend, workers)
 
 
-def _flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", choices=BACKENDS, default="loky")
-    parser.add_argument("--workers", type=int)
-    parser.add_argument("--together", type=int, help="cells of one pass at most")
+# ---- What a grid of cells says: means with intervals, a recommendation, and the guide's advice beside it.
+# Cells are averaged within a seed first, over the axes that are not asked about; intervals are Student's over seeds, so
+# they tell of other adapters on the same base. What is recommended is chosen on validation people and stated on test
+# people.
+
+SHIPPED = GPU_RESULTS / "ablation_cells.csv"  # the whole default grid, on one GPU
+GUIDE = {"rank": 8, "voxel_resolution": 16, "lambda_prior": 0.1}  # and lora_alpha = rank
+CHOICE = ["rank", "voxel_resolution"]
 
 
-def main() -> None:
-    from tqdm.auto import tqdm
+def read_cells(path: Path = SHIPPED) -> pd.DataFrame:
+    """The table that `ablation.run_grid` makes, from the CSV file of its command.
 
-    arguments = study_arguments(__doc__, more=_flags)
-    profile, grid, out = *((FAST, FAST_GRID) if arguments.fast else (FULL, Grid())), arguments.out
-    cells = run_grid(grid, load_split(profile), profile, arguments.backend, arguments.workers, arguments.together, tqdm)
-    out.mkdir(parents=True, exist_ok=True)
-    cells.to_csv(out / "ablation_cells.csv", index=False)
-    print(f"{len(cells)} cells, {(cells['error'] != '').sum()} failed: {out / 'ablation_cells.csv'}")
+    Raises:
+        ValueError: if a cell has failed.
+    """
+    cells = pd.read_csv(path, converters={"train_loss": json.loads}, dtype={"error": object})
+    cells["error"] = cells["error"].fillna("")
+    if len(failed := cells[cells["error"] != ""]):
+        first = failed.iloc[0]
+        raise ValueError(
+            f"{len(failed)} of {len(cells)} cells in {path} failed, e.g. rank {first['rank']}, resolution "
+            f"{first['voxel_resolution']}: {first['error']}; run the grid again"
+        )
+    return cells
 
 
-if __name__ == "__main__":
-    main()
+def by_seed(cells: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
+    """A row per combination of by, a column per seed."""
+    return cells.pivot_table(index=list(by), columns="seed", values=value, aggfunc="mean")
+
+
+def summary(cells: pd.DataFrame, by: Sequence[str], value: str) -> pd.DataFrame:
+    """A row per combination of by: mean and half (of its 95 % interval over seeds)."""
+    table = by_seed(cells, by, value)
+    found = [over_seeds(row) for row in table.to_numpy()]
+    return pd.DataFrame([(e.mean, e.half) for e in found], index=table.index, columns=["mean", "half"])
+
+
+def paired(cells: pd.DataFrame, by: Sequence[str], one: object, other: object, value: str) -> Estimate:
+    """Of value(one) - value(other), over seeds."""
+    table = by_seed(cells, by, value)
+    return over_seeds(table.loc[one] - table.loc[other])
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """rank, voxel_resolution: the cheapest within margin of the best, by means on validation people.
+
+    best: the rank and resolution with the highest mean. margin: the standard error of such a mean; 0 for one seed.
+    seeds_won: in how many of the seeds the recommended one is the best.
+    """
+
+    rank: int
+    voxel_resolution: int
+    best: tuple[int, int]
+    margin: float
+    seeds_won: int
+    seeds: int
+
+    @property
+    def chosen(self) -> tuple[int, int]:
+        return self.rank, self.voxel_resolution
+
+
+def recommend(cells: pd.DataFrame, rate: str = "tar") -> Recommendation:
+    """The cheapest rank and resolution, fewest voxels first, whose mean is within one standard error of the best.
+
+    The one-standard-error rule (Breiman et al. 1984; Hastie et al., The Elements of Statistical Learning, 7.10). "Not
+    told apart from the best" would be no such rule: with few seeds nothing is told apart, and the cheapest always won.
+    """
+    table = by_seed(cells, CHOICE, f"val_{rate}")
+    means, margin = table.mean(axis=1), _standard_error(table)
+    best = means.idxmax()
+    near = means.index[means >= means[best] - margin]
+    chosen = min(near, key=lambda choice: (choice[1], choice[0]))
+    won = int((table.idxmax() == chosen).sum())
+    return Recommendation(*map(int, chosen), tuple(map(int, best)), margin, won, table.shape[1])
+
+
+def _standard_error(table: pd.DataFrame) -> float:
+    """Of the mean over a row's seeds, pooled over all rows: what neither the row nor the seed explains.
+
+    Two seeds of one row tell next to nothing about their spread; those of nine rows do.
+    """
+    rows, seeds = table.shape
+    if seeds == 1 or rows == 1:
+        return 0.0
+    rest = table.sub(table.mean(axis=1), axis=0)
+    rest = rest - rest.mean(axis=0)
+    variance = rest.pow(2).to_numpy().sum() / ((rows - 1) * (seeds - 1))
+    return math.sqrt(variance / seeds)
+
+
+def recommendation_text(cells: pd.DataFrame) -> str:
+    """The recommendation in words, with its certainty."""
+    found = recommend(cells)
+    table = by_seed(cells, CHOICE, "test_tar")
+    text = (
+        f"**Take rank {found.rank} with {found.voxel_resolution}³ voxels**: TAR at FAR 1e-3 of "
+        f"{over_seeds(table.loc[found.chosen]):.3f} on test people."
+    )
+    if found.chosen == found.best:
+        text += " On validation people it has the highest mean, and nothing cheaper is"
+    else:
+        text += (
+            f" On validation people rank {found.best[0]} with {found.best[1]}³ has the highest mean, and this is "
+            "the cheapest"
+        )
+    text += (
+        f" within one standard error ({found.margin:.4f}) of that; it is the best cell in {found.seeds_won} of "
+        f"{found.seeds} seeds."
+    )
+    if found.seeds == 1:
+        return text + " One seed has no interval: take this for a smoke test."
+    others = [choice for choice in table.index if choice != found.chosen]
+    apart = sum(told_apart([paired(cells, CHOICE, found.chosen, other, "test_tar") for other in others]))
+    return text + f" On test people {apart} of the {len(others)} other combinations are told from it (p after Holm)."
+
+
+def effect_lines(cells: pd.DataFrame, value: str = "test_tar") -> str:
+    """For every axis with several values: each value against the guide's (or the first), as a Markdown list."""
+    found: dict[str, Estimate] = {}
+    for axis in ("rank", "voxel_resolution", "lambda_prior"):
+        values = sorted(cells[axis].unique())
+        reference = GUIDE[axis] if GUIDE[axis] in values else values[0]
+        for other in values:
+            if other != reference:
+                words = f"{axis} {_plain(other)} against {_plain(reference)} in TAR"
+                found[words] = paired(cells, [axis], other, reference, value)
+    return "\n".join(judged_lines(found))
+
+
+def guide_lines(cells: pd.DataFrame) -> str:
+    """The guide's advice, and whether measurement agrees, as a Markdown list."""
+    chosen, lines = recommend(cells), []
+    found: dict[str, Estimate] = {}
+    for axis, words in (("rank", "rank 8"), ("voxel_resolution", "16³ voxels")):
+        ours = getattr(chosen, axis)
+        if GUIDE[axis] not in set(cells[axis]):
+            lines.append(f"- {words}: not in this grid.")
+        elif ours == GUIDE[axis]:
+            lines.append(f"- {words}: **agrees** with what is recommended here.")
+        else:
+            words += f": **disagrees**; {_plain(ours)} is recommended here, in TAR on test people against it"
+            found[words] = paired(cells, [axis], ours, GUIDE[axis], "test_tar")
+    first, *weights = sorted(cells["lambda_prior"].unique())
+    for weight in weights:
+        for words, side in (("keeps below 45°", "0-45"), ("gains beyond 45°", "45-90")):
+            words = f"lambda {_plain(weight)} against {_plain(first)} in TAR {words}"
+            found[words] = paired(cells, ["lambda_prior"], weight, first, f"test_tar_{side}")
+    finest, coarsest = max(cells["voxel_resolution"]), min(v for v in cells["voxel_resolution"] if v)
+    if finest > coarsest:
+        words = f"the guide says that finer grids are more precise; {finest}³ against {coarsest}³ in TAR"
+        found[words] = paired(cells, ["voxel_resolution"], finest, coarsest, "test_tar")
+    return "\n".join(lines + judged_lines(found))
+
+
+def _plain(value: float) -> str:
+    return f"{value:g}"

@@ -18,19 +18,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, multiprocessing, nn
 
-from ..faces.splits import Split, split_by_person
-from ..faces.views import FaceViews, load_face_views
-from ..metrics import recognition_by_yaw
-from ..modules.baselines import DREAM, MLP, MeanFace, PoseRidge, RawEmbedding
-from ..paths import HEADS
-from ..training.checkpoint import save_checkpoint
-from ..training.config import TrainConfig
-from ..training.diagnosis import TrainingAdvice
-from ..training.evaluation import predict
-from ..training.parallel import with_cuda_graph
-from ..training.trainer import train
-from .significance import FARS, resampled_people, resampled_rates
-from .store import FinishedStore, NotFinishedError, Store
+from viewdiff_nb.faces.splits import Split, split_by_person
+from viewdiff_nb.faces.views import FaceViews, load_face_views
+from viewdiff_nb.files import HEADS
+from viewdiff_nb.metrics import recognition_by_yaw
+from viewdiff_nb.modules.baselines import DREAM, MLP, MeanFace, PoseRidge, RawEmbedding
+from viewdiff_nb.studies.significance import FARS, resampled_people, resampled_rates
+from viewdiff_nb.studies.store import FinishedStore, NotFinishedError, Store
+from viewdiff_nb.training.checkpoint import build_model, save_checkpoint
+from viewdiff_nb.training.config import TrainConfig
+from viewdiff_nb.training.devices import with_cuda_graph
+from viewdiff_nb.training.evaluation import predict
+from viewdiff_nb.training.loop import train
+from viewdiff_nb.training.result import TrainingAdvice
 
 BOUNDARY = 45.0  # degrees of |yaw|: the base's domain below, the adapted one from there on
 
@@ -51,10 +51,30 @@ class Profile:
     recipe_epochs: int  # of each of recipe_study.py
 
 
-FULL = Profile("full", 5, None, base_epochs=5, adapt_epochs=7, wide_base_epochs=4, wide_epochs=7, small_epochs=16,
-               baseline_epochs=12, recipe_epochs=8)  # fmt: skip
-FAST = Profile("fast", 1, 300, base_epochs=2, adapt_epochs=2, wide_base_epochs=1, wide_epochs=2, small_epochs=2,
-               baseline_epochs=2, recipe_epochs=2)  # fmt: skip
+FULL_PROFILE = Profile(
+    "full",
+    5,
+    None,
+    base_epochs=5,
+    adapt_epochs=7,
+    wide_base_epochs=4,
+    wide_epochs=7,
+    small_epochs=16,
+    baseline_epochs=12,
+    recipe_epochs=8,
+)
+FAST_PROFILE = Profile(
+    "fast",
+    1,
+    300,
+    base_epochs=2,
+    adapt_epochs=2,
+    wide_base_epochs=1,
+    wide_epochs=2,
+    small_epochs=2,
+    baseline_epochs=2,
+    recipe_epochs=2,
+)
 
 # scored at the end; the recipe (loss, mix-up) was chosen on validation people, see recipe_study.py
 COMMON = TrainConfig(val_people=200, test_people=300, batch_size=128, dropout=0.2, lr=5e-4, mixup=True, val_every=1000)
@@ -80,7 +100,7 @@ ALL_YAWS = (WIDE_BASE, WIDE, SMALL)
 WIDE_OPTIONS = ADAPTATIONS["LoRA r=8 + 3-D projection"] | {"min_yaw": 0.0}
 
 
-def load_split(profile: Profile = FULL, folder: Path = HEADS) -> Split:
+def load_split(profile: Profile = FULL_PROFILE, folder: Path = HEADS) -> Split:
     """The shipped people, split; a smaller profile trains on fewer people, and tests on the same."""
     split = split_by_person(load_face_views(folder), COMMON.val_people, COMMON.test_people, COMMON.split_seed)
     if profile.train_people is None:
@@ -172,8 +192,10 @@ def score(predicted: Tensor, faces: FaceViews, part: str, fars: Sequence[float] 
     """{part: rates by yaw bin, part_people: the same in resamples of the people}, as the tables want it."""
     scored = predicted, faces.front, faces.person, faces.abs_yaw
     resampled = resampled_rates(*scored, resampled_people(len(faces.names)), fars)
-    lists = {where: {rate: [round(value, 5) for value in values.tolist()] for rate, values in of_bin.items()}
-             for where, of_bin in resampled.items()}  # fmt: skip
+    lists = {
+        where: {rate: [round(value, 5) for value in values.tolist()] for rate, values in of_bin.items()}
+        for where, of_bin in resampled.items()
+    }
     return {part: recognition_by_yaw(*scored, tuple(fars)), f"{part}_people": lists}
 
 
@@ -181,7 +203,7 @@ def configuration_counts() -> dict[str, dict[str, int]]:
     """`parameter_counts` of every configuration of `ADAPTATIONS`, untrained."""
     counts = {}
     for name, options in ADAPTATIONS.items():
-        model = replace(COMMON, **{k: v for k, v in options.items() if k in MODEL_OPTIONS}).build_model(COMMON.d_model)
+        model = build_model(replace(COMMON, **{k: v for k, v in options.items() if k in MODEL_OPTIONS}), COMMON.d_model)
         if options.get("freeze_base"):
             model.freeze_base()
         counts[name] = parameter_counts(model)

@@ -6,19 +6,21 @@ import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..faces.views import FaceViews
-from ..training.batches import take
-from ..training.capture import WARMUP, Captured, set_capturable
-from ..training.config import TrainConfig, choose_device
-from ..training.objective import Objective
-from ..training.optimiser import build_optimizer
-from .adaptation import ADAPTATIONS, COMMON
+from viewdiff_nb.faces.views import FaceViews
+from viewdiff_nb.files import GPU_RESULTS
+from viewdiff_nb.studies.adaptation import ADAPTATIONS, COMMON
+from viewdiff_nb.training.batches import take
+from viewdiff_nb.training.checkpoint import build_model
+from viewdiff_nb.training.config import TrainConfig
+from viewdiff_nb.training.devices import WARMUP, GraphedFunction, choose_device, set_capturable
+from viewdiff_nb.training.losses import Objective, build_optimizer
 
 
 class TrainingStep:
@@ -45,7 +47,7 @@ class TrainingStep:
         self.device = faces.device
         self.allocated_before = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
         if model is None:
-            model = config.build_model(faces.feature_dim)
+            model = build_model(config, faces.feature_dim)
             nn.init.normal_(model.output.weight, std=0.02)  # zero in a new model: no gradient would pass it
             if config.use_lora_attention:
                 model.freeze_base()
@@ -56,7 +58,7 @@ class TrainingStep:
         self.batch = take(faces, index)
         base = kept = None
         if config.use_prior_preservation:
-            base = config.build_model(faces.feature_dim, base=True).to(self.device)
+            base = build_model(config, faces.feature_dim, base=True).to(self.device)
             kept = faces.where(index)
         config = replace(config, use_amp=bool(amp), batch_size=batch_size)
         self.objective = Objective(config, self.model, faces.front, self.device, base, kept)
@@ -106,8 +108,9 @@ class TrainingStep:
             return torch.cuda.max_memory_allocated(self.device) - self.allocated_before
         self()  # so that the optimiser has its state
         states = [v for state in self.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
-        return (self._weights() + _nbytes(self.trainable) + sum(v.numel() * v.element_size() for v in states)
-                + self._kept())  # fmt: skip
+        return (
+            self._weights() + _nbytes(self.trainable) + sum(v.numel() * v.element_size() for v in states) + self._kept()
+        )
 
     def traffic(self) -> int:
         """Bytes that a step moves at least, 2 W + 2 A + 5 G + 6 T.
@@ -169,7 +172,7 @@ class CapturedStep:
     def __init__(self, step: TrainingStep, warmup: int = WARMUP) -> None:
         self.step, self.device = step, step.device
         set_capturable(step.optimizer, self.device, True)
-        self.captured = Captured(step.work, self.device, warmup)
+        self.captured = GraphedFunction(step.work, self.device, warmup)
         for _ in range(warmup):
             self()
         torch.cuda.synchronize(self.device)
@@ -316,3 +319,52 @@ def _cpu() -> str:
             return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+# ---- What was measured here, beside what was measured on a GPU (data/results/gpu).
+
+
+MODES = ("eager", "graph")  # a CUDA graph replays a whole step
+
+
+def recognition_on_both(
+    here: Path, rate: str, where: tuple[str, ...] = ("all", "75-90"), folder: Path = GPU_RESULTS
+) -> pd.DataFrame:
+    """A rate of every model on both machines: "mean ± interval" here, and on the GPU with its own seeds.
+
+    Args:
+        here: folder with the table4_RATE.csv that notebook 04 wrote.
+        where: yaw bins.
+    """
+    ours, theirs = (pd.read_csv(path / f"table4_{rate}.csv", index_col="model", dtype=str) for path in (here, folder))
+    both = {}
+    for name in where:
+        both[f"{name}, here"], both[f"{name}, GPU"] = ours[name], theirs[name]
+    return pd.DataFrame(both).reindex(ours.index).fillna("–")
+
+
+def speed_on_both(measured: pd.DataFrame, batch_size: int, folder: Path = GPU_RESULTS) -> pd.DataFrame:
+    """Milliseconds of a mixed-precision step on both machines, and the speed against the first configuration.
+
+    Args:
+        measured: of `benchmark.speed_and_memory`.
+
+    Returns:
+        one row per configuration of measured that was measured on the GPU, too.
+    """
+    here = measured[(measured["batch_size"] == batch_size) & measured["amp"]].set_index("name")["ms"]
+    stored = pd.read_csv(folder / "speed.csv")
+    stored = stored[(stored["batch_size"] == batch_size) & (stored["precision"] == "bf16") & stored["mode"].isin(MODES)]
+    there = stored.pivot(index="name", columns="mode", values="ms").reindex(here.index).dropna(how="all")
+    columns = {"here": here[there.index]} | {f"GPU, {mode}": there[mode] for mode in MODES}
+    table = {}
+    for name, ms in columns.items():
+        table[f"{name}, ms"] = [f"{value:.3g}" for value in ms]
+        table[f"{name}, speed"] = [f"{ms.iloc[0] / value:.2f}x" for value in ms]
+    return pd.DataFrame(table, index=there.index.rename("configuration"))
+
+
+def gpu_note(folder: Path = GPU_RESULTS) -> str:
+    """Seeds, interval and machine of the rates that a GPU gave, and the machine of the steps, in words."""
+    steps = pd.read_csv(folder / "speed.csv", usecols=["machine"])["machine"].iloc[0]
+    return f"{(folder / 'claims.md').read_text().strip().splitlines()[-1]}; training steps: {steps}"

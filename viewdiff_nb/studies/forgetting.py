@@ -15,28 +15,32 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 from torch import nn
 
-from ..faces.splits import Split
-from ..metrics import FAR, recognition_by_yaw
-from ..plots import MARKERS
-from ..training.config import TrainConfig
-from ..training.diagnosis import TrainingAdvice
-from ..training.evaluation import predict
-from ..training.parallel import with_cuda_graph
-from ..training.prepare import prepare_model
-from ..training.together import train_together
-from ..training.trainer import train
-from .adaptation import BOUNDARY, COMMON, FINE_TUNING, LORA_8, Profile, base_model, default_workers, score
-from .significance import correction, judged, over_seeds
-from .store import Store
-from .tables import Results, difference
+from viewdiff_nb.faces.splits import Split
+from viewdiff_nb.metrics import FAR, recognition_by_yaw
+from viewdiff_nb.studies.adaptation import (
+    BOUNDARY,
+    COMMON,
+    FINE_TUNING,
+    LORA_8,
+    Profile,
+    base_model,
+    default_workers,
+    score,
+)
+from viewdiff_nb.studies.significance import correction, judged, over_seeds
+from viewdiff_nb.studies.store import Store
+from viewdiff_nb.studies.tables import Results, difference
+from viewdiff_nb.training.checkpoint import prepare_model
+from viewdiff_nb.training.config import TrainConfig
+from viewdiff_nb.training.devices import with_cuda_graph
+from viewdiff_nb.training.evaluation import predict
+from viewdiff_nb.training.loop import train
+from viewdiff_nb.training.one_pass import train_together
+from viewdiff_nb.training.result import TrainingAdvice
 
 METHODS = {"LoRA r=8": LORA_8, "full fine-tuning": FINE_TUNING}
 LAMBDAS = (0.0, 0.1, 1.0, 10.0)
@@ -79,11 +83,18 @@ def run_forgetting(
     store = Store(split)
     base, _ = base_model(store, split, profile, seed=0)
     common = replace(COMMON, use_prior_preservation=True, epochs=epochs, base_model_path=str(base))
-    configs = {(name_of(method, weight), seed): replace(common, **options, lambda_prior=float(weight), seed=seed)
-               for seed in seeds for method, options in METHODS.items() for weight in lambdas}  # fmt: skip
+    configs = {
+        (name_of(method, weight), seed): replace(common, **options, lambda_prior=float(weight), seed=seed)
+        for seed in seeds
+        for method, options in METHODS.items()
+        for weight in lambdas
+    }
     missing = [config for config in configs.values() if store.find(_key(config)) is None]
-    jobs = [group for seed in dict.fromkeys(c.seed for c in missing)
-            if (group := [c for c in missing if c.seed == seed and c.use_lora_attention])]  # fmt: skip
+    jobs = [
+        group
+        for seed in dict.fromkeys(c.seed for c in missing)
+        if (group := [c for c in missing if c.seed == seed and c.use_lora_attention])
+    ]
     jobs += [[config] for config in missing if not config.use_lora_attention]
     if jobs:
         side_by_side = min(default_workers() if workers is None else workers, len(jobs))
@@ -92,8 +103,10 @@ def run_forgetting(
         for _ in progress(done, total=len(jobs)) if progress else done:
             pass
     untrained = replace(common, use_prior_preservation=False)
-    scores = store.get(_key(untrained) | {"name": "forgetting, base"},
-                       lambda _: _score(prepare_model(untrained, split.test.feature_dim)[0], split))  # fmt: skip
+    scores = store.get(
+        _key(untrained) | {"name": "forgetting, base"},
+        lambda _: _score(prepare_model(untrained, split.test.feature_dim)[0], split),
+    )
     return {("base", 0): scores} | {job: store.find(_key(config)) for job, config in configs.items()}
 
 
@@ -158,8 +171,16 @@ def changes(results: Results) -> pd.DataFrame:
             for rate in RATES:
                 for where in (KEPT, GAINED):
                     apart = difference(results, name_of(method, weight), "base", rate, where)
-                    rows.append({"method": method, "weight": weight, "rate": rate, "where": where,
-                                 "mean": apart.mean, "half": apart.half})  # fmt: skip
+                    rows.append(
+                        {
+                            "method": method,
+                            "weight": weight,
+                            "rate": rate,
+                            "where": where,
+                            "mean": apart.mean,
+                            "half": apart.half,
+                        }
+                    )
     return pd.DataFrame(rows)
 
 
@@ -175,42 +196,11 @@ def changes_table(results: Results) -> pd.DataFrame:
     return table[columns].set_axis(pd.MultiIndex.from_tuples(columns), axis=1)
 
 
-def forgetting_figure(found: pd.DataFrame, note: str = "") -> Figure:
-    """What is kept below 45 degrees (up) against what is gained beyond (right), a point per method and lambda.
-
-    Args:
-        found: of `changes`.
-        note: below the picture.
-    """
-    fig, axes = plt.subplots(1, len(RATES), figsize=(10, 4), layout="constrained")
-    weights = sorted(found["weight"].unique())
-    for ax, (rate, words) in zip(axes, RATES.items(), strict=True):
-        of_rate = found[found["rate"] == rate]
-        for colour, method in zip(COLOURS, of_rate["method"].unique(), strict=False):
-            rows = of_rate[of_rate["method"] == method]
-            kept, gained = (rows[rows["where"] == where].set_index("weight") for where in (KEPT, GAINED))
-            ax.plot(gained["mean"], kept["mean"], ":", color=colour, zorder=1, label=method)
-            for weight in kept.index:
-                ax.errorbar(gained["mean"][weight], kept["mean"][weight], kept["half"][weight], gained["half"][weight],
-                            color=colour, marker=MARKERS[weights.index(weight)], elinewidth=0.8)  # fmt: skip
-        ax.axhline(0, color="0.6", linewidth=1, zorder=0)
-        ax.set(xlabel="gained at |yaw| ≥ 45°, against the base", ylabel="change at |yaw| < 45°")
-        ax.xaxis.set_major_locator(MaxNLocator(5))
-        ax.set_title(words, loc="left", fontsize=10)
-    methods, _ = axes[0].get_legend_handles_labels()
-    shapes = [Line2D([], [], color="0.4", linestyle="", marker=MARKERS[i], label=f"lambda {weight:g}")
-              for i, weight in enumerate(weights)]  # fmt: skip
-    fig.legend(handles=[*methods, *shapes], loc="outside right center", frameon=False, fontsize=8.5)
-    if note:
-        fig.supxlabel(note, fontsize=7.5, color="0.35", x=0.01, ha="left")
-    sns.despine(fig)
-    return fig
-
-
 def _compared(results: Results, pairs: Sequence[tuple[str, str]], rate: str) -> dict[tuple[str, str], str]:
     """{(name, other): their difference on both sides of 45 degrees}, in words; p-values corrected for all of them."""
-    words = judged({(pair, where): difference(results, *pair, rate, where)
-                    for pair in pairs for where in (KEPT, GAINED)})  # fmt: skip
+    words = judged(
+        {(pair, where): difference(results, *pair, rate, where) for pair in pairs for where in (KEPT, GAINED)}
+    )
     return {pair: f"{words[pair, KEPT]} below 45°, {words[pair, GAINED]} beyond" for pair in pairs}
 
 
@@ -223,8 +213,10 @@ def findings(results: Results, rate: str = "tar") -> str:
     for method, (zero, *weights) in _methods(results).items():
         none = name_of(method, zero)
         pairs += [(none, "base"), *((name_of(method, weight), none) for weight in weights)]
-    lines = [f"- {name} against {'the base' if other == 'base' else other.rpartition(', ')[2]}: {words}."
-             for (name, other), words in _compared(results, pairs, rate).items()]  # fmt: skip
+    lines = [
+        f"- {name} against {'the base' if other == 'base' else other.rpartition(', ')[2]}: {words}."
+        for (name, other), words in _compared(results, pairs, rate).items()
+    ]
     return "\n".join([*lines, f"- ({correction(2 * len(pairs))})"])
 
 
@@ -238,12 +230,16 @@ def recommendation(results: Results, rate: str = "tar") -> str:
         found = [result["val"] for (other, _), result in results.items() if other == name]
         return over_seeds((rates[KEPT][rate] + rates[GAINED][rate]) / 2 for rates in found).mean
 
-    chosen = {method: max((name_of(method, weight) for weight in weights), key=on_validation)
-              for method, weights in _methods(results).items()}  # fmt: skip
+    chosen = {
+        method: max((name_of(method, weight) for weight in weights), key=on_validation)
+        for method, weights in _methods(results).items()
+    }
     zeros = {method: name_of(method, weights[0]) for method, weights in _methods(results).items()}
     pairs = [(name, zeros[method]) for method, name in chosen.items() if name != zeros[method]]
-    words = {name: f"; on test people, against {other}: {found}"
-             for (name, other), found in _compared(results, pairs, rate).items()}  # fmt: skip
+    words = {
+        name: f"; on test people, against {other}: {found}"
+        for (name, other), found in _compared(results, pairs, rate).items()
+    }
     lines = [f"- **{name}** is best on validation people{words.get(name, '')}." for name in chosen.values()]
     seeds = len({seed for name, seed in results if name != "base"})
     note = "one seed: take this for a smoke test" if seeds == 1 else f"{seeds} seeds"

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from scipy import optimize, stats
 from torch import Tensor
 
-from ..faces.views import YAW_BINS
-from ..metrics import (
+from viewdiff_nb.faces.geometry import YAW_BINS
+from viewdiff_nb.metrics import (
     Similarities,
     can_tell,
     equal_error_rate,

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pandas as pd
 
-from .significance import Estimate, correction, estimate, in_words, judged, over_seeds
+from viewdiff_nb.studies.significance import Estimate, correction, estimate, in_words, judged, over_seeds
 
 Results = dict[tuple[str, int], dict]
 
@@ -55,9 +55,7 @@ def rate_estimate(results: Results, name: str, rate: str, where: str = "all", pa
     return estimate([r[part][where][rate] for r in found], resampled, found[0][part][where]["people"])
 
 
-def difference(
-    results: Results, name: str, other: str, rate: str, where: str = "all", part: str = "test"
-) -> Estimate:
+def difference(results: Results, name: str, other: str, rate: str, where: str = "all", part: str = "test") -> Estimate:
     """Of (name - other), paired by seed and by the people drawn. What nothing random is in has one seed only."""
     grouped = by_name(results)
     ours, theirs = grouped[name], grouped[other]
@@ -65,8 +63,9 @@ def difference(
         theirs = theirs * len(ours)
     pairs = list(zip(ours, theirs, strict=True))
     apart = [a[part][where][rate] - b[part][where][rate] for a, b in pairs]
-    resampled = [[x - y for x, y in zip(*(r[f"{part}_people"][where][rate] for r in pair), strict=True)]
-                 for pair in pairs]  # fmt: skip
+    resampled = [
+        [x - y for x, y in zip(*(r[f"{part}_people"][where][rate] for r in pair), strict=True)] for pair in pairs
+    ]
     return estimate(apart, resampled, ours[0][part][where]["people"])
 
 
@@ -100,8 +99,12 @@ def parameter_table(counts: dict[str, dict[str, int]]) -> pd.DataFrame:
     rows = {}
     for name, count in counts.items():
         guide = GUIDE_PARAMETERS.get(name, ("–",) * 4)
-        cells = (_millions(count["parameters"]), _millions(count["trainable"]), _millions(count["lora"]),
-                 f"{1 - count['trainable'] / full:.1%}")  # fmt: skip
+        cells = (
+            _millions(count["parameters"]),
+            _millions(count["trainable"]),
+            _millions(count["lora"]),
+            f"{1 - count['trainable'] / full:.1%}",
+        )
         heads = ("total", "trainable", "LoRA", "reduction")
         pairs = [((head, cell), (f"guide: {head}", told)) for head, cell, told in zip(heads, cells, guide, strict=True)]
         rows[name] = dict(item for pair in pairs for item in pair)
@@ -113,10 +116,14 @@ def speed_table(measured: pd.DataFrame, batch_size: int, amp: bool) -> pd.DataFr
     rows = {}
     for row in measured[(measured["batch_size"] == batch_size) & (measured["amp"] == amp)].itertuples():
         guide = GUIDE_SPEED.get(row.name, ("–", "–"))
-        rows[row.name] = {"ms per step": f"{row.ms:.0f} ({row.ms_low:.0f}–{row.ms_high:.0f})",
-                          "speed": f"{row.speed:.2f}x", "guide: speed": guide[0],
-                          "MB": f"{row.memory_mb:.0f}", "memory": f"{row.memory:.0%}",
-                          "guide: memory": guide[1]}  # fmt: skip
+        rows[row.name] = {
+            "ms per step": f"{row.ms:.0f} ({row.ms_low:.0f}–{row.ms_high:.0f})",
+            "speed": f"{row.speed:.2f}x",
+            "guide: speed": guide[0],
+            "MB": f"{row.memory_mb:.0f}",
+            "memory": f"{row.memory:.0%}",
+            "guide: memory": guide[1],
+        }
     return _frame(rows, "configuration")
 
 
@@ -130,11 +137,14 @@ def quality_table(results: Results) -> pd.DataFrame:
         val = {rate: rate_estimate(results, name, rate, part="val") for rate in ("mse", "cosine", "rank1")}
         time = [r["train_seconds"] / f for r, f in zip(grouped[name], full, strict=True)]
         rows[name] = {
-            "MSE x 1000": f"{1e3 * val['mse'].mean:.3f} ± {1e3 * val['mse'].half:.3f}", "guide: loss": guide[0],
-            "cosine": str(val["cosine"]), "guide: cosine": guide[1],
-            "training time": "–" if name == "base" else f"{over_seeds(time):.0%}", "guide: time": guide[2],
+            "MSE x 1000": f"{1e3 * val['mse'].mean:.3f} ± {1e3 * val['mse'].half:.3f}",
+            "guide: loss": guide[0],
+            "cosine": str(val["cosine"]),
+            "guide: cosine": guide[1],
+            "training time": "–" if name == "base" else f"{over_seeds(time):.0%}",
+            "guide: time": guide[2],
             "rank-1": str(val["rank1"]),
-        }  # fmt: skip
+        }
     return _frame(rows, "model")
 
 
@@ -150,8 +160,9 @@ def estimates(results: Results, names: Iterable[str], rate: str, bins: Iterable[
     """One row per model and yaw bin, columns model, yaw, mean, half, for plots."""
     bins = list(bins)
     found = {(name, where): rate_estimate(results, name, rate, where) for name in names for where in bins}
-    return pd.DataFrame([{"model": name, "yaw": where, "mean": e.mean, "half": e.half}
-                         for (name, where), e in found.items()])  # fmt: skip
+    return pd.DataFrame(
+        [{"model": name, "yaw": where, "mean": e.mean, "half": e.half} for (name, where), e in found.items()]
+    )
 
 
 def verdicts(results: Results, comparisons: Sequence[tuple[str, str, str, str]]) -> list[str]:
@@ -174,19 +185,22 @@ def verdicts(results: Results, comparisons: Sequence[tuple[str, str, str, str]])
 def claims(results: Results) -> str:
     """What the guide promises of LoRA and of the projection, and what came out, as a Markdown list."""
     adapted, full, lora = "LoRA r=8 + 3-D projection", "full fine-tuning", "LoRA r=8"
-    lines = verdicts(results, [
-        (lora, full, "rank1", "all"),
-        (lora, full, "tar", "all"),
-        (adapted, full, "rank1", "all"),
-        (adapted, full, "tar", "all"),
-        (adapted, lora, "rank1", "all"),
-        (adapted, lora, "tar", "all"),
-        (lora, full, "rank1", "0-45"),
-        (adapted, full, "rank1", "0-45"),
-        (adapted, full, "tar", "0-45"),
-        ("LoRA r=8 + prior", lora, "tar", "0-45"),
-        ("LoRA r=8 + prior", lora, "rank1", "45-90"),
-    ])  # fmt: skip
+    lines = verdicts(
+        results,
+        [
+            (lora, full, "rank1", "all"),
+            (lora, full, "tar", "all"),
+            (adapted, full, "rank1", "all"),
+            (adapted, full, "tar", "all"),
+            (adapted, lora, "rank1", "all"),
+            (adapted, lora, "tar", "all"),
+            (lora, full, "rank1", "0-45"),
+            (adapted, full, "rank1", "0-45"),
+            (adapted, full, "tar", "0-45"),
+            ("LoRA r=8 + prior", lora, "tar", "0-45"),
+            ("LoRA r=8 + prior", lora, "rank1", "45-90"),
+        ],
+    )
     return "\n".join([*(f"- {line}." for line in lines), f"- ({correction(len(lines))})"])
 
 
@@ -218,12 +232,17 @@ def speed_findings(measured: pd.DataFrame) -> str:
     for (batch, amp), rows in measured.groupby(["batch_size", "amp"]):
         by = rows.set_index("name")
         kind = "mixed precision" if amp else "float32"
-        parts = [f"{name} {by.speed[name]:.2f}x (guide {speed})" for name, (speed, _) in GUIDE_SPEED.items()
-                 if name != "full fine-tuning"]  # fmt: skip
+        parts = [
+            f"{name} {by.speed[name]:.2f}x (guide {speed})"
+            for name, (speed, _) in GUIDE_SPEED.items()
+            if name != "full fine-tuning"
+        ]
         lines.append(f"- batch {batch}, {kind}: " + ", ".join(parts) + ".")
-    lines.append("- Why less than promised: freezing W spares its gradient and its optimiser state, but the forward "
-                 "pass and the backward pass through the activations stay; the adapters add work of their own, and so "
-                 "do the voxels and the prior samples.")  # fmt: skip
+    lines.append(
+        "- Why less than promised: freezing W spares its gradient and its optimiser state, but the forward "
+        "pass and the backward pass through the activations stay; the adapters add work of their own, and so "
+        "do the voxels and the prior samples."
+    )
     return "\n".join(lines)
 
 
@@ -237,10 +256,12 @@ def quality_findings(results: Results) -> str:
         score = {name: over_seeds(r["val"]["all"][rate] for r in grouped[name]).mean for name in names}
         return " > ".join(sorted(names, key=score.get, reverse=best is max))
 
-    return (f"- by MSE, best first: {order('mse', min)}.\n- by cosine: {order('cosine', max)}.\n"
-            f"- by rank-1: {order('rank1', max)}.\n"
-            f"- The guide's cosine of .98 is out of reach here: even raw views below 30 degrees, which need no "
-            f"correction, have a cosine of {near:.2f} with the frontal picture of the same person.")  # fmt: skip
+    return (
+        f"- by MSE, best first: {order('mse', min)}.\n- by cosine: {order('cosine', max)}.\n"
+        f"- by rank-1: {order('rank1', max)}.\n"
+        f"- The guide's cosine of .98 is out of reach here: even raw views below 30 degrees, which need no "
+        f"correction, have a cosine of {near:.2f} with the frontal picture of the same person."
+    )
 
 
 def _frame(rows: dict[str, dict[str, str]], index: str) -> pd.DataFrame:

@@ -5,16 +5,16 @@ device lies there as a whole and is indexed, with no worker; another one is read
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..faces.rows import NORMS
-from ..faces.views import FaceViews, running_number
-from .config import TrainConfig
+from viewdiff_nb.faces.geometry import normalise_keypoints
+from viewdiff_nb.faces.views import NORMS, FaceViews, running_number
+from viewdiff_nb.training.config import TrainConfig
 
 MEMORY_SHARE = 0.5  # of a GPU's free memory that a face set may take; the model needs the rest
 
@@ -32,7 +32,7 @@ class FaceBatch(NamedTuple):
         return {"angles": self.angles, "keypoints_3d": self.keypoints_3d, "pose": self.angles}
 
 
-def place(faces: FaceViews, device: torch.device, share: float = MEMORY_SHARE) -> FaceViews:
+def move_if_it_fits(faces: FaceViews, device: torch.device, share: float = MEMORY_SHARE) -> FaceViews:
     """The set on the device if it takes at most that share of the device's free memory, else as it is.
 
     On the CPU nothing moves: what is in memory stays there, what is memory-mapped stays on disk.
@@ -54,13 +54,17 @@ def views_to_train(faces: FaceViews, config: TrainConfig) -> FaceViews:
     if not len(kept):
         raise ValueError(f"no training view has {config.min_yaw} <= |yaw| < {config.max_yaw} degrees")
     if (seen := len(kept.person.unique())) < 2:
-        raise ValueError(f"training tells people from each other and needs views of at least 2 people, got {seen}; "
-                         "add people, or widen min_yaw and max_yaw")  # fmt: skip
+        raise ValueError(
+            f"training tells people from each other and needs views of at least 2 people, got {seen}; "
+            "add people, or widen min_yaw and max_yaw"
+        )
     for name, embeddings in (("front", kept.front), ("src", kept.front[:0] if kept.on_disk else kept.src)):
         norms = embeddings.norm(dim=1)  # those on disk were looked at when they were loaded
         if (odd := (norms < NORMS[0]) | (norms > NORMS[1])).any():
-            raise ValueError(f"{name}: an embedding has length {norms[odd][0].item():.3g}; float32 calculates with "
-                             f"{NORMS[0]:g} to {NORMS[1]:g}. Scale all embeddings alike")  # fmt: skip
+            raise ValueError(
+                f"{name}: an embedding has length {norms[odd][0].item():.3g}; float32 calculates with "
+                f"{NORMS[0]:g} to {NORMS[1]:g}. Scale all embeddings alike"
+            )
     return kept
 
 
@@ -70,7 +74,7 @@ def feed(
     """The batches with these indices, on the device; the same values wherever faces lies.
 
     Args:
-        faces: on the device, as `place` leaves it if it fits; or else on the CPU or memory-mapped.
+        faces: on the device, as `move_if_it_fits` leaves it if it fits; or else on the CPU or memory-mapped.
         index_batches: (B,) rows of faces each.
         num_workers: processes that read ahead; only for a set that is not on the device.
     """
@@ -79,9 +83,14 @@ def feed(
             yield take(faces, index)
         return
     indices = [index.cpu().numpy() for index in index_batches]  # a tensor would cost a worker a file handle
-    loader = DataLoader(_Batches(faces), batch_size=None, sampler=indices, num_workers=num_workers,
-                        pin_memory=device.type == "cuda",
-                        generator=torch.Generator())  # fmt: skip  # of its own: dropout's stays where it is
+    loader = DataLoader(
+        _Batches(faces),
+        batch_size=None,
+        sampler=indices,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),
+    )  # of its own: dropout's stays where it is
     for batch in loader:
         yield FaceBatch(*(values.to(device, non_blocking=True) for values in batch))
 
@@ -112,8 +121,10 @@ def count_batches(faces: FaceViews, config: TrainConfig) -> int:
     groups = int((torch.bincount(faces.person) // together).sum())
     if groups * together < config.batch_size:
         asked = f"n_views={together}" if config.use_cross_view else "paired_views: two"
-        raise ValueError(f"{groups} groups of {asked} views of a person do not fill a batch of {config.batch_size}; "
-                         "lower batch_size" + " or n_views" * config.use_cross_view)  # fmt: skip
+        raise ValueError(
+            f"{groups} groups of {asked} views of a person do not fill a batch of {config.batch_size}; "
+            "lower batch_size" + " or n_views" * config.use_cross_view
+        )
     return groups * together // config.batch_size
 
 
@@ -156,3 +167,83 @@ def padded_groups(person: Tensor, n_views: int, generator: torch.Generator) -> t
     mask = torch.zeros_like(groups, dtype=torch.bool)
     groups[group, place % n_views], mask[group, place % n_views] = order, True
     return torch.where(mask, groups, groups[:, :1]), mask
+
+
+# ---- Mix-up of different people seen from about the same side: more identities than the training set has.
+#     x = w x_i + (1 - w) x_j,    loss = w loss(person i) + (1 - w) loss(person j),    w uniform in [0, 1]
+#
+# Zhang et al. 2018, arXiv:1710.09412, eq. 1. Partners have almost the same yaw, because the mean of a left and a
+# right view is the view of nobody.
+
+REACH = 0.01  # partners are at most this share of the set away when its views are ordered by yaw
+
+
+class Mixup:
+    """Draws partners for the views of a set and mixes their batches.
+
+    A partner is one of the next views in the order of yaw; where that is a view of the same person, the nearest view
+    of somebody else behind it takes its place.
+
+    Args:
+        faces: the training set.
+
+    Raises:
+        ValueError: if all views are of one person.
+    """
+
+    def __init__(self, faces: FaceViews) -> None:
+        self.by_yaw = faces.angles[:, 1].argsort()
+        self.person = faces.person
+        self.somebody_else = _next_other(self.person[self.by_yaw])
+        self.place = torch.empty_like(self.by_yaw)
+        self.place[self.by_yaw] = torch.arange(len(faces), device=faces.device)
+        self.reach = max(1, round(REACH * len(faces)))
+
+    def pair(self, batches: Sequence[Tensor], generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
+        """Index tensors (B,) to index tensors (2 B,), the partners behind, and weights (B,) of the first half."""
+        index = torch.cat(tuple(batches))
+        count, total = len(index), len(self.by_yaw)
+        step = torch.randint(1, self.reach + 1, (count,), generator=generator).to(index.device)
+        weight = torch.rand(count, generator=generator).to(index.device)
+        place = self.place[index] + step
+        place = torch.where(place < total, place, place - 2 * step)
+        same = self.person[self.by_yaw[place]] == self.person[index]
+        partner = self.by_yaw[torch.where(same, self.somebody_else[place], place)]
+        sizes = [len(batch) for batch in batches]
+        pairs = [torch.cat(pair) for pair in zip(index.split(sizes), partner.split(sizes), strict=True)]
+        return pairs, list(weight.split(sizes))
+
+
+def _next_other(person: Tensor) -> Tensor:
+    """(M,) to (M,): for each entry the next one that differs; for the last ones, the nearest one before that does.
+
+    >>> _next_other(torch.tensor([7, 7, 4, 9, 9])).tolist()
+    [2, 2, 3, 2, 2]
+    """
+    run = torch.cat((person.new_zeros(1), (person[1:] != person[:-1]).cumsum(0)))  # of equal neighbours
+    starts = torch.cat((person.new_zeros(1), run.diff().nonzero()[:, 0] + 1))
+    if len(starts) == 1:
+        raise ValueError("mixup needs views of 2 people or more, and these are all of one; give --no-mixup")
+    return torch.cat((starts[1:], starts[-1:] - 1))[run]
+
+
+def draw_epoch(
+    faces: FaceViews, config: TrainConfig, mixup: Mixup | None, generator: torch.Generator
+) -> tuple[Sequence[Tensor], list[Tensor] | None]:
+    """Indices of an epoch's batches, and with mix-up, where partners stand behind, the weights; see `Mixup.pair`."""
+    rows = draw_batches(faces, config, generator)
+    return mixup.pair(rows, generator) if mixup else (rows, None)
+
+
+def mix(batch: FaceBatch, weight: Tensor) -> tuple[FaceBatch, Tensor]:
+    """Mix the first half of a batch (2 B) with the second: the mixture (B), and the partners' persons (B,)."""
+    first, second = (FaceBatch(*parts) for parts in zip(*(values.chunk(2) for values in batch), strict=True))
+    src, angles, keypoints = (
+        torch.lerp(other, own, weight.view(-1, *(1,) * (own.dim() - 1)))
+        for own, other in (
+            (first.src, second.src),
+            (first.angles, second.angles),
+            (normalise_keypoints(first.keypoints_3d), normalise_keypoints(second.keypoints_3d)),
+        )
+    )
+    return FaceBatch(src, angles, keypoints, first.person), second.person

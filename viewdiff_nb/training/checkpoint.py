@@ -8,13 +8,17 @@ import json
 import os
 import shutil
 import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..files import parse_json, read_safetensors, read_torch, shorten, write_atomically, write_safetensors
+from viewdiff_nb.files import parse_json, read_safetensors, read_torch, shorten, write_atomically, write_safetensors
+from viewdiff_nb.modules.transformer import EnhancedTransformerDecoderOnly3D
+from viewdiff_nb.training.config import ARCHITECTURE, TrainConfig
+from viewdiff_nb.training.devices import OwnRandomness
 
 FORMAT = "viewdiff_nb checkpoint 2"
 LAST, PREVIOUS = "last_enhanced.pth", "previous_enhanced.pth"
@@ -136,8 +140,10 @@ def check_run(source: str | Path, content: dict[str, Any]) -> None:
         CheckpointError: if content lacks what a run needs to go on.
     """
     if missing := sorted(set(OF_A_RUN) - set(content)):
-        raise CheckpointError(f"{source} holds weights, but no training run to go on with (no {', '.join(missing)}); "
-                              "give it as base_model_path")  # fmt: skip
+        raise CheckpointError(
+            f"{source} holds weights, but no training run to go on with (no {', '.join(missing)}); "
+            "give it as base_model_path"
+        )
 
 
 def load_base_weights(path: str | Path) -> dict[str, Tensor]:
@@ -164,8 +170,14 @@ def load_base_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def _is_weight(name: object, value: object) -> bool:
-    return (isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided
-            and value.is_floating_point() and value.device.type == "cpu" and not value.is_quantized)  # fmt: skip
+    return (
+        isinstance(name, str)
+        and isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and value.is_floating_point()
+        and value.device.type == "cpu"
+        and not value.is_quantized
+    )
 
 
 def load_config(path: str | Path) -> dict[str, Any]:
@@ -210,5 +222,112 @@ def check_space(folder: Path, wanted: int) -> None:
     """
     free = shutil.disk_usage(folder).free
     if free < wanted:
-        raise OSError(errno.ENOSPC, f"{folder} has {free / 1e9:.2f} GB free, and the checkpoints of this run need "
-                      f"about {wanted / 1e9:.2f} GB; make room, choose another save_dir or raise save_every")
+        raise OSError(
+            errno.ENOSPC,
+            f"{folder} has {free / 1e9:.2f} GB free, and the checkpoints of this run need "
+            f"about {wanted / 1e9:.2f} GB; make room, choose another save_dir or raise save_every",
+        )
+
+
+# ---- Models before and after training: built for a run, and loaded from what a run has left.
+
+
+def prepare_model(config: TrainConfig, feature_dim: int) -> tuple[EnhancedTransformerDecoderOnly3D, nn.Module | None]:
+    """The model of a run, and the frozen base if prior preservation needs one; seeded by config.seed.
+
+    Without a base there is nothing worth freezing: LoRA layers then train their random W as well.
+    """
+    with OwnRandomness(config.seed):
+        model, base = build_model(config, feature_dim), build_model(config, feature_dim, base=True)
+    if not config.base_model_path:
+        model.requires_grad_(True)
+    else:
+        state = load_base_weights(config.base_model_path)
+        model.load_base(state)
+        if config.use_prior_preservation:
+            if extra := sorted(set(state) - set(base.state_dict())):
+                raise ValueError(
+                    f"prior preservation needs a plain base; {config.base_model_path} is adapted already "
+                    f"({len(extra)} parameters more, e.g. {extra[0]})"
+                )
+            base.load_base(state)
+        if config.freezes_base:
+            for name in state:  # all of the base; of an adapted one the adapters, too
+                model.get_parameter(name).requires_grad_(False)
+    return model, base if config.use_prior_preservation else None
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> EnhancedTransformerDecoderOnly3D:
+    """A trained model from a checkpoint of `train`, or from its best_model_enhanced.safetensors; in evaluation mode.
+
+    Raises:
+        FileNotFoundError, CheckpointError: if there is no such file, or it was not written by `train`.
+    """
+    config, weights = load_train_config(path), load_base_weights(path)
+    try:
+        if config.num_layers > len(weights):
+            raise ValueError(f"its config asks for {config.num_layers} layers, and it has {len(weights)} weights")
+        if "output.weight" not in weights or weights["output.weight"].ndim != 2:
+            raise ValueError("no matrix output.weight, which every transformer of this kit has")
+        width = len(weights["output.weight"])
+        with torch.device("meta"):  # which takes no memory: the config may describe a model far larger than the file
+            wanted = build_model(config, width).state_dict()
+        if foreign := sorted(wanted.keys() ^ weights.keys()):
+            raise ValueError(f"{len(foreign)} parameters are either missing or unknown, e.g. {shorten(foreign[0])}")
+        for name, value in wanted.items():
+            if value.shape != weights[name].shape:
+                raise ValueError(f"{name} is {tuple(weights[name].shape)} and should be {tuple(value.shape)}")
+        model = build_model(config, width)
+        model.load_state_dict(weights)
+    except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"{path} holds no model of its config: {error}") from error
+    return model.to(device).eval()
+
+
+def load_train_config(path: str | Path) -> TrainConfig:
+    """`load_config` as the `TrainConfig` that it was.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as `load_config`, and if it is no config of this version.
+    """
+    config = load_config(path)
+    if unknown := sorted(config.keys() - {field.name for field in fields(TrainConfig)}):
+        raise CheckpointError(f"{path} was written by another version of the kit: it has {', '.join(unknown)}")
+    try:
+        return TrainConfig(**config)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise CheckpointError(f"the config in {path} is damaged: {error}") from error
+
+
+def find_checkpoint(resume: str | None, save_dir: str | None) -> Path | None:
+    """The file that --resume means: itself, the newest of a folder, or with "auto" the newest in save_dir, if any.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+        CheckpointError: if it cannot be used; the message names one beside it that can.
+    """
+    if resume is None or (resume == "auto" and save_dir is None):
+        return None
+    path = Path(save_dir if resume == "auto" else resume)
+    if resume == "auto" or path.is_dir():
+        newest = newest_checkpoint(path)
+        if newest is None and resume != "auto":
+            raise FileNotFoundError(f"there is no checkpoint in {path} to resume from")
+        return newest
+    try:
+        load_checkpoint(path)
+    except CheckpointError as error:
+        try:
+            other = newest_checkpoint(path.parent)
+        except CheckpointError:  # none of them is any better
+            raise error from None
+        raise CheckpointError(f"{error}" + f"; {other} can be resumed" * (other is not None)) from error
+    return path
+
+
+def build_model(config: TrainConfig, feature_dim: int, base: bool = False) -> EnhancedTransformerDecoderOnly3D:
+    """The model of a run (or, with base=True, the plain model it adapts), randomly initialised."""
+    options = {name: getattr(config, name) for name in ARCHITECTURE}
+    if base:
+        options |= {name: False for name in ARCHITECTURE if name.startswith("use_")}
+    return EnhancedTransformerDecoderOnly3D(**options, feature_dim=feature_dim)

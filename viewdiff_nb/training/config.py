@@ -6,15 +6,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Literal, get_args
 
-import torch
-
-from ..modules.transformer import LORA_TARGETS, EnhancedTransformerDecoderOnly3D
-from .losses import LOSSES
-
+LORA_TARGETS = ("attention", "feed_forward")
+LOSS_NAMES = ("mse", "cosine", "identity", "identity+cosine", "identity+margin", "two-way", "two-way+pairs")
 MONITORED = {"val_loss": min, "val_cosine": max, "val_rank1": max, "val_tar": max}  # and which of two is better
-ARCHITECTURE = ("use_lora_attention", "use_projection_layer", "use_cross_view", "d_model", "nhead", "num_layers",
-                "dim_feedforward", "dropout", "pose_dim", "n_views", "rank", "lora_alpha", "lora_targets",
-                "voxel_resolution")  # fmt: skip  # what `build_model` builds from
+ARCHITECTURE = (
+    "use_lora_attention",
+    "use_projection_layer",
+    "use_cross_view",
+    "d_model",
+    "nhead",
+    "num_layers",
+    "dim_feedforward",
+    "dropout",
+    "pose_dim",
+    "n_views",
+    "rank",
+    "lora_alpha",
+    "lora_targets",
+    "voxel_resolution",
+)  # what `build_model` builds from
 LARGEST_INTEGER = 2**63 - 1  # that torch takes as a seed or a size
 
 
@@ -27,8 +37,9 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(("num_layers", "nhead", "n_views", "devices"), _between(1, 1024)),
     "num_workers": _between(0, 1024),
     "batch_size": _between(1, 2**31 - 1),
-    **dict.fromkeys(("epochs", "gradient_accumulation_steps", "save_every", "val_every", "patience"),
-                    _between(1, 10**9)),
+    **dict.fromkeys(
+        ("epochs", "gradient_accumulation_steps", "save_every", "val_every", "patience"), _between(1, 10**9)
+    ),
     **dict.fromkeys(("val_people", "test_people"), _between(2, 2**31 - 1)),
     **dict.fromkeys(("seed", "split_seed"), _between(0, LARGEST_INTEGER)),
     **dict.fromkeys(("lr", "lora_lr", "lora_alpha", "clip_norm"), (lambda value: value > 0, "above 0")),
@@ -107,7 +118,7 @@ class TrainConfig:
     freeze_base: bool | None = None
     """Train only what is added to the base model; by default, if a base is given and LoRA is used."""
 
-    loss: Literal[*LOSSES] = "two-way"
+    loss: Literal[*LOSS_NAMES] = "two-way"
     """Task loss; mse is the guide's."""
     mixup: bool = False
     """Train on mixtures of different people with about the same yaw."""
@@ -161,7 +172,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not holds(value):
                 raise ValueError(f"{name} must be {range_}, got {value}")
-        for name, choices in (("monitor", MONITORED), ("loss", LOSSES)):
+        for name, choices in (("monitor", MONITORED), ("loss", LOSS_NAMES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for is_wrong, what in self._contradictions():
@@ -172,46 +183,67 @@ class TrainConfig:
         """What must not be the case, and what to say if it is."""
         yield self.d_model % self.nhead > 0, f"d_model must be a multiple of nhead={self.nhead}, got {self.d_model}"
         narrowest = min(self.d_model, self.dim_feedforward) if "feed_forward" in self.lora_targets else self.d_model
-        yield self.use_lora_attention and self.rank > narrowest, (
-            f"rank must not exceed {narrowest}, the narrowest adapted layer (d_model={self.d_model}, "
-            f"dim_feedforward={self.dim_feedforward}), got {self.rank}"
+        yield (
+            self.use_lora_attention and self.rank > narrowest,
+            (
+                f"rank must not exceed {narrowest}, the narrowest adapted layer (d_model={self.d_model}, "
+                f"dim_feedforward={self.dim_feedforward}), got {self.rank}"
+            ),
         )
-        yield self.use_lora_attention and not self.lora_targets, (
-            "use_lora_attention without lora_targets adapts nothing; name attention or feed_forward"
+        yield (
+            self.use_lora_attention and not self.lora_targets,
+            ("use_lora_attention without lora_targets adapts nothing; name attention or feed_forward"),
         )
         unknown = set(self.lora_targets) - set(LORA_TARGETS)
         yield bool(unknown), f"lora_targets must be of {', '.join(LORA_TARGETS)}, got {self.lora_targets!r}"
-        yield self.pose_dim not in (0, 3), (
-            f"pose_dim must be 3 (the data has pitch, yaw, roll) or 0, got {self.pose_dim}"
+        yield (
+            self.pose_dim not in (0, 3),
+            (f"pose_dim must be 3 (the data has pitch, yaw, roll) or 0, got {self.pose_dim}"),
         )
         yield not self.min_yaw < self.max_yaw, f"min_yaw must be below max_yaw, got {self.min_yaw} and {self.max_yaw}"
-        yield self.resume == "auto" and not self.save_dir, (
-            "resume auto looks for the newest checkpoint in save_dir; give save_dir"
+        yield (
+            self.resume == "auto" and not self.save_dir,
+            ("resume auto looks for the newest checkpoint in save_dir; give save_dir"),
         )
-        yield self.use_prior_preservation and not self.base_model_path, (
-            "prior preservation needs the base model that is to be preserved: give base_model_path"
+        yield (
+            self.use_prior_preservation and not self.base_model_path,
+            ("prior preservation needs the base model that is to be preserved: give base_model_path"),
         )
-        yield bool(self.freeze_base) and not self.base_model_path, (
-            "freeze_base without base_model_path would freeze random weights; give a base model"
+        yield (
+            bool(self.freeze_base) and not self.base_model_path,
+            ("freeze_base without base_model_path would freeze random weights; give a base model"),
         )
-        yield self.use_prior_preservation and self.use_cross_view, (
-            "prior samples are single views and cannot stand in a batch of n_views views of a person; "
-            "use either use_prior_preservation or use_cross_view"
+        yield (
+            self.use_prior_preservation and self.use_cross_view,
+            (
+                "prior samples are single views and cannot stand in a batch of n_views views of a person; "
+                "use either use_prior_preservation or use_cross_view"
+            ),
         )
-        yield self.mixup and self.use_cross_view, (
-            "mixup mixes single views, not groups of views of a person; use either mixup or use_cross_view"
+        yield (
+            self.mixup and self.use_cross_view,
+            ("mixup mixes single views, not groups of views of a person; use either mixup or use_cross_view"),
         )
-        yield self.use_cross_view and self.batch_size % self.n_views > 0, (
-            f"batch_size must be a multiple of n_views={self.n_views} (批次大小必须是n_views的倍数), "
-            f"got {self.batch_size}"
+        yield (
+            self.use_cross_view and self.batch_size % self.n_views > 0,
+            (
+                f"batch_size must be a multiple of n_views={self.n_views} (批次大小必须是n_views的倍数), "
+                f"got {self.batch_size}"
+            ),
         )
-        yield self.paired_views and (self.use_cross_view or self.batch_size % 2 > 0), (
-            f"paired_views needs an even batch_size, got {self.batch_size}, and no use_cross_view, which has n_views "
-            "of each person"
+        yield (
+            self.paired_views and (self.use_cross_view or self.batch_size % 2 > 0),
+            (
+                f"paired_views needs an even batch_size, got {self.batch_size}, and no use_cross_view, which has n_views "
+                "of each person"
+            ),
         )
-        yield self.use_cuda_graph and self.gradient_accumulation_steps > 1, (
-            "use_cuda_graph replays whole steps of one batch, and gradient_accumulation_steps is "
-            f"{self.gradient_accumulation_steps}; give --no-use_cuda_graph"
+        yield (
+            self.use_cuda_graph and self.gradient_accumulation_steps > 1,
+            (
+                "use_cuda_graph replays whole steps of one batch, and gradient_accumulation_steps is "
+                f"{self.gradient_accumulation_steps}; give --no-use_cuda_graph"
+            ),
         )
 
     @property
@@ -229,41 +261,5 @@ class TrainConfig:
             return self.freeze_base
         return self.base_model_path is not None and self.use_lora_attention
 
-    def build_model(self, feature_dim: int, base: bool = False) -> EnhancedTransformerDecoderOnly3D:
-        """The model of this run (or, with base=True, the plain model it adapts), randomly initialised."""
-        options = {name: getattr(self, name) for name in ARCHITECTURE}
-        if base:
-            options |= {name: False for name in ARCHITECTURE if name.startswith("use_")}
-        return EnhancedTransformerDecoderOnly3D(**options, feature_dim=feature_dim)
-
-    def one_device(self) -> torch.device:
-        """Where a run in one process trains.
-
-        Raises:
-            ValueError: if the device is not there, or a CUDA graph is wanted without a GPU.
-        """
-        device = choose_device(self.device)
-        if self.use_cuda_graph and device.type != "cuda":
-            raise ValueError(f"use_cuda_graph needs a GPU, and this run is on device {device}; give "
-                             "--no-use_cuda_graph")  # fmt: skip
-        return device
-
     def to_dict(self) -> dict:
         return asdict(self)
-
-
-def choose_device(name: str = "auto") -> torch.device:
-    """The device of that name; "auto" is the GPU if there is one.
-
-    Raises:
-        ValueError: if the device is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:NUMBER, got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but this torch sees no GPU; use --device cpu or auto")
-    return device

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor, nn
 
-from ..faces.views import FaceViews
-from ..metrics import COUNTS, recognition_by_yaw
-from ..modules.modes import evaluation_mode
-from ..modules.transformer import fuse_views
-from .batches import feed, padded_groups, place, view_groups
-from .config import TrainConfig
-from .losses import Loss
+from viewdiff_nb.faces.views import FaceViews
+from viewdiff_nb.metrics import COUNTS, recognition_by_yaw
+from viewdiff_nb.modules.lora import evaluation_mode
+from viewdiff_nb.modules.transformer import fuse_views
+from viewdiff_nb.training.batches import feed, move_if_it_fits, padded_groups, view_groups
+from viewdiff_nb.training.config import TrainConfig
+from viewdiff_nb.training.losses import Loss
 
 
 def predict(model: nn.Module, faces: FaceViews, batch_size: int = 1024) -> Tensor:
@@ -20,7 +20,7 @@ def predict(model: nn.Module, faces: FaceViews, batch_size: int = 1024) -> Tenso
     """
     home = faces.device
     device = next(iter((*model.parameters(), *model.buffers())), faces.src).device
-    faces = place(faces, device)
+    faces = move_if_it_fits(faces, device)
     out = torch.empty(faces.src.shape, device=device)
     with evaluation_mode(model):
         if views_fused(model) == 1:

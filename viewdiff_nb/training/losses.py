@@ -3,11 +3,20 @@
 Which one recognises people best was measured on validation people; see docs/recipe.md.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from viewdiff_nb.faces.views import FaceViews
+from viewdiff_nb.modules.prior import EnhancedTransformerWithPrior, PriorPreservationDataset, PriorPreservationLoss
+from viewdiff_nb.modules.transformer import fuse_views
+from viewdiff_nb.training.batches import FaceBatch, mix
+from viewdiff_nb.training.config import TrainConfig
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 TEMPERATURE = 0.05  # of the softmax over people; cosines differ by a few tenths
@@ -104,3 +113,120 @@ LOSSES: dict[str, Loss] = {
     "two-way+pairs": two_way_pairs,
 }
 """Each takes predicted (B, D), the training people's frontal embeddings (P, D) and person (B,), and returns (B,)."""
+
+
+# ---- What a batch costs: the task loss, with mix-up, fused views or prior preservation where the config says so.
+
+
+class Cost(NamedTuple):
+    """loss: what is minimised, a scalar. prior: of it the prior loss, before lambda_prior, detached; or None."""
+
+    loss: Tensor
+    prior: Tensor | None
+
+
+class Objective:
+    """The loss of batches in training mode.
+
+    Args:
+        config: of the run.
+        model: predicts frontal embeddings.
+        front: (P, D) frontal embeddings of the training people.
+        device: where all of it lies.
+        base: the teacher of prior preservation, and
+        prior_faces: the views whose base predictions are preserved; None without it.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        front: Tensor,
+        device: torch.device,
+        base: nn.Module | None = None,
+        prior_faces: FaceViews | None = None,
+    ) -> None:
+        self.config, self.model, self.front, self.device = config, model, front, device
+        self.amp_dtype = amp_dtype_for(device) if config.use_amp else None
+        self.task = self.prior = None
+        if base is not None:
+            self.task = EnhancedTransformerWithPrior(model, base, config.lambda_prior, PriorPreservationLoss(front))
+            self.prior = PriorPreservationDataset(base, prior_faces.src, prior_faces.conditions())
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor | None:
+        """Rows of the prior samples that go with count samples; None without prior preservation."""
+        return None if self.prior is None else self.prior.draw(self.config.prior_count(count), generator)
+
+    def __call__(self, batch: FaceBatch, weight: Tensor | None = None, kept: Tensor | None = None) -> Cost:
+        """
+        Args:
+            batch: of B samples, or of 2 B with
+            weight: (B,) of their first half, for mix-up.
+            kept: the prior samples' rows, from `draw`.
+        """
+        partner = None
+        if weight is not None:
+            batch, partner = mix(batch, weight)
+        person = batch.person
+        loss_of = partial(mean_loss, LOSSES[self.config.loss], self.front, partner=partner, weight=weight)
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            if self.task is not None:
+                loss, terms = self.task.compute_loss(
+                    batch.src, batch.conditions(), person, loss_of, prior=self.prior[kept]
+                )
+                return Cost(loss, terms["prior_loss"])
+            predicted = self.model(batch.src, **batch.conditions(), return_residual=False)
+            if self.config.use_cross_view:  # several views, one frontal embedding
+                predicted, person = fuse_views(predicted, self.config.n_views), person[:: self.config.n_views]
+            return Cost(loss_of(predicted, person), None)
+
+
+def amp_dtype_for(device: torch.device) -> torch.dtype:
+    """bfloat16 on CPUs and on GPUs that compute it, float16 otherwise."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+# ---- AdamW with a learning rate per role, and its schedule.
+
+
+FINAL_LR = 0.01  # of the learning rate, at the end of the cosine
+FAST_ROLES = ("lora", "projection")  # trained with lora_lr
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with one group per role: LoRA and projection at lora_lr, base and cross-view attention at lr."""
+    if hasattr(model, "parameter_groups"):
+        roles = model.parameter_groups()
+    else:
+        roles = {"base": [p for p in model.parameters() if p.requires_grad]}
+    if not roles:
+        raise ValueError("the model has no trainable parameter: its base is frozen and nothing was added")
+    groups = [
+        {"params": params, "lr": config.lora_lr if role in FAST_ROLES else config.lr, "role": role}
+        for role, params in roles.items()
+    ]
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
+
+
+def warmup_cosine(warmup: float, steps: int) -> Callable[[int], float]:
+    """Factor of the learning rate: linear from 0 to 1, then a cosine down to `FINAL_LR`."""
+    rising = max(1, round(warmup * steps))
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / rising
+        done = (step - rising) / max(1, steps - rising)
+        return FINAL_LR + (1 - FINAL_LR) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+    return factor
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float], factor: float) -> None:
+    """Learning rates factor * rates, one a group; written into tensors where a CUDA graph reads them."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(factor * rate)
+        else:
+            group["lr"] = factor * rate

@@ -7,9 +7,9 @@
 All of them work in JupyterLab 4 and Notebook 7, by mouse and by keyboard.
 """
 
-from .attention import AttentionExplorer
-from .monitor import TrainingMonitor
-from .pose import PoseExplorer
-from .voxel import VoxelExplorer
+from viewdiff_nb.widgets.attention import AttentionExplorer
+from viewdiff_nb.widgets.monitor import TrainingMonitor
+from viewdiff_nb.widgets.pose import PoseExplorer
+from viewdiff_nb.widgets.voxel import VoxelExplorer
 
 __all__ = ["AttentionExplorer", "PoseExplorer", "TrainingMonitor", "VoxelExplorer"]

@@ -9,15 +9,13 @@ import ipywidgets as widgets
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..faces.views import FaceViews
-from ..plots import learning_curves
-from ..training.config import TrainConfig
-from ..training.interrupt import StopRequest
-from ..training.randomness import OwnRandomness
-from ..training.trainer import TrainResult, train
-from .explorer import DPI, SLIDER, STYLE, Explorer, side_by_side
-from .live_figure import figure_png
-from .stage import Stage
+from viewdiff_nb.faces.views import FaceViews
+from viewdiff_nb.plots import learning_curves
+from viewdiff_nb.training.config import TrainConfig
+from viewdiff_nb.training.devices import OwnRandomness
+from viewdiff_nb.training.loop import train
+from viewdiff_nb.training.result import StopRequest, TrainResult
+from viewdiff_nb.widgets.explorer import DPI, SLIDER, STYLE, Explorer, Stage, figure_png, side_by_side
 
 
 class TrainingMonitor(Explorer):

@@ -6,22 +6,90 @@ from dataclasses import dataclass
 import ipywidgets as widgets
 import matplotlib
 import numpy as np
+import seaborn as sns
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import nn
 
-from ..faces.geometry import normalise_keypoints
-from ..faces.recorded import RecordedPeople
-from ..faces.turntable import Turntable, load_turntable
-from ..faces.views import FaceViews
-from ..paths import TURNTABLE
-from ..training.evaluation import predict
-from .drawings import KeypointFace, YawCurves
-from .explorer import DPI, SLIDER, STYLE, Explorer, choice, drag_moves, pose_sliders, side_by_side
-from .live_figure import LiveFigure, png_bytes
-from .stage import Stage
+from viewdiff_nb.faces.geometry import normalise_keypoints
+from viewdiff_nb.faces.turntable import RecordedPeople, Turntable, load_turntable
+from viewdiff_nb.faces.views import FaceViews
+from viewdiff_nb.files import TURNTABLE
+from viewdiff_nb.training.evaluation import predict
+from viewdiff_nb.widgets.explorer import (
+    DPI,
+    SLIDER,
+    STYLE,
+    Explorer,
+    LiveFigure,
+    Stage,
+    choice,
+    drag_moves,
+    png_bytes,
+    pose_sliders,
+    side_by_side,
+)
+
+EDGES = ((0, 1), (0, 2), (1, 2), (2, 3), (2, 4), (3, 4))  # of the face that five keypoints outline
+
+
+RAW, PREDICTED = sns.color_palette("colorblind")[:2]
+
+
+class YawCurves:
+    """Cosine with the own front over yaw, raw and predicted, and the most similar other front."""
+
+    def __init__(self, ax: Axes, people: int) -> None:
+        self.at = ax.axvline(0, color="0.6", linewidth=1)
+        self.lines = [
+            ax.plot([], [], **style)[0]
+            for style in (
+                {"color": RAW, "linestyle": ":", "linewidth": 1.2, "label": "raw, most similar other person"},
+                {"color": PREDICTED, "linestyle": ":", "linewidth": 1.2, "label": "predicted, most similar other"},
+                {"color": RAW, "linewidth": 2, "label": "raw, right person"},
+                {"color": PREDICTED, "linewidth": 2, "label": "predicted, right person"},
+            )
+        ]
+        [self.dots] = ax.plot([], [], "o", color="0.15", markersize=6)
+        self.moving = [self.at, *self.lines, self.dots]
+        ax.set(xlim=(-92, 92), ylim=(-0.32, 1.02), xlabel="yaw, degrees", ylabel="cosine")
+        ax.set_xticks(range(-90, 91, 30))
+        ax.set_title(f"Similarity with {people} frontal embeddings", loc="left", fontsize=10)
+        ax.legend(frameon=False, fontsize=7.5, loc="lower center", ncols=2)
+        sns.despine(ax=ax)
+
+    def show(self, yaws: np.ndarray, own: np.ndarray, others: np.ndarray, at: int) -> None:
+        """
+        Args:
+            yaws: (Y,) degrees, rising.
+            own, others: (2, Y) cosines of raw and predicted embeddings.
+            at: the index of the yaw that is looked at.
+        """
+        self.at.set_xdata([yaws[at]] * 2)
+        for line, values in zip(self.lines, (*others, *own), strict=True):
+            line.set_data(yaws, values)
+        self.dots.set_data([yaws[at]] * 2, own[:, at])
+
+
+class KeypointFace:
+    """Five keypoints as the camera sees them, joined to a face; the nearer one is, the larger its mark."""
+
+    def __init__(self, ax: Axes) -> None:
+        self.edges = [ax.plot([], [], color="0.6", linewidth=1.5)[0] for _ in EDGES]
+        self.marks = ax.scatter([0] * 5, [0] * 5, s=60, color=sns.color_palette("colorblind", 5), zorder=3)
+        self.moving = [*self.edges, self.marks]
+        ax.set(xlim=(-1.8, 1.8), ylim=(1.8, -1.8), aspect="equal", xticks=[], yticks=[])
+
+    def show(self, keypoints: np.ndarray) -> None:
+        """keypoints: (5, 3), centred and of unit size."""
+        for line, (a, b) in zip(self.edges, EDGES, strict=True):
+            line.set_data(*keypoints[[a, b], :2].T)
+        self.marks.set_offsets(keypoints[:, :2])
+        self.marks.set_sizes(70 * np.exp(keypoints[:, 2]))
+
 
 People = Turntable | RecordedPeople
 
@@ -69,15 +137,27 @@ class PoseExplorer(Explorer):
         ValueError: if the people are not in the gallery, or their embeddings have another width.
     """
 
-    def __init__(self, model: nn.Module, gallery: FaceViews, people: People | None = None, person: str | None = None,
-                 yaw: float = 60.0, pitch: float = 0.0, roll: float = 0.0) -> None:  # fmt: skip
+    def __init__(
+        self,
+        model: nn.Module,
+        gallery: FaceViews,
+        people: People | None = None,
+        person: str | None = None,
+        yaw: float = 60.0,
+        pitch: float = 0.0,
+        roll: float = 0.0,
+    ) -> None:
         self.model, self.gallery, self.people = model, gallery, people or people_of(gallery)
         if gallery.feature_dim != self.people.row(0).feature_dim:
-            raise ValueError(f"the gallery's embeddings have {gallery.feature_dim} numbers, those of the people "
-                             f"{self.people.row(0).feature_dim}")  # fmt: skip
+            raise ValueError(
+                f"the gallery's embeddings have {gallery.feature_dim} numbers, those of the people "
+                f"{self.people.row(0).feature_dim}"
+            )
         if missing := set(self.people.names) - set(gallery.names):
-            raise ValueError(f"{len(missing)} people are not in the gallery, e.g. {min(missing)!r}; give a gallery "
-                             "that holds their fronts")  # fmt: skip
+            raise ValueError(
+                f"{len(missing)} people are not in the gallery, e.g. {min(missing)!r}; give a gallery "
+                "that holds their fronts"
+            )
         self.person = choice("person", list(self.people.names), person)
         self.pitch, self.yaw, self.roll = pose_sliders(self.people.pitches, self.people.yaws, (pitch, yaw, roll))
         self.keypoints = widgets.Checkbox(False, description="keypoints", layout=SLIDER, style=STYLE)
@@ -159,10 +239,14 @@ class PoseExplorer(Explorer):
         for i, name in enumerate(("raw side view", "predicted")):
             place, best = int(found.place[i, at]), html.escape(self.gallery.names[found.other[i, at]])
             word, style = ("right", "vd-right") if place == 0 else ("wrong", "vd-wrong")
-            lines.append(f"<tr><td>{name}</td><td>{found.own[i, at]:.3f}</td><td class={style}>{place + 1} ({word})"
-                         f"</td><td>{found.best[i, at]:.3f}, {best}</td></tr>")  # fmt: skip
-        return (f"<table><tr><th></th><th>cosine with own front</th><th>rank among {len(self.gallery.names)}</th>"
-                f"<th>most similar other</th></tr>{''.join(lines)}</table>")  # fmt: skip
+            lines.append(
+                f"<tr><td>{name}</td><td>{found.own[i, at]:.3f}</td><td class={style}>{place + 1} ({word})"
+                f"</td><td>{found.best[i, at]:.3f}, {best}</td></tr>"
+            )
+        return (
+            f"<table><tr><th></th><th>cosine with own front</th><th>rank among {len(self.gallery.names)}</th>"
+            f"<th>most similar other</th></tr>{''.join(lines)}</table>"
+        )
 
     def figure(self) -> Figure:
         row, found, at = self._row()
@@ -187,8 +271,14 @@ class PoseExplorer(Explorer):
         right.axis("off")
         cells = [[f"{found.own[i, at]:.3f}", f"{found.place[i, at] + 1}", f"{found.best[i, at]:.3f}"] for i in (0, 1)]
         columns = ("cosine with\nown front", f"rank\namong {len(self.gallery.names)}", "most similar\nother")
-        right.table(cells, rowLabels=("raw", "predicted"), colLabels=columns, cellLoc="center", edges="horizontal",
-                    bbox=(0.2, 0.3, 0.8, 0.5)).set_fontsize(9)  # fmt: skip
+        right.table(
+            cells,
+            rowLabels=("raw", "predicted"),
+            colLabels=columns,
+            cellLoc="center",
+            edges="horizontal",
+            bbox=(0.2, 0.3, 0.8, 0.5),
+        ).set_fontsize(9)
         return fig
 
 

@@ -1,4 +1,4 @@
-"""Execute the notebooks:  python -m viewdiff_nb.studies.reproduce [--fast] [NOTEBOOK ...]
+"""Execute the notebooks:  python benchmarks/reproduce.py [--fast] [NOTEBOOK ...]
 
 The full run rewrites the notebooks and figures/. With --fast, the smoke run, everything goes to runs/fast.
 Finished training runs are reused from runs/; delete that folder to start afresh.
@@ -19,13 +19,13 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="less work, the same story")
     arguments = parser.parse_args()
     if arguments.fast:
-        os.environ["FAST"] = "1"  # read by viewdiff_nb.paths, here and in the kernels
+        os.environ["FAST"] = "1"  # read by viewdiff_nb.files, here and in the kernels
     os.environ["VIEWDIFF_NB_STATIC"] = "1"  # explorers leave pictures, since nobody can move them
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
-    from ..paths import FIGURES, PROJECT, RUNS, writable_folder
+    from viewdiff_nb.files import FIGURES, PROJECT, RUNS, writable_folder
 
     paths = arguments.notebooks or sorted((PROJECT / "notebooks").glob("*.ipynb"))
     targets = {path: RUNS / "fast" / "notebooks" / path.name if arguments.fast else path for path in paths}
@@ -39,8 +39,13 @@ def main() -> None:
         notebook = nbformat.read(path, as_version=4)
         begun = time.monotonic()
         print(f"{path.name} ...", flush=True)
-        client = NotebookClient(notebook, timeout=None, kernel_name="python3", store_widget_state=False,
-                                resources={"metadata": {"path": str(path.parent)}})  # fmt: skip
+        client = NotebookClient(
+            notebook,
+            timeout=None,
+            kernel_name="python3",
+            store_widget_state=False,
+            resources={"metadata": {"path": str(path.parent)}},
+        )
         try:
             client.execute()
         except CellExecutionError as error:

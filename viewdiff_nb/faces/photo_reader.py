@@ -1,12 +1,13 @@
 """One face of a picture through InsightFace: detection, sharpness, five 3-D keypoints, pose, embedding."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ..paths import install_hint
+from viewdiff_nb.files import install_hint, is_text, shorten
 
 TASKS = ("detection", "landmark_3d_68", "recognition")
 # Of the 68 points: the corners of each eye (their middle counts), the tip of the nose, the corners of the mouth.
@@ -71,16 +72,26 @@ class FaceReader:
         ValueError: if the pack lacks one of the three models.
     """
 
-    def __init__(self, models: Path | None = None, pack: str = "buffalo_l", det_size: int = 640,
-                 det_threshold: float = 0.5, min_face: int = 60, max_faces: int = 1, min_sharpness: float = 10.0,
-                 device: str = "cpu") -> None:  # fmt: skip
+    def __init__(
+        self,
+        models: Path | None = None,
+        pack: str = "buffalo_l",
+        det_size: int = 640,
+        det_threshold: float = 0.5,
+        min_face: int = 60,
+        max_faces: int = 1,
+        min_sharpness: float = 10.0,
+        device: str = "cpu",
+    ) -> None:
         analysis = import_insightface()
         where = {"name": pack}
         if models is not None:
             folder = Path(models).expanduser().resolve() / "models" / pack
             if not list(folder.glob("*.onnx")):
-                raise FileNotFoundError(f"{folder} holds no .onnx file; put the model pack {pack} there, or leave out "
-                                        "--models and InsightFace downloads it")  # fmt: skip
+                raise FileNotFoundError(
+                    f"{folder} holds no .onnx file; put the model pack {pack} there, or leave out "
+                    "--models and InsightFace downloads it"
+                )
             where["name"] = str(folder)  # a path is taken as it is
         providers = ["CUDAExecutionProvider"] * (device == "cuda") + ["CPUExecutionProvider"]
         app = analysis(**where, allowed_modules=list(TASKS), providers=providers)
@@ -109,8 +120,10 @@ class FaceReader:
         sides = boxes[:, 2:4] - boxes[:, :2]
         large = sides.min(1) >= self._min_face
         if not large.any():
-            raise RefusedError("face_too_small", f"the largest face is {sides.min(1).max():.0f} pixels wide or high; "
-                                                 f"it must have {self._min_face}")  # fmt: skip
+            raise RefusedError(
+                "face_too_small",
+                f"the largest face is {sides.min(1).max():.0f} pixels wide or high; it must have {self._min_face}",
+            )
         if large.sum() > self._max_faces:
             raise RefusedError("several_faces", f"{large.sum()} faces, at most {self._max_faces} may be in a picture")
         kept = int(np.where(large, sides.prod(1), 0).argmax())
@@ -144,3 +157,105 @@ def crop_sharpness(picture: np.ndarray, points: np.ndarray) -> float:
 
     grey = cv2.cvtColor(norm_crop(picture, points, 112), cv2.COLOR_BGR2GRAY)
     return float(cv2.Laplacian(grey[FACE_ROWS, FACE_COLUMNS], cv2.CV_64F).var())
+
+
+# ---- Photos and videos of people, one folder per person, read with OpenCV as BGR pictures.
+
+
+PHOTO_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
+VIDEO_SUFFIXES = frozenset((".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"))
+FRAMES_TOLD = 0.95  # containers only estimate their number of frames; fewer than this share is a broken file
+
+
+class UnreadableError(ValueError):
+    """A file without pictures, or whose rest cannot be decoded."""
+
+
+def list_people(photos: Path) -> dict[str, list[Path]]:
+    """The people of a folder: {name of the person's folder: its files, also of folders within}, both sorted.
+
+    Hidden files and folders (a leading dot) are left out.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: if photos is not a folder.
+        ValueError: if it holds no folder with a photo or a video.
+    """
+    if not photos.exists():
+        raise FileNotFoundError(f"{photos} does not exist; give the folder that holds one folder per person")
+    if not photos.is_dir():
+        raise NotADirectoryError(f"{photos} is a file; give the folder that holds one folder per person")
+    people = {}
+    if odd := [path.name for path in photos.iterdir() if path.is_dir() and not is_text(path.name)]:
+        raise ValueError(
+            f"{photos} has a folder whose name is not UTF-8, {shorten(odd[0])}; rename it, for it is the person's name"
+        )
+    for folder in sorted(path for path in photos.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        files = [
+            path
+            for path in folder.rglob("*")
+            if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        ]
+        people[folder.name] = sorted(files, key=lambda path: path.relative_to(folder).as_posix())
+    if not any(is_picture(path) for files in people.values() for path in files):
+        raise ValueError(
+            f"{photos} holds no folder with photos ({' '.join(sorted(PHOTO_SUFFIXES))}) or videos "
+            f"({' '.join(sorted(VIDEO_SUFFIXES))}); make one folder per person"
+        )
+    return people
+
+
+def is_picture(path: Path) -> bool:
+    """Whether the name is that of a photo or a video."""
+    return path.suffix.lower() in PHOTO_SUFFIXES | VIDEO_SUFFIXES
+
+
+def read_pictures(path: Path, frame_stride: int) -> Iterator[tuple[int | None, np.ndarray]]:
+    """The picture of a photo, or every frame_stride-th frame of a video, turned upright as the file says.
+
+    Yields:
+        the frame's number (None for a photo) and the picture, (H, W, 3) uint8 BGR.
+
+    Raises:
+        UnreadableError: at once, or after the frames that could be read.
+    """
+    if path.suffix.lower() in VIDEO_SUFFIXES:
+        yield from _read_video(path, frame_stride)
+    elif path.suffix.lower() in PHOTO_SUFFIXES:
+        yield None, _read_photo(path)
+    else:
+        raise UnreadableError(f"{path.suffix or 'a file without suffix'} is neither a photo nor a video")
+
+
+def _read_photo(path: Path) -> np.ndarray:
+    import cv2
+
+    try:
+        content = np.fromfile(path, np.uint8)  # cv2.imread knows neither errors nor, on Windows, all file names
+    except OSError as error:
+        raise UnreadableError(str(error)) from error
+    picture = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
+    if picture is None:
+        raise UnreadableError("not a photo that OpenCV can decode")
+    return picture
+
+
+def _read_video(path: Path, frame_stride: int) -> Iterator[tuple[int, np.ndarray]]:
+    import cv2
+
+    video = cv2.VideoCapture(str(path))
+    try:
+        count = 0
+        while video.grab():
+            if count % frame_stride == 0:
+                decoded, picture = video.retrieve()
+                if not decoded:
+                    break
+                yield count, picture
+            count += 1
+        told = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+    finally:
+        video.release()
+    if not count:
+        raise UnreadableError("not a video that OpenCV can decode")
+    if count < FRAMES_TOLD * told:
+        raise UnreadableError(f"decoding stopped after {count} of {told} frames")

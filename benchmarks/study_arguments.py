@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from ..paths import FIGURES, RUNS
+from viewdiff_nb.files import FIGURES, RUNS
 
 
 def study_arguments(

@@ -1,6 +1,6 @@
 """What the field knows about training, tried on validation people: which of it recognises people better.
 
-    python -m viewdiff_nb.studies.recipe_study [--fast] [--seeds 3] [--out figures]
+    python benchmarks/recipe_study.py [--fast] [--seeds 3] [--out figures]
 
 Losses, margins, mix-up, view pairs as positives, mirrored people, a gate by yaw, test-time flip: each trained on
 views of all yaws, never scored on test people. What survived is in `adaptation.COMMON`.
@@ -14,23 +14,33 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from study_arguments import study_arguments
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..faces.splits import Split
-from ..faces.views import FaceViews, swap_halves
-from ..modules.attention import encode_pose
-from ..modules.baselines import DREAM, MLP
-from ..plots import save_table
-from ..training.config import TrainConfig
-from ..training.evaluation import predict
-from ..training.parallel import with_cuda_graph
-from ..training.prepare import prepare_model
-from ..training.trainer import train
-from .adaptation import COMMON, FAST, FULL, WIDE_OPTIONS, Profile, Store, base_model, load_split, score
-from .benchmark import machine
-from .command import study_arguments
-from .tables import Results, difference, rate_estimate
+from viewdiff_nb.faces.splits import Split
+from viewdiff_nb.faces.views import FaceViews, swap_halves
+from viewdiff_nb.modules.attention import encode_pose
+from viewdiff_nb.modules.baselines import DREAM, MLP
+from viewdiff_nb.plots import save_table
+from viewdiff_nb.studies.adaptation import (
+    COMMON,
+    FAST_PROFILE,
+    FULL_PROFILE,
+    WIDE_OPTIONS,
+    Profile,
+    base_model,
+    load_split,
+    score,
+)
+from viewdiff_nb.studies.benchmark import machine
+from viewdiff_nb.studies.store import Store
+from viewdiff_nb.studies.tables import Results, difference, rate_estimate
+from viewdiff_nb.training.checkpoint import prepare_model
+from viewdiff_nb.training.config import TrainConfig
+from viewdiff_nb.training.devices import with_cuda_graph
+from viewdiff_nb.training.evaluation import predict
+from viewdiff_nb.training.loop import train
 
 RECIPE = "two-way, mix-up"  # the kit's
 PLAIN = {"mixup": False}
@@ -74,8 +84,10 @@ class YawGated(nn.Module):
 def with_mirrored(faces: FaceViews) -> FaceViews:
     """The people, and beside them their mirror images as people of their own."""
     other = faces.mirrored()
-    joined = {name: torch.cat((getattr(faces, name), getattr(other, name)))
-              for name in ("front", "src", "keypoints_3d", "angles")}  # fmt: skip
+    joined = {
+        name: torch.cat((getattr(faces, name), getattr(other, name)))
+        for name in ("front", "src", "keypoints_3d", "angles")
+    }
     names = (*faces.names, *(f"{name}, mirrored" for name in faces.names))
     return replace(faces, names=names, person=torch.cat((faces.person, faces.person + len(faces.names))), **joined)
 
@@ -130,8 +142,11 @@ def recipe_table(results: Results) -> pd.DataFrame:
     """Rank-1 and TAR on validation people by yaw, and the paired difference to the kit's recipe over all views."""
     rows = {}
     for name in dict.fromkeys(name for name, _ in results):
-        rows[name] = {f"{words} {where}": str(rate_estimate(results, name, rate, where, "val"))
-                      for rate, words in (("rank1", "rank-1"), ("tar", "TAR")) for where in SHOWN}  # fmt: skip
+        rows[name] = {
+            f"{words} {where}": str(rate_estimate(results, name, rate, where, "val"))
+            for rate, words in (("rank1", "rank-1"), ("tar", "TAR"))
+            for where in SHOWN
+        }
         for rate, words in (("rank1", "rank-1"), ("tar", "TAR")):
             apart = difference(results, name, RECIPE, rate, part="val")
             rows[name][f"{words} against the recipe"] = f"{apart.mean:+.3f} ± {apart.half:.3f}"
@@ -147,7 +162,7 @@ def write_table(results: Results, folder: Path, note: str) -> None:
 
 def main() -> None:
     arguments = study_arguments(__doc__, seeds=3)
-    profile = FAST if arguments.fast else FULL
+    profile = FAST_PROFILE if arguments.fast else FULL_PROFILE
     note = f"{profile.name} run, {arguments.seeds} seeds, mean ± 95 % interval over seeds and people; {machine()}"
     seeds = range(arguments.seeds)
     results = recipe_study(profile, load_split(profile), seeds, lambda jobs: tqdm(jobs, desc="recipes"))

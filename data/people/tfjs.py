@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..paths import install_hint
+from viewdiff_nb.files import install_hint
 
 STORED_DTYPES = {"float32": "<f4", "int32": "<i4"}
 ELEMENTWISE = {"Add": "Add", "AddV2": "Add", "Sub": "Sub", "Mul": "Mul", "Maximum": "Max", "Minimum": "Min"}
@@ -41,9 +41,7 @@ def read_weights(model, folder):
             weights[entry["name"]] = array
             position += array.nbytes
         if position != len(content):
-            raise ValueError(
-                f"{', '.join(group['paths'])} hold {len(content)} bytes, the model lists {position}"
-            )
+            raise ValueError(f"{', '.join(group['paths'])} hold {len(content)} bytes, the model lists {position}")
     return weights
 
 
@@ -123,9 +121,7 @@ class GraphConverter:
         else:
             groups, kernel = channels, kernel.transpose(2, 3, 0, 1).reshape(channels * last, 1, height, width)
         if "data_format" in attributes and text(attributes["data_format"]) != "NHWC":
-            raise ValueError(
-                f"node {name!r}: data format {text(attributes['data_format'])!r} is not supported"
-            )
+            raise ValueError(f"node {name!r}: data format {text(attributes['data_format'])!r} is not supported")
         padding = text(attributes["padding"])
         if padding not in ("SAME", "VALID"):
             raise ValueError(f"node {name!r}: padding {padding!r} is not supported")

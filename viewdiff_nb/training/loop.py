@@ -5,7 +5,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -14,47 +13,52 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..faces.views import FaceViews
-from ..metrics import FAR, NotFiniteError, can_tell
-from ..modules.transformer import EnhancedTransformerDecoderOnly3D
-from ..paths import writable_folder
-from .batches import FaceBatch, count_batches, feed, place, views_to_train
-from .capture import Captured, set_capturable
-from .checkpoint import PERIODIC, load_checkpoint
-from .config import TrainConfig
-from .diagnosis import TrainingAdvice, TrainingDiverged, advice, divergence_advice, find_cause, memory_advice
-from .evaluation import evaluate, probes_to_score
-from .interrupt import StopRequest, TrainingInterrupted
-from .logs import TrainingLog
-from .losses import LOSSES
-from .mixup import Mixup, draw_epoch
-from .objective import Objective
-from .optimiser import build_optimizer, set_rates, warmup_cosine
-from .parallel import OneProcess, SeveralProcesses, connect
-from .prepare import find_checkpoint, prepare_model
-from .randomness import manual_seed
-from .run_folder import RunFolder
-from .state import TRACE, TrainingState, data_fingerprint, file_fingerprint
+from viewdiff_nb.faces.views import FaceViews
+from viewdiff_nb.files import writable_folder
+from viewdiff_nb.metrics import FAR, NotFiniteError, can_tell
+from viewdiff_nb.training.batches import (
+    FaceBatch,
+    Mixup,
+    count_batches,
+    draw_epoch,
+    feed,
+    move_if_it_fits,
+    views_to_train,
+)
+from viewdiff_nb.training.checkpoint import PERIODIC, find_checkpoint, load_checkpoint, prepare_model
+from viewdiff_nb.training.config import TrainConfig
+from viewdiff_nb.training.devices import (
+    GraphedFunction,
+    OneProcess,
+    SeveralProcesses,
+    connect,
+    manual_seed,
+    set_capturable,
+)
+from viewdiff_nb.training.evaluation import evaluate, probes_to_score
+from viewdiff_nb.training.losses import LOSSES, Objective, build_optimizer, set_rates, warmup_cosine
+from viewdiff_nb.training.result import (
+    StopRequest,
+    TrainingAdvice,
+    TrainingDiverged,
+    TrainingInterrupted,
+    TrainResult,
+    advice,
+    divergence_advice,
+    find_cause,
+    memory_advice,
+)
+from viewdiff_nb.training.run_state import (
+    TRACE,
+    RunFolder,
+    TrainingLog,
+    TrainingState,
+    data_fingerprint,
+    file_fingerprint,
+)
 
 told = logging.getLogger(__name__)
 LOOK = 1.0  # seconds between looks at the loss; each waits for the device
-
-
-@dataclass
-class TrainResult:
-    """history: one row per epoch. train_seconds: spent in training steps, without validation.
-
-    stopped: why the run ended. checkpoint: the newest one, to resume from; None if there is none.
-    advice: what the history suggests to try, in sentences; also given as warnings.
-    """
-
-    model: EnhancedTransformerDecoderOnly3D
-    history: pd.DataFrame
-    train_seconds: float
-    steps: int
-    stopped: Literal["finished", "early", "interrupted", "diverged"]
-    checkpoint: Path | None
-    advice: list[str] = field(default_factory=list)
 
 
 def train(
@@ -74,7 +78,7 @@ def train(
 
     Args:
         train_faces, val_faces: different people; of train_faces the views within the config's yaw
-            range are used. They lie on the device as a whole if they fit (see `place`).
+            range are used. They lie on the device as a whole if they fit (see `move_if_it_fits`).
         model: to train instead of the one that config describes (a baseline, say).
         on_epoch: called with the history so far after every epoch, by the first process.
         stop: set its `asked` from another thread to interrupt the run; with one process only.
@@ -91,18 +95,24 @@ def train(
         raise ValueError(f"{len(overlap)} people are in both training and validation, e.g. {min(overlap)!r}")
     probes, people = probes_to_score(config if model is None else model, val_faces), len(val_faces.names)
     if people < 2 or not probes:
-        raise ValueError(f"validation needs 2 people or more, with views enough to be scored; got {people} with "
-                         f"{probes} predictions")  # fmt: skip
+        raise ValueError(
+            f"validation needs 2 people or more, with views enough to be scored; got {people} with {probes} predictions"
+        )
     impostors = probes * (people - 1)
     if config.monitor == "val_tar" and not can_tell(impostors):
-        raise ValueError(f"{people} validation people with {probes} predictions make {impostors} impostor pairs, too "
-                         f"few for a false accept rate of {FAR:g}; raise val_people, or monitor something "
-                         "else")  # fmt: skip
+        raise ValueError(
+            f"{people} validation people with {probes} predictions make {impostors} impostor pairs, too "
+            f"few for a false accept rate of {FAR:g}; raise val_people, or monitor something "
+            "else"
+        )
     if model is not None and (config.base_model_path or config.use_prior_preservation):
-        raise ValueError("a model given to train() is trained as it is: base_model_path and prior preservation are "
-                         "for models that the config builds")  # fmt: skip
-    result = connect(config).launch(_train, config, train_faces, val_faces, model, on_epoch, progress,
-                                    stop or StopRequest())  # fmt: skip
+        raise ValueError(
+            "a model given to train() is trained as it is: base_model_path and prior preservation are "
+            "for models that the config builds"
+        )
+    result = connect(config).launch(
+        _train, config, train_faces, val_faces, model, on_epoch, progress, stop or StopRequest()
+    )
     if result.stopped in ("finished", "early"):
         result.advice = advice(result.history, config)
     for sentence in result.advice:
@@ -137,7 +147,7 @@ class _Run:
         self.device, self.first = machines.device, machines.rank == 0
         self.progress = progress and self.first
 
-        faces, self.val_faces = place(train_faces, self.device), place(val_faces, self.device)
+        faces, self.val_faces = move_if_it_fits(train_faces, self.device), move_if_it_fits(val_faces, self.device)
         self.faces = views_to_train(faces, config)
         self.mixup = Mixup(self.faces) if config.mixup else None
         self.batches, self.window = count_batches(self.faces, config), config.gradient_accumulation_steps
@@ -159,19 +169,33 @@ class _Run:
         front = self.faces.front.to(self.device)
         self.objective = Objective(config, self.forward, front, self.device, base, prior_faces)
         scaled = self.objective.amp_dtype is torch.float16
-        data = {"train": data_fingerprint(self.faces), "val": data_fingerprint(self.val_faces),
-                "base": file_fingerprint(config.base_model_path)}  # fmt: skip
+        data = {
+            "train": data_fingerprint(self.faces),
+            "val": data_fingerprint(self.val_faces),
+            "base": file_fingerprint(config.base_model_path),
+        }
         self.state = TrainingState(
-            config, data, model, optimizer, torch.amp.GradScaler(self.device.type, enabled=scaled),
-            torch.Generator().manual_seed(config.seed), trace=torch.zeros(self.batches, len(TRACE), device=self.device),
-        )  # fmt: skip
+            config,
+            data,
+            model,
+            optimizer,
+            torch.amp.GradScaler(self.device.type, enabled=scaled),
+            torch.Generator().manual_seed(config.seed),
+            trace=torch.zeros(self.batches, len(TRACE), device=self.device),
+        )
 
         manual_seed(config.seed)  # dropout
         checkpoint = find_checkpoint(config.resume, config.save_dir)
         same_goal = self._resume(checkpoint) if checkpoint else True
-        self.folder = RunFolder(config.save_dir if self.first else None, self.state, checkpoint, same_goal,
-                                config.base_model_path, self._bytes_to_write())  # fmt: skip
-        self.captured: Captured | None = None  # while it runs: both know each other, and hold memory of the GPU
+        self.folder = RunFolder(
+            config.save_dir if self.first else None,
+            self.state,
+            checkpoint,
+            same_goal,
+            config.base_model_path,
+            self._bytes_to_write(),
+        )
+        self.captured: GraphedFunction | None = None  # while it runs: both know each other, and hold memory of the GPU
         optimizer.zero_grad(set_to_none=True)  # what a model that was given may have of earlier steps
         self.good = [p.detach().clone() for p in self.trainable]  # after the last epoch that ended well
         self.saved_at = self.looked_at = time.monotonic()
@@ -180,8 +204,10 @@ class _Run:
         """Go on from a checkpoint; whether its best model is still the one to beat."""
         found = self.state.load_state_dict(load_checkpoint(path, self.device), str(path))
         if self.state.epoch >= self.config.epochs:
-            raise ValueError(f"{path} has {self.state.epoch} epochs behind it; ask for more than that (epochs is "
-                             f"{self.config.epochs})")  # fmt: skip
+            raise ValueError(
+                f"{path} has {self.state.epoch} epochs behind it; ask for more than that (epochs is "
+                f"{self.config.epochs})"
+            )
         if self.first and str(found):
             told.warning(f"the run goes on from {path} with {found}")
         return found.same_goal
@@ -199,7 +225,7 @@ class _Run:
         often = config.val_every <= config.epochs
         done = state.epoch * self.batches + state.batch
         if config.use_cuda_graph:
-            self.captured = Captured(self._learn, self.device)
+            self.captured = GraphedFunction(self._learn, self.device)
         log_dir = writable_folder(config.log_dir) if config.log_dir and self.first else None
         self.machines.wait()  # until all have read the checkpoint: the first may move files now
         with (
@@ -336,15 +362,19 @@ class _Run:
         [batch] = feed(self.faces, rows[i : i + 1], self.device)
         beside = self._beside(batch, weights and weights[i])
         cause = find_cause(self.forward, batch, lambda b: self.objective(b, *beside).loss)
-        raise self._diverged(f"batch {i} of epoch {state.epoch + 1} has loss {state.trace[i, 0].item():g} and gradient "
-                             f"norm {state.trace[i, 1].item():g}: {cause}")  # fmt: skip
+        raise self._diverged(
+            f"batch {i} of epoch {state.epoch + 1} has loss {state.trace[i, 0].item():g} and gradient "
+            f"norm {state.trace[i, 1].item():g}: {cause}"
+        )
 
     @torch.no_grad()
     def _diverged(self, what: str) -> TrainingDiverged:
         """The error, with the model as it was when all was well."""
         torch._foreach_copy_(self.trainable, self.good)
-        message = (f"{what}. Try: {divergence_advice(self.config)}. The model is again what it was after epoch "
-                   f"{self.state.epoch}")  # fmt: skip
+        message = (
+            f"{what}. Try: {divergence_advice(self.config)}. The model is again what it was after epoch "
+            f"{self.state.epoch}"
+        )
         if self.folder.newest:
             message += f"; {self.folder.newest} is the last checkpoint"
         return TrainingDiverged(message, self._result("diverged"))
@@ -356,8 +386,13 @@ class _Run:
         loss, norm, prior = state.trace.sum(0).tolist()
         first_step = state.epoch * self.windows
         rates = [self.rates[0] * self.schedule(first_step + i) for i in range(self.windows + 1)]
-        row = {"epoch": state.epoch + 1, "train_loss": loss / self.batches, "lr": rates[-1],
-               "grad_norm": norm / self.windows, "seconds": state.seconds}  # fmt: skip
+        row = {
+            "epoch": state.epoch + 1,
+            "train_loss": loss / self.batches,
+            "lr": rates[-1],
+            "grad_norm": norm / self.windows,
+            "seconds": state.seconds,
+        }
         if self.objective.task is not None:
             row["prior_loss"] = prior / self.batches
         validated = (state.epoch + 1) % config.val_every == 0 or state.epoch + 1 == config.epochs
@@ -365,12 +400,17 @@ class _Run:
             try:
                 row |= self.machines.from_first(evaluate(state.model, self.val_faces, LOSSES[config.loss]))
             except NotFiniteError as error:
-                raise self._diverged(f"after epoch {state.epoch + 1} the validation people's predictions are not "
-                                     "finite, though every loss and gradient was") from error  # fmt: skip
+                raise self._diverged(
+                    f"after epoch {state.epoch + 1} the validation people's predictions are not "
+                    "finite, though every loss and gradient was"
+                ) from error
         best = validated and state.judge(row)
         torch._foreach_copy_(self.good, self.trainable)
-        self.log.losses(state.epoch * self.batches, state.trace[:, 0].tolist(),
-                        [rates[i // self.window] for i in range(self.batches)])  # fmt: skip
+        self.log.losses(
+            state.epoch * self.batches,
+            state.trace[:, 0].tolist(),
+            [rates[i // self.window] for i in range(self.batches)],
+        )
         state.finish_epoch()
         state.history.append(row)
         if best:

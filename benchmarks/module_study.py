@@ -1,6 +1,6 @@
 """Which module earns what: each alone, together, and left out; and several views against their average.
 
-    python -m viewdiff_nb.studies.module_study [--fast] [--seeds 5] [--out figures]
+python benchmarks/module_study.py [--fast] [--seeds 5] [--out figures]
 """
 
 from collections.abc import Callable, Iterable
@@ -11,40 +11,40 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from study_arguments import study_arguments
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..faces.splits import Split
-from ..faces.views import FaceViews
-from ..metrics import rank_rate, similarity_scores, tar_at_far
-from ..modules.transformer import fuse_views
-from ..plots import save_table
-from ..training.batches import view_groups
-from ..training.checkpoint import save_checkpoint
-from ..training.config import TrainConfig
-from ..training.parallel import with_cuda_graph
-from ..training.trainer import train
-from .adaptation import (
+from viewdiff_nb.faces.splits import Split
+from viewdiff_nb.faces.views import FaceViews
+from viewdiff_nb.metrics import rank_rate, similarity_scores, tar_at_far
+from viewdiff_nb.modules.transformer import fuse_views
+from viewdiff_nb.plots import save_table
+from viewdiff_nb.studies.adaptation import (
     ADAPTATIONS,
     BOUNDARY,
     COMMON,
-    FAST,
+    FAST_PROFILE,
     FINE_TUNING,
-    FULL,
+    FULL_PROFILE,
     Profile,
-    Store,
     adaptation,
     base_model,
     load_split,
 )
-from .benchmark import machine
-from .command import study_arguments
-from .significance import correction, judged, over_seeds
-from .tables import with_interval
+from viewdiff_nb.studies.benchmark import machine
+from viewdiff_nb.studies.significance import correction, judged, over_seeds
+from viewdiff_nb.studies.store import Store
+from viewdiff_nb.studies.tables import with_interval
+from viewdiff_nb.training.batches import view_groups
+from viewdiff_nb.training.checkpoint import save_checkpoint
+from viewdiff_nb.training.config import TrainConfig
+from viewdiff_nb.training.devices import with_cuda_graph
+from viewdiff_nb.training.loop import train
 
 # The modules are compared with the plainer recipe: no mix-up, the loss one way.
 RECIPE = {"loss": "identity", "mixup": False}
-FULL_MODULES = replace(FULL, base_epochs=8, adapt_epochs=6)
+FULL_MODULES = replace(FULL_PROFILE, base_epochs=8, adapt_epochs=6)
 LORA = ADAPTATIONS["LoRA r=8"]
 PROJECTION = FINE_TUNING | {"use_projection_layer": True, "freeze_base": True}
 BOTH = LORA | PROJECTION
@@ -83,8 +83,11 @@ def module_study(
 def module_table(results: dict[tuple[str, int], dict], part: str) -> pd.DataFrame:
     """Rank-1 and TAR of every combination, over all views, base domain and adapted domain."""
     heads = {"all": "", "0-45": " < 45°", "45-90": " ≥ 45°"}
-    columns = {f"{words}{head}": (rate, where) for where, head in heads.items()
-               for rate, words in (("rank1", "rank-1"), ("tar", "TAR"))}  # fmt: skip
+    columns = {
+        f"{words}{head}": (rate, where)
+        for where, head in heads.items()
+        for rate, words in (("rank1", "rank-1"), ("tar", "TAR"))
+    }
     seeds = sorted({seed for _, seed in results})
     rows = {}
     for name in ("base", *MODULES):
@@ -97,12 +100,19 @@ def module_table(results: dict[tuple[str, int], dict], part: str) -> pd.DataFram
 def earnings_table(results: dict[tuple[str, int], dict], part: str) -> pd.DataFrame:
     """What each module adds to the base alone, and to the other two: paired differences over seeds."""
     seeds = sorted({seed for _, seed in results})
-    comparisons = {("LoRA", "alone"): ("LoRA", "base"), ("projection", "alone"): ("projection", "base"),
-                   ("pose in LoRA", "in LoRA"): ("LoRA", "LoRA without pose")}  # fmt: skip
+    comparisons = {
+        ("LoRA", "alone"): ("LoRA", "base"),
+        ("projection", "alone"): ("projection", "base"),
+        ("pose in LoRA", "in LoRA"): ("LoRA", "LoRA without pose"),
+    }
     for module, rest in WITHOUT.items():
         comparisons[module, "added to the other two"] = ("LoRA + projection + prior", rest)
-    heads = {"rank-1 ≥ 45°": ("rank1", "45-90"), "TAR ≥ 45°": ("tar", "45-90"),
-             "rank-1 < 45°": ("rank1", "0-45"), "TAR < 45°": ("tar", "0-45")}  # fmt: skip
+    heads = {
+        "rank-1 ≥ 45°": ("rank1", "45-90"),
+        "TAR ≥ 45°": ("tar", "45-90"),
+        "rank-1 < 45°": ("rank1", "0-45"),
+        "TAR < 45°": ("tar", "0-45"),
+    }
     found = {}
     for row, (with_it, without) in comparisons.items():
         for head, (rate, yaw) in heads.items():
@@ -120,8 +130,10 @@ def multi_view_rates(model: nn.Module, faces: FaceViews, n_views: int) -> dict[s
     if not len(groups):
         raise ValueError(f"no person has {n_views} views to fuse")
     model.eval()
-    parts = [model(faces.src[i], **faces.conditions(i), return_residual=False) for i in
-             (g.flatten() for g in groups.split(200))]  # fmt: skip
+    parts = [
+        model(faces.src[i], **faces.conditions(i), return_residual=False)
+        for i in (g.flatten() for g in groups.split(200))
+    ]
     scores = similarity_scores(fuse_views(torch.cat(parts), n_views), faces.front, faces.person[groups[:, 0]])
     tar = tar_at_far(scores.genuine_counts[0], scores.impostor_counts[0])
     return {"rank1": rank_rate(scores), "tar": tar.item()}
@@ -135,8 +147,9 @@ def score_views(model: nn.Module, split: Split, seconds: float) -> dict:
     for part in ("val", "test"):
         faces = getattr(split, part).to(device)
         kinds = {"all": faces, "side": faces.where(faces.abs_yaw >= BOUNDARY)}
-        result[part] = {kind: {str(v): multi_view_rates(model, views, v) for v in counts}
-                        for kind, views in kinds.items()}  # fmt: skip
+        result[part] = {
+            kind: {str(v): multi_view_rates(model, views, v) for v in counts} for kind, views in kinds.items()
+        }
     return result
 
 
@@ -155,8 +168,14 @@ def multi_view_study(
             continue
         views = int(name.split()[1])
         epochs = max(1, profile.adapt_epochs // 2)
-        config = replace(COMMON, **RECIPE | BOTH | CROSS_VIEW, n_views=views, seed=seed, epochs=epochs,
-                         base_model_path=checkpoint.name)  # fmt: skip
+        config = replace(
+            COMMON,
+            **RECIPE | BOTH | CROSS_VIEW,
+            n_views=views,
+            seed=seed,
+            epochs=epochs,
+            base_model_path=checkpoint.name,
+        )
         key = {"name": "cross-view", "config": config.to_dict()}
         results[name, seed] = store.get(key, partial(_cross_view, config, checkpoint, split))
     return results
@@ -164,8 +183,13 @@ def multi_view_study(
 
 def _single_view(store: Store, split: Split, profile: Profile, seed: int) -> tuple[Path, dict]:
     base, _ = base_model(store, split, profile, seed, recipe=RECIPE)
-    config = replace(COMMON, **RECIPE | BOTH | {"min_yaw": 0.0, "batch_size": VIEW_BATCH}, seed=seed,
-                     base_model_path=base.name, epochs=profile.adapt_epochs)  # fmt: skip
+    config = replace(
+        COMMON,
+        **RECIPE | BOTH | {"min_yaw": 0.0, "batch_size": VIEW_BATCH},
+        seed=seed,
+        base_model_path=base.name,
+        epochs=profile.adapt_epochs,
+    )
 
     def make(path: Path) -> dict:
         here = with_cuda_graph(replace(config, base_model_path=str(base)))
@@ -192,10 +216,17 @@ def multi_view_table(results: dict[tuple[str, int], dict], part: str) -> pd.Data
                 average = [results["average", s][part][kind][views][rate] for s in seeds]
                 crossed = [results[f"cross-view {views}", s][part][kind][views][rate] for s in seeds]
                 gain = over_seeds(c - a for c, a in zip(crossed, average, strict=True))
-                rows.append({"views": views, "of": "any yaw" if kind == "all" else "|yaw| ≥ 45°", "rate": rate,
-                             "one view": with_interval(results["average", s][part][kind]["1"][rate] for s in seeds),
-                             "average": with_interval(average), "cross-view": with_interval(crossed),
-                             "gain": f"{gain:+.3f}"})  # fmt: skip
+                rows.append(
+                    {
+                        "views": views,
+                        "of": "any yaw" if kind == "all" else "|yaw| ≥ 45°",
+                        "rate": rate,
+                        "one view": with_interval(results["average", s][part][kind]["1"][rate] for s in seeds),
+                        "average": with_interval(average),
+                        "cross-view": with_interval(crossed),
+                        "gain": f"{gain:+.3f}",
+                    }
+                )
     return pd.DataFrame(rows).set_index("views")
 
 
@@ -214,7 +245,7 @@ def write_tables(modules: dict, views: dict, folder: Path, note: str) -> None:
 
 def main() -> None:
     arguments = study_arguments(__doc__, seeds=5)
-    profile, seeds = (FAST if arguments.fast else FULL_MODULES), range(arguments.seeds)
+    profile, seeds = (FAST_PROFILE if arguments.fast else FULL_MODULES), range(arguments.seeds)
     split = load_split(profile)
     note = f"{profile.name} run, {arguments.seeds} seeds, mean ± 95 % interval over seeds; {machine()}"
     modules = module_study(profile, split, seeds, lambda jobs: tqdm(jobs, desc="modules"))

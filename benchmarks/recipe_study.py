@@ -14,12 +14,14 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from mirror import has_mirrored_halves, mirrored, swap_halves
 from study_arguments import study_arguments
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from viewdiff_nb.faces.splits import Split
-from viewdiff_nb.faces.views import FaceViews, swap_halves
+from viewdiff_nb.faces.views import FaceViews
+from viewdiff_nb.files import HEADS
 from viewdiff_nb.modules.attention import encode_pose
 from viewdiff_nb.modules.baselines import DREAM, MLP
 from viewdiff_nb.plots import save_table
@@ -83,7 +85,7 @@ class YawGated(nn.Module):
 
 def with_mirrored(faces: FaceViews) -> FaceViews:
     """The people, and beside them their mirror images as people of their own."""
-    other = faces.mirrored()
+    other = mirrored(faces)
     joined = {
         name: torch.cat((getattr(faces, name), getattr(other, name)))
         for name in ("front", "src", "keypoints_3d", "angles")
@@ -133,8 +135,8 @@ def _try(name: str, config: TrainConfig, base: Path | None, split: Split, path: 
     run = train(with_cuda_graph(config), faces, split.val, model, progress=False)
     predicted = predict(run.model, split.val)
     result = score(predicted, split.val, "val") | {"train_seconds": run.train_seconds}
-    if (name == RECIPE or base) and split.val.flip_halves:
-        result["flip"] = score(predicted + swap_halves(predict(run.model, split.val.mirrored())), split.val, "val")
+    if name == RECIPE or base:
+        result["flip"] = score(predicted + swap_halves(predict(run.model, mirrored(split.val))), split.val, "val")
     return result
 
 
@@ -162,6 +164,8 @@ def write_table(results: Results, folder: Path, note: str) -> None:
 
 def main() -> None:
     arguments = study_arguments(__doc__, seeds=3)
+    if not has_mirrored_halves(HEADS):
+        raise SystemExit(f"{HEADS}: mirrored people need embeddings of a crop and its mirror image, side by side")
     profile = FAST_PROFILE if arguments.fast else FULL_PROFILE
     note = f"{profile.name} run, {arguments.seeds} seeds, mean ± 95 % interval over seeds and people; {machine()}"
     seeds = range(arguments.seeds)

@@ -1,7 +1,17 @@
+import math
+
+import numpy as np
 import pytest
 import torch
 
-from viewdiff_nb.faces.geometry import euler_angles, face_rotation, normalise_keypoints, rotation_matrix, to_face_frame
+from viewdiff_nb.faces.geometry import (
+    euler_angles,
+    face_rotation,
+    fit_similarity,
+    normalise_keypoints,
+    rotation_matrix,
+    to_face_frame,
+)
 
 FACE = torch.tensor(  # a frontal face in its own frame: eyes, nose toward the camera, mouth
     [[-30.0, -30, 0], [30, -30, 0], [0, 0, 25], [-20, 30, 0], [20, 30, 0]], dtype=torch.float64
@@ -66,3 +76,36 @@ def test_coincident_points_become_zero_with_a_finite_gradient(place):
 def test_refuses_two_angles():
     with pytest.raises(ValueError, match=r"last dimension of 3 .* got shape \(4, 2\)"):
         rotation_matrix(torch.zeros(4, 2))
+
+
+def test_similarity_recovers_a_known_transform():
+    turn, scale, shift = 0.7, 2.5, np.array([3.0, -8.0])
+    matrix = scale * np.array([(math.cos(turn), -math.sin(turn)), (math.sin(turn), math.cos(turn))])
+    source = np.array([(0, 0), (4, 1), (2, 5), (-3, 2.0)])
+    found = fit_similarity(source, source @ matrix.T + shift)
+    np.testing.assert_allclose(found, np.column_stack([matrix, shift]), atol=1e-12)
+
+
+def test_similarity_never_mirrors():
+    source = np.array([(0, 0), (4, 1), (2, 5), (-3, 2.0)])
+    found = fit_similarity(source, source * (-1, 1))
+    assert np.linalg.det(found[:, :2]) > 0
+
+
+def test_points_in_one_place_are_refused():
+    with pytest.raises(ValueError, match="source points must not all coincide"):
+        fit_similarity(np.ones((3, 2)), np.ones((3, 2)))
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "message"),
+    [
+        (np.ones((3, 3)), np.ones((3, 3)), r"must be \(N, 2\), got \(3, 3\) and \(3, 3\)"),
+        (np.eye(2), np.ones((3, 2)), r"must be \(N, 2\), got \(2, 2\) and \(3, 2\)"),
+        (np.eye(2), np.array([[0.0, 1.0], [np.nan, 2.0]]), "points must be finite .*nan"),
+        (np.array([[0.0, 1.0], [np.nan, 2.0]]), np.eye(2), "points must be finite .*nan"),
+    ],
+)
+def test_points_that_cannot_be_fitted_are_refused(source, target, message):
+    with pytest.raises(ValueError, match=message):
+        fit_similarity(source, target)

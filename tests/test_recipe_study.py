@@ -1,16 +1,10 @@
-from dataclasses import replace
-
 import pytest
 import recipe_study as study
 import torch
 from conftest import people
+from mirror import mirrored
 
 from viewdiff_nb.modules.baselines import RawEmbedding
-
-
-def with_halves(split):
-    parts = {part: replace(getattr(split, part), flip_halves=True) for part in ("train", "val", "test")}
-    return replace(split, **parts)
 
 
 def test_every_recipe_and_model_runs_and_is_tabled(small, tiny, tmp_path, monkeypatch):
@@ -19,7 +13,7 @@ def test_every_recipe_and_model_runs_and_is_tabled(small, tiny, tmp_path, monkey
         "MODELS",
         {name: options | ({"voxel_resolution": 4} if options else {}) for name, options in study.MODELS.items()},
     )
-    results = study.recipe_study(tiny, with_halves(small), seeds=[0, 1])
+    results = study.recipe_study(tiny, small, seeds=[0, 1])
     flipped = {name + study.FLIP for name in (study.RECIPE, *study.MODELS) if "LoRA" in name or name == study.RECIPE}
     assert {name for name, _ in results} == {*study.RECIPES, *study.MODELS, *flipped}
     assert not any("test" in result for result in results.values())  # test people are for the end
@@ -32,10 +26,10 @@ def test_every_recipe_and_model_runs_and_is_tabled(small, tiny, tmp_path, monkey
 
 
 def test_mirrored_people_are_people_of_their_own():
-    faces = replace(people(5), flip_halves=True)
+    faces = people(5)
     both = study.with_mirrored(faces)
     assert len(both) == 2 * len(faces) and len(set(both.names)) == 10
-    torch.testing.assert_close(both.target[len(faces) :], faces.mirrored().target)
+    torch.testing.assert_close(both.target[len(faces) :], mirrored(faces).target)
     assert both.person[len(faces) :].min() == 5
 
 

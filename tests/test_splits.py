@@ -5,22 +5,13 @@ import pytest
 import torch
 from conftest import people
 
-from viewdiff_nb.faces import FaceDataError, FaceViews, Split, load_split_file, save_split, split_by_person
-from viewdiff_nb.faces.splits import yaw_strata
+from viewdiff_nb.faces import FaceDataError, Split, load_split_file, save_split, split_by_person
 
 PARTS = ("train", "val", "test")
 
 
 def names_of(split: Split) -> list[tuple[str, ...]]:
     return [getattr(split, part).names for part in PARTS]
-
-
-def uneven(count: int = 120, views: int = 12) -> FaceViews:
-    """Of three people, one has views from the side only, one from the front only, and one has all."""
-    faces = people(count, views)
-    side = faces.abs_yaw >= 45
-    kind = faces.person % 3
-    return faces.where((kind == 2) | (side == (kind == 0)))
 
 
 def test_split_is_by_identity_complete_and_seeded():
@@ -50,37 +41,9 @@ def test_the_test_people_of_the_figures_stay():
     assert names_of(split) == [tuple(f"person_{i:04d}" for i in sorted(part)) for part in parts]
 
 
-def test_stratified_parts_have_equal_shares_of_side_views():
-    faces = uneven()
-    whole = (faces.abs_yaw >= 45).float().mean()
-
-    def deviation(seed, stratify):
-        split = split_by_person(faces, 24, 36, seed, stratify)
-        assert [len(part) for part in names_of(split)] == [60, 24, 36]
-        assert len(set().union(*names_of(split))) == 120
-        shares = [(getattr(split, part).abs_yaw >= 45).float().mean() for part in PARTS]
-        return max(abs(share - whole) for share in shares)
-
-    assert max(deviation(seed, True) for seed in range(10)) < 0.03
-    assert max(deviation(seed, False) for seed in range(10)) > 0.06  # what stratifying prevents
-    assert names_of(split_by_person(faces, 24, 36, 0, True)) != names_of(split_by_person(faces, 24, 36, 1, True))
-
-
-def test_strata_hold_people_of_like_profiles():
-    strata = yaw_strata(uneven(9))
-    assert strata.view(3, 3).unique(dim=0).shape[0] == 1  # the three kinds come in turn
-    front_only, side_only, both = strata[1], strata[0], strata[2]
-    assert front_only < side_only < both  # by views from the side, then by the others
-
-
-def test_stratifying_changes_nothing_where_all_people_are_seen_alike():
-    faces = people(40)
-    assert names_of(split_by_person(faces, 5, 10, 3, stratify=True)) == names_of(split_by_person(faces, 5, 10, 3))
-
-
 def test_people_without_views_are_split_too():
     faces = people(20)
-    split = split_by_person(faces.where(faces.person > 6), 4, 4, stratify=True)
+    split = split_by_person(faces.where(faces.person > 6), 4, 4)
     assert sum(len(part) for part in names_of(split)) == 20
 
 

@@ -10,7 +10,7 @@ import torch
 from conftest import people, write_set
 
 from viewdiff_nb.faces import FaceDataError, FaceViews, load_face_views, split_by_person
-from viewdiff_nb.files import HEADS, DiskRows
+from viewdiff_nb.files import DiskRows
 from viewdiff_nb.plots import BIN_NAMES
 
 TENSORS = ("front", "src", "keypoints_3d", "angles", "person")
@@ -81,16 +81,6 @@ BAD = {
     "too large for float32": (
         lambda f: np.save(f / "video_keypoints.npy", np.full((48, 5, 3), 1e300)),
         r"video_keypoints.npy: row 0: not finite \(48 such rows\)",
-    ),
-    "no halves": (
-        lambda f: (
-            np.save(f / "front_feature.npy", np.ones((8, 31))),
-            edit_json(
-                f / "front_metadata.json",
-                lambda m: m.update(feature_dim=31, standard_info={"embedding": "crop and mirrored crop"}),
-            ),
-        ),
-        r"says 'crop and mirrored crop', but 31 numbers have no halves",
     ),
     "integers": (lambda f: np.save(f / "front_feature.npy", np.ones((8, 32), int)), r"must hold floats, got '<i8'"),
     "one dimension": (lambda f: np.save(f / "video_feature.npy", np.ones(5)), r"shape is \(5,\), must be \(any, any\)"),
@@ -262,22 +252,13 @@ def test_where_and_select_keep_people_and_views_together():
 def assert_same(a: FaceViews, b: FaceViews) -> None:
     """Equal bits, wherever they lie."""
     a, b = a.in_memory(), b.in_memory()
-    assert a.names == b.names and a.flip_halves == b.flip_halves
+    assert a.names == b.names
     for name in TENSORS:
         assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 
-def flip_tested(folder) -> None:
-    for kind in ("front", "video"):
-        edit_json(
-            folder / f"{kind}_metadata.json",
-            lambda m: m.update(standard_info={"recogniser": "net, crop and mirrored crop"}),
-        )
-
-
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_a_memory_mapped_set_gives_what_the_loaded_one_gives(face_set, dtype):
-    flip_tested(face_set)
     np.save(face_set / "video_feature.npy", np.load(face_set / "video_feature.npy").astype(dtype))
     loaded, mapped = load_face_views(face_set), load_face_views(face_set, mmap=True)
     for rows in (mapped.src, mapped.keypoints_3d):
@@ -294,17 +275,15 @@ def test_a_memory_mapped_set_gives_what_the_loaded_one_gives(face_set, dtype):
         "select": lambda faces: faces.select(torch.tensor([4, 1, 7])),
         "split": lambda faces: split_by_person(faces, 2, 3).test,
         "sample": lambda faces: faces.sample_views(2, torch.Generator().manual_seed(0)),
-        "mirror": lambda faces: faces.where(index).mirrored(),
-        "mirror, twice": lambda faces: faces.mirrored().where(index).mirrored(),
         "to": lambda faces: faces.to("cpu"),
     }
     for name, change in changes.items():
         assert change(mapped).on_disk, name
         assert_same(change(mapped), change(loaded))
     assert mapped.frame().equals(loaded.frame())
-    copy = pickle.loads(pickle.dumps(mapped.mirrored()))  # what a worker gets
+    copy = pickle.loads(pickle.dumps(mapped.where(index)))  # what a worker gets
     assert isinstance(copy.src.array, np.memmap)
-    assert_same(copy, loaded.mirrored())
+    assert_same(copy, loaded.where(index))
 
 
 def test_a_memory_mapped_set_is_not_held_in_memory(tmp_path):
@@ -377,32 +356,3 @@ def test_yaw_bins_are_those_of_the_rates():
 def test_a_set_without_views_has_an_empty_frame():
     faces = people(2)
     assert len(faces.where(faces.abs_yaw < 0).frame()) == 0
-
-
-def test_halves_are_known_where_both_files_say_so(face_set):
-    assert not load_face_views(face_set).flip_halves
-    edit_json(
-        face_set / "front_metadata.json", lambda m: m.update(standard_info={"embedding": "crop and mirrored crop"})
-    )
-    assert not load_face_views(face_set).flip_halves
-    flip_tested(face_set)
-    assert load_face_views(face_set).flip_halves
-    assert json.loads((HEADS / "front_metadata.json").read_text())["standard_info"]["recogniser"].endswith(
-        ", crop and mirrored crop"
-    )
-
-
-def test_the_mirror_of_a_mirror_is_the_set():
-    faces = replace(people(5), flip_halves=True)
-    once = faces.mirrored()
-    assert_same(once.mirrored(), faces)
-    assert torch.equal(once.front[:, :16], faces.front[:, 16:]) and once.flip_halves
-    assert torch.equal(once.src[:, 16:], faces.src[:, :16]) and torch.equal(once.person, faces.person)
-    assert torch.equal(once.abs_yaw, faces.abs_yaw) and not torch.equal(once.angles, faces.angles)
-    for change in (lambda f: f.where(f.abs_yaw < 45), lambda f: f.select(torch.tensor([1, 3])), lambda f: f.to("cpu")):
-        assert change(faces).flip_halves
-
-
-def test_embeddings_without_mirrored_halves_have_no_mirror_image():
-    with pytest.raises(ValueError, match="flip_halves is False"):
-        people(2).mirrored()

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from people.tfjs import convert_graph
 from viewdiff_nb.files import install_hint, write_atomically
+
+from .tfjs import convert_graph
 
 DEFAULT_CACHE = Path("~/.cache/viewdiff_nb")
 

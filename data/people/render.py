@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE, check_numbers, fit_similarity, rotation_matrix
+from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE, fit_similarity, rotation_matrix
 
 from .raster import draw_mesh
-from .scenes import GAMMA, Background, Light
+from .scenes import GAMMA, Background, Light, check_numbers
 
 CROP_SIZE = 112
 PHOTO_SIZE = 256  # of the notional photo from which crops are cut, in pixels

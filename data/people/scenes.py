@@ -4,9 +4,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from viewdiff_nb.faces.geometry import check_numbers
-
 GAMMA = 2.2  # pictures store light ** (1 / GAMMA)
+
+
+def check_numbers(name, values, shape, low=-np.inf, high=np.inf):
+    """`values` as a finite float64 array of `shape` (None: any length) within low..high, or a ValueError."""
+    array = np.asarray(values, np.float64)
+    fits = array.ndim == len(shape) and all(want in (None, got) for want, got in zip(shape, array.shape, strict=True))
+    if not fits:
+        raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds a value that is not finite: {array.tolist()}")
+    if array.size and (array.min() < low or array.max() > high):
+        raise ValueError(f"{name} must lie within {low}..{high}, got {array.min():g}..{array.max():g}")
+    return array
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""`FaceViews.mirrored` against a head that is mirrored itself."""
+"""`mirror.mirrored` against a head that is mirrored itself."""
 
 import numpy as np
 import torch
+from mirror import mirrored
 from people.build import Studio
 from people.recogniser import join_flipped
 from people.render import HeadRenderer, Mesh, project
@@ -29,7 +30,7 @@ def test_mirrored_views_are_those_of_the_mirrored_head():
         return embeddings, torch.from_numpy(np.stack(points)).float()
 
     src, points = look(renderer, angles, (0.3, -0.3, 1.0))
-    faces = FaceViews(("a",), src[:1], src, points, angles, torch.zeros(3, dtype=torch.long), True).mirrored()
+    faces = mirrored(FaceViews(("a",), src[:1], src, points, angles, torch.zeros(3, dtype=torch.long)))
     wanted, wanted_points = look(other, faces.angles, (-0.3, -0.3, 1.0))
     torch.testing.assert_close(
         normalise_keypoints(faces.keypoints_3d), normalise_keypoints(wanted_points), atol=1e-5, rtol=0

@@ -15,10 +15,12 @@ only the people whose files (or the options) have changed. Who is no longer in P
 import hashlib
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ import tyro
 from tqdm.auto import tqdm
 
 from viewdiff_nb.faces.photo_reader import (
+    EmbedOptions,
     FaceReader,
     RefusedError,
     UnreadableError,
@@ -37,12 +40,15 @@ from viewdiff_nb.faces.views import CONVENTIONS, KINDS, write_samples
 from viewdiff_nb.files import read_torch, writable_folder, write_atomically, write_text
 
 PARTS_VERSION = 2
-
-
 BLUR_COST = 5.0  # degrees away from frontal that weigh as much as half the sharpness
 
 
-ARRAYS = ("features", "keypoints", "poses", "sharpness")
+class ConsentError(ValueError):
+    """Nobody has confirmed that the people shown agreed."""
+
+
+class EmbedError(ValueError):
+    """Nothing that a face set could be made of."""
 
 
 @dataclass
@@ -58,133 +64,6 @@ class Person:
     failed: list[dict]
 
 
-def frontal_angles(poses: np.ndarray) -> np.ndarray:
-    """Angle between where the face looks and the camera; roll does not count, alignment undoes it.
-
-    Args:
-        poses: (N, 3) pitch, yaw, roll in degrees.
-
-    Returns:
-        (N,) degrees.
-
-    >>> frontal_angles(np.array([[0.0, 0.0, 20.0], [0.0, -30.0, 0.0], [45.0, 45.0, 0.0]])).round(3).tolist()
-    [0.0, 30.0, 60.0]
-    """
-    pitch, yaw = np.deg2rad(poses[:, 0]), np.deg2rad(poses[:, 1])
-    return np.rad2deg(np.arccos(np.clip(np.cos(pitch) * np.cos(yaw), -1, 1)))
-
-
-def choose_front(poses: np.ndarray, sharpness: np.ndarray, front_angle: float = 15.0) -> int | None:
-    """The most frontal and sharp frame: smallest angle + BLUR_COST · log2(sharpest / sharpness).
-
-    So a frame of half the sharpness must be BLUR_COST degrees more frontal. Only frames within front_angle take
-    part, and the sharpest is the sharpest of them; of equals the first is taken.
-
-    Args:
-        poses: (N, 3) pitch, yaw, roll in degrees.
-        sharpness: (N,) variance of the Laplacian.
-        front_angle: degrees.
-
-    Returns:
-        the row, or None if no frame is frontal enough.
-
-    >>> poses = np.array([[0.0, 1.0, 0.0], [0.0, 8.0, 0.0], [0.0, 40.0, 0.0]])
-    >>> choose_front(poses, np.array([20.0, 300.0, 900.0])), choose_front(poses, np.array([200.0, 300.0, 900.0]))
-    (1, 0)
-    """
-    angles = frontal_angles(poses)
-    near = np.flatnonzero(angles <= front_angle)
-    if not len(near):
-        return None
-    sharp = np.maximum(sharpness[near], 1e-6)
-    return int(near[(angles[near] + BLUR_COST * np.log2(sharp.max() / sharp)).argmin()])
-
-
-class DamagedPart(ValueError):
-    """A part that cannot be read."""
-
-
-def save_part(path: Path, fingerprint: str, person: Person) -> None:
-    """Write a person's frames; the file appears whole or not at all."""
-    content = {
-        "fingerprint": fingerprint,
-        "entries": person.entries,
-        "failed": person.failed,
-        "arrays": {name: torch.from_numpy(values) for name, values in person.arrays.items()},
-    }
-    write_atomically(path, lambda file: torch.save(content, file))
-
-
-def load_part(path: Path, fingerprint: str) -> Person | None:
-    """A person's frames; None if they are not there or damaged, or were made of other files or with other options."""
-    if not path.is_file():
-        return None
-    try:
-        part = read_torch(path, DamagedPart)
-    except DamagedPart:
-        return None  # so it is made anew
-    if not isinstance(part, dict) or part.get("fingerprint") != fingerprint:
-        return None
-    if not {"arrays", "entries", "failed"} <= set(part):
-        return None
-    arrays = {name: values.numpy() for name, values in part["arrays"].items()}
-    return Person(arrays, part["entries"], part["failed"])
-
-
-def fingerprint_of(files: list[Path], photos: Path, settings: dict) -> str:
-    """Changes with the names, sizes and times of a person's files, and with the settings."""
-    stats = [(path.relative_to(photos).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(json.dumps([PARTS_VERSION, settings, stats], sort_keys=True).encode()).hexdigest()
-
-
-class ConsentError(ValueError):
-    """Nobody has confirmed that the people shown agreed."""
-
-
-class EmbedError(ValueError):
-    """Nothing that a face set could be made of."""
-
-
-@dataclass(frozen=True)
-class EmbedOptions:
-    """How to embed. Field names are the flags of the command line."""
-
-    i_have_consent: bool = False
-    """Confirms that every person shown has agreed to this use of their biometric data."""
-    models: Path | None = None
-    """InsightFace's root folder with models/PACK/*.onnx; nothing is downloaded then."""
-    pack: str = "buffalo_l"
-    """InsightFace model pack with a 3-D landmark model."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    frame_stride: int = 10
-    """Every how many-th frame of a video is used."""
-    det_size: int = 640
-    """Side of the square that pictures are scaled into for detection, pixels; a multiple of 32."""
-    det_threshold: float = 0.5
-    """Smallest detection score."""
-    min_face: int = 60
-    """Shorter side of a face's box from which on it counts, pixels."""
-    max_faces: int = 1
-    """Pictures with more faces that count are refused, as nobody can say whose folder it is. The largest is used."""
-    min_sharpness: float = 10.0
-    """Smallest variance of the Laplacian of the aligned crop; crops blurred by about 1.5 pixels have 10."""
-    front_angle: float = 15.0
-    """A front looks at most this far past the camera, degrees."""
-
-    def __post_init__(self) -> None:
-        for name in ("frame_stride", "det_size", "min_face", "max_faces"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if self.det_size % 32:
-            raise ValueError(f"det_size must be a multiple of 32, got {self.det_size}")
-        if not 0 < self.det_threshold < 1:
-            raise ValueError(f"det_threshold must be between 0 and 1, got {self.det_threshold}")
-        if self.min_sharpness < 0:
-            raise ValueError(f"min_sharpness must not be negative, got {self.min_sharpness}")
-        if not 0 < self.front_angle <= 90:
-            raise ValueError(f"front_angle must be above 0 and at most 90 degrees, got {self.front_angle}")
-
-
 @dataclass(frozen=True)
 class Summary:
     """people: names in the set. side_views: their number. skipped: {name: reason}. failed: pictures not used."""
@@ -195,44 +74,11 @@ class Summary:
     failed: int = 0
 
 
-def embed_person(name: str, files: list[Path], photos: Path, reader: FaceReader, frame_stride: int) -> Person:
-    """Read all pictures of a person."""
-    faces, entries, failed = [], [], []
-    for path in files:
-        where = {"person_name": name, "image_path": path.relative_to(photos).as_posix()}
-        if not is_picture(path):
-            failed.append({"reason": "not_a_picture", **where, "error": f"neither a photo nor a video: {path.name}"})
-            continue
-        try:
-            for frame, picture in read_pictures(path, frame_stride):
-                entry = where if frame is None else where | {"frame_index": frame}
-                try:
-                    faces.append(reader.read(picture))
-                    entries.append(entry)
-                except RefusedError as error:
-                    failed.append({"reason": error.reason, **entry, "error": str(error)})
-        except UnreadableError as error:
-            failed.append({"reason": "read_error", **where, "error": str(error)})
-    columns = (
-        [face.embedding for face in faces],
-        [face.keypoints for face in faces],
-        [face.pose for face in faces],
-        [face.sharpness for face in faces],
-    )
-    return Person({key: np.array(column) for key, column in zip(ARRAYS, columns, strict=True)}, entries, failed)
-
-
-def check_out(photos: Path, out: Path) -> Path:
-    """Make OUT and its folder of parts; returns the latter. Raises before any work is done."""
-    if out.resolve().is_relative_to(photos.resolve()):
-        raise ValueError(f"{out} lies in {photos}, where it would be a person; choose a folder elsewhere")
-    parts = out / ".parts"
-    if not parts.is_dir() and any((out / f"{kind}_feature.npy").exists() for kind in KINDS):
-        raise ValueError(f"{out} holds a face set that this command did not make; choose another folder")
-    return writable_folder(parts)
-
-
-def embed_folder(photos: str | Path, out: str | Path, options: EmbedOptions = EmbedOptions()) -> Summary:
+def embed_folder(
+    photos: Annotated[str | Path, tyro.conf.Positional, tyro.conf.arg(metavar="PHOTOS")],
+    out: Annotated[str | Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
+    options: Annotated[EmbedOptions, tyro.conf.arg(name="")] = EmbedOptions(),  # noqa: B008 (it is frozen)
+) -> Summary:
     """Embed the people of a folder into a face set; see the top of this file.
 
     Args:
@@ -252,18 +98,13 @@ def embed_folder(photos: str | Path, out: str | Path, options: EmbedOptions = Em
             "Python EmbedOptions(i_have_consent=True)) that everybody shown has agreed"
         )
     photos, out = Path(photos).expanduser(), Path(out).expanduser()
-    people = list_people(photos)
-    parts = check_out(photos, out)
-    reader = FaceReader(
-        options.models,
-        options.pack,
-        options.det_size,
-        options.det_threshold,
-        options.min_face,
-        options.max_faces,
-        options.min_sharpness,
-        options.device,
-    )
+    people, parts = list_people(photos), out / ".parts"
+    if out.resolve().is_relative_to(photos.resolve()):
+        raise ValueError(f"{out} lies in {photos}, where it would be a person; choose a folder elsewhere")
+    if not parts.is_dir() and any((out / f"{kind}_feature.npy").exists() for kind in KINDS):
+        raise ValueError(f"{out} holds a face set that this command did not make; choose another folder")
+    writable_folder(parts)
+    reader = FaceReader(options)
     settings = {key: value for key, value in asdict(options).items() if key not in ("i_have_consent", "models")}
     settings["checksums"] = reader.checksums
     done, kept = {}, set()
@@ -284,30 +125,118 @@ def embed_folder(photos: str | Path, out: str | Path, options: EmbedOptions = Em
     return write_set(out, done, settings, reader.name)
 
 
+def embed_person(name: str, files: list[Path], photos: Path, reader: FaceReader, frame_stride: int) -> Person:
+    """Read all pictures of a person."""
+    faces, entries, failed = [], [], []
+    for path in files:
+        entry: dict[str, str | int] = {"person_name": name, "image_path": path.relative_to(photos).as_posix()}
+        if not is_picture(path):
+            failed.append({"reason": "not_a_picture", **entry, "error": f"neither a photo nor a video: {path.name}"})
+            continue
+        try:
+            for frame, picture in read_pictures(path, frame_stride):
+                numbered = entry if frame is None else entry | {"frame_index": frame}
+                try:
+                    faces.append(reader.read(picture))
+                    entries.append(numbered)
+                except RefusedError as error:
+                    failed.append({"reason": error.reason, **numbered, "error": str(error)})
+        except UnreadableError as error:
+            failed.append({"reason": "read_error", **entry, "error": str(error)})
+    arrays = {
+        "features": np.array([face.embedding for face in faces]),
+        "keypoints": np.array([face.keypoints for face in faces]),
+        "poses": np.array([face.pose for face in faces]),
+        "sharpness": np.array([face.sharpness for face in faces]),
+    }
+    return Person(arrays, entries, failed)
+
+
+def fingerprint_of(files: list[Path], photos: Path, settings: dict) -> str:
+    """Changes with the names, sizes and times of a person's files, and with the settings."""
+    stats = [(path.relative_to(photos).as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps([PARTS_VERSION, settings, stats], sort_keys=True).encode()).hexdigest()
+
+
+def save_part(path: Path, fingerprint: str, person: Person) -> None:
+    """Write a person's frames; the file appears whole or not at all."""
+    arrays = {name: torch.from_numpy(values) for name, values in person.arrays.items()}
+    content = {"fingerprint": fingerprint, "entries": person.entries, "failed": person.failed, "arrays": arrays}
+    write_atomically(path, partial(torch.save, content))
+
+
+def load_part(path: Path, fingerprint: str) -> Person | None:
+    """A person's frames; None if they are not there or damaged, or were made of other files or with other options."""
+    try:
+        part = read_torch(path, ValueError)
+    except (FileNotFoundError, ValueError):
+        return None
+    if not isinstance(part, dict) or part.get("fingerprint") != fingerprint:
+        return None
+    arrays = {name: values.numpy() for name, values in part["arrays"].items()}
+    return Person(arrays, part["entries"], part["failed"])
+
+
+def frontal_angles(poses: np.ndarray) -> np.ndarray:
+    """(N,) degrees between where faces look and the camera, of poses (N, 3): pitch, yaw, roll in degrees.
+
+    Roll does not count, alignment undoes it.
+
+    >>> frontal_angles(np.array([[0.0, 0.0, 20.0], [0.0, -30.0, 0.0], [45.0, 45.0, 0.0]])).round(3).tolist()
+    [0.0, 30.0, 60.0]
+    """
+    pitch, yaw = np.deg2rad(poses[:, 0]), np.deg2rad(poses[:, 1])
+    return np.rad2deg(np.arccos(np.clip(np.cos(pitch) * np.cos(yaw), -1, 1)))
+
+
+def choose_front(poses: np.ndarray, sharpness: np.ndarray, front_angle: float = 15.0) -> int | None:
+    """The row of the most frontal and sharp frame: smallest angle + BLUR_COST · log2(sharpest / sharpness).
+
+    So a frame of half the sharpness must be BLUR_COST degrees more frontal. Only frames within front_angle (degrees)
+    take part, and the sharpest is the sharpest of them; of equals the first is taken, and None if there are none.
+
+    Args:
+        poses: (N, 3) pitch, yaw, roll in degrees.
+        sharpness: (N,) variance of the Laplacian.
+
+    >>> poses = np.array([[0.0, 1.0, 0.0], [0.0, 8.0, 0.0], [0.0, 40.0, 0.0]])
+    >>> choose_front(poses, np.array([20.0, 300.0, 900.0])), choose_front(poses, np.array([200.0, 300.0, 900.0]))
+    (1, 0)
+    """
+    angles = frontal_angles(poses)
+    near = np.flatnonzero(angles <= front_angle)
+    if not len(near):
+        return None
+    sharp = np.maximum(sharpness[near], 1e-6)
+    return int(near[(angles[near] + BLUR_COST * np.log2(sharp.max() / sharp)).argmin()])
+
+
 def write_set(out: Path, people: dict[str, Person], settings: dict, recogniser: str) -> Summary:
-    """Choose the fronts; write the six files and failed_images.json."""
-    halves = {kind: {"features": [], "keypoints": [], "poses": [], "entries": []} for kind in KINDS}
-    skipped, failed = {}, [failure for person in people.values() for failure in person.failed]
+    """Choose the fronts; write the six files, and failed_images.json with what was not used and why, by reason."""
+    fronts, skipped = {}, {}
     for name, person in people.items():
         count, poses = len(person.entries), person.arrays["poses"]
-        front = choose_front(poses, person.arrays["sharpness"], settings["front_angle"]) if count else None
         if count < 2:
             skipped[name] = f"usable frames: {count}; a front and at least one side view are needed"
-            continue
-        if front is None:
-            skipped[name] = (
-                f"no frame within {settings['front_angle']:g}° of frontal, the nearest is "
-                f"{frontal_angles(poses).min():.1f}° away"
-            )
-            continue
-        others = [row for row in range(count) if row != front]
-        for kind, rows in zip(KINDS, ([front], others), strict=True):
-            for key in ("features", "keypoints", "poses"):
-                halves[kind][key].append(person.arrays[key][rows])
-            halves[kind]["entries"] += [person.entries[row] for row in rows]
+        elif (row := choose_front(poses, person.arrays["sharpness"], settings["front_angle"])) is None:
+            nearest = f"the nearest is {frontal_angles(poses).min():.1f}° away"
+            skipped[name] = f"no frame within {settings['front_angle']:g}° of frontal, {nearest}"
+        else:
+            fronts[name] = np.arange(count) == row
+    failed = [failure for person in people.values() for failure in person.failed]
     used = sum(len(person.entries) for person in people.values())
-    write_failures(out / "failed_images.json", used, failed, skipped)
-    if len(skipped) == len(people):
+    details = defaultdict(list)
+    for failure in failed:
+        details[failure["reason"]].append({key: value for key, value in failure.items() if key != "reason"})
+    report = {
+        "total_images": used + len(failed),
+        "successful": used,
+        "failed": len(failed),
+        "failed_details": details,
+        "skipped_persons": skipped,
+    }
+    write_text(out / "failed_images.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    if not fronts:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
         raise EmbedError(f"nobody has a front and a side view ({reasons}); see {out / 'failed_images.json'}")
     info = {
@@ -318,40 +247,21 @@ def write_set(out: Path, people: dict[str, Person], settings: dict, recogniser: 
         "keypoint_unit": "pixels of the photo or frame",
         "settings": settings,
     }
-    for kind, half in halves.items():
-        arrays = (np.concatenate(half[key]) for key in ("features", "keypoints", "poses"))
-        write_samples(out, kind, *arrays, half["entries"], info)
-    names = tuple(name for name in people if name not in skipped)
-    return Summary(names, len(halves["video"]["entries"]), skipped, len(failed))
-
-
-def write_failures(path: Path, used: int, failed: list[dict], skipped: dict[str, str]) -> None:
-    """What was not used and why, by reason (the guide's code writes such a file, too)."""
-    details = {}
-    for failure in failed:
-        details.setdefault(failure["reason"], []).append({k: v for k, v in failure.items() if k != "reason"})
-    report = {
-        "total_images": used + len(failed),
-        "successful": used,
-        "failed": len(failed),
-        "failed_details": details,
-        "skipped_persons": skipped,
-    }
-    write_text(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    is_front = np.concatenate(list(fronts.values()))
+    features, keypoints, poses = (
+        np.concatenate([people[name].arrays[key] for name in fronts]) for key in ("features", "keypoints", "poses")
+    )
+    entries = np.array([entry for name in fronts for entry in people[name].entries])
+    for kind, rows in zip(KINDS, (is_front, ~is_front), strict=True):
+        write_samples(out, kind, features[rows], keypoints[rows], poses[rows], entries[rows].tolist(), info)
+    return Summary(tuple(fronts), int((~is_front).sum()), skipped, len(failed))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-
-    def command(
-        photos: tyro.conf.Positional[Path],
-        out: tyro.conf.Positional[Path],
-        options: Annotated[EmbedOptions, tyro.conf.arg(name="")] = EmbedOptions(),
-    ) -> Summary:
-        return embed_folder(photos, out, options)
-
     try:
-        summary = tyro.cli(command, args=arguments, description=__doc__, prog="python -m viewdiff_nb.faces.embed")
+        program = "python -m viewdiff_nb.faces.embed"
+        summary = tyro.cli(embed_folder, args=arguments, description=__doc__, prog=program)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     print(f"{len(summary.people)} people, {summary.side_views} side views; {summary.failed} pictures not used")
@@ -361,6 +271,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
-
-
-# ---- A person's usable frames: which of them is the front, and how they are kept between runs.

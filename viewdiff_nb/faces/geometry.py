@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 KEYPOINT_NAMES = ("left eye", "right eye", "nose", "mouth left", "mouth right")  # sides of the image
+YAW_BINS = ((0, 30), (30, 45), (45, 60), (60, 75), (75, 90))  # |yaw| in degrees, upper end included in the last
 
 # Where the five keypoints lie in a 112 x 112 aligned crop (ArcFace / InsightFace template), in pixels.
 ARCFACE_TEMPLATE = (
@@ -27,13 +28,7 @@ ARCFACE_TEMPLATE = (
 
 
 def rotation_matrix(angles: Tensor) -> Tensor:
-    """R = Rz(roll) Ry(yaw) Rx(pitch) of Euler angles.
-
-    Args:
-        angles: (..., 3) pitch, yaw, roll in radians.
-
-    Returns:
-        (..., 3, 3) rotation matrices.
+    """(..., 3, 3) R = Rz(roll) Ry(yaw) Rx(pitch) of Euler angles (..., 3) pitch, yaw, roll in radians.
 
     >>> nose = torch.tensor([0.0, 0.0, 1.0])                       # straight at the camera
     >>> right = rotation_matrix(torch.tensor([0.0, torch.pi / 2, 0.0])) @ nose
@@ -47,28 +42,15 @@ def rotation_matrix(angles: Tensor) -> Tensor:
         raise ValueError(f"angles need a last dimension of 3 (pitch, yaw, roll), got shape {tuple(angles.shape)}")
     (sx, sy, sz), (cx, cy, cz) = angles.sin().unbind(-1), angles.cos().unbind(-1)
     rows = (
-        cz * cy,
-        cz * sy * sx - sz * cx,
-        cz * sy * cx + sz * sx,
-        sz * cy,
-        sz * sy * sx + cz * cx,
-        sz * sy * cx - cz * sx,
-        -sy,
-        cy * sx,
-        cy * cx,
+        (cz * cy, cz * sy * sx - sz * cx, cz * sy * cx + sz * sx),
+        (sz * cy, sz * sy * sx + cz * cx, sz * sy * cx - cz * sx),
+        (-sy, cy * sx, cy * cx),
     )
-    return torch.stack(rows, -1).unflatten(-1, (3, 3))
+    return torch.stack([entry for row in rows for entry in row], -1).unflatten(-1, (3, 3))
 
 
 def euler_angles(rotation: Tensor) -> Tensor:
-    """The inverse of `rotation_matrix`, for |yaw| <= 90 degrees.
-
-    Args:
-        rotation: (..., 3, 3) rotation matrices.
-
-    Returns:
-        (..., 3) pitch, yaw, roll in radians.
-    """
+    """(..., 3) pitch, yaw, roll in radians of rotations (..., 3, 3): undoes `rotation_matrix`, for |yaw| <= pi / 2."""
     pitch = torch.atan2(rotation[..., 2, 1], rotation[..., 2, 2])
     yaw = torch.asin((-rotation[..., 2, 0]).clamp(-1, 1))
     roll = torch.atan2(rotation[..., 1, 0], rotation[..., 0, 0])
@@ -76,13 +58,9 @@ def euler_angles(rotation: Tensor) -> Tensor:
 
 
 def normalise_keypoints(keypoints: Tensor) -> Tensor:
-    """Centre keypoints on their mean and scale their mean distance from it to 1.
+    """Keypoints (..., 5, 3) of any unit, centred on their mean, and their mean distance from it scaled to 1.
 
-    Args:
-        keypoints: (..., 5, 3), any unit.
-
-    Returns:
-        (..., 5, 3), dimensionless; zeros, without a gradient, for points that coincide but for rounding.
+    Points that coincide but for rounding become zeros, without a gradient.
     """
     centred = keypoints - keypoints.mean(-2, keepdim=True)
     size = centred.norm(dim=-1).mean(-1)[..., None, None]
@@ -106,9 +84,9 @@ def to_face_frame(keypoints: Tensor, angles: Tensor) -> Tensor:
 def face_rotation(keypoints: Tensor) -> Tensor:
     """The head's rotation, read off its five keypoints alone.
 
-    x runs from the left to the right eye and mouth corner, y from the eyes to the mouth (made
-    orthogonal to x), z out of the face. It differs from a fitted head pose by the (constant, small)
-    tilt between the plane of eyes and mouth and the frontal plane.
+    x runs from the left to the right eye and mouth corner, y from the eyes to the mouth (made orthogonal to x), z out
+    of the face. It differs from a fitted head pose by the (constant, small) tilt between the plane of eyes and mouth
+    and the frontal plane.
 
     Args:
         keypoints: (..., 5, 3) in `KEYPOINT_NAMES` order, not all on one line.
@@ -124,23 +102,7 @@ def face_rotation(keypoints: Tensor) -> Tensor:
     return torch.stack((x, y, torch.linalg.cross(x, y)), -1)
 
 
-# ---- Alignment of a face to where a recogniser expects its keypoints.
-
-
-def check_numbers(name, values, shape, low=-np.inf, high=np.inf):
-    """`values` as a finite float64 array of `shape` (None: any length) within low..high, or a ValueError."""
-    array = np.asarray(values, np.float64)
-    fits = array.ndim == len(shape) and all(want in (None, got) for want, got in zip(shape, array.shape, strict=True))
-    if not fits:
-        raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} holds a value that is not finite: {array.tolist()}")
-    if array.size and (array.min() < low or array.max() > high):
-        raise ValueError(f"{name} must lie within {low}..{high}, got {array.min():g}..{array.max():g}")
-    return array
-
-
-def fit_similarity(source, target):
+def fit_similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     """The similarity transform that moves points closest to others (Umeyama 1991), without mirroring.
 
     Args:
@@ -150,18 +112,19 @@ def fit_similarity(source, target):
     Returns:
         (2, 3) matrix A; a point p goes to A[:, :2] p + A[:, 2].
     """
-    source = check_numbers("source points", source, (None, 2))
-    target = check_numbers("target points", target, source.shape)
+    source, target = np.asarray(source, np.float64), np.asarray(target, np.float64)
+    if source.shape != target.shape or source.shape[1:] != (2,):
+        raise ValueError(f"source and target points must be (N, 2), got {source.shape} and {target.shape}")
     source_mean, target_mean = source.mean(0), target.mean(0)
     from_source, from_target = source - source_mean, target - target_mean
     variance = (from_source**2).sum() / len(source)
-    if variance < 1e-12:
-        raise ValueError(f"the source points must not all coincide, they lie at {source_mean.tolist()}")
+    if not (variance > 1e-12 and np.isfinite(target).all()):
+        raise ValueError(
+            "points must be finite and the source points must not all coincide, "
+            f"got {source.tolist()} and {target.tolist()}"
+        )
     left, strength, right = np.linalg.svd(from_target.T @ from_source / len(source))
     signs = np.array([1.0, np.sign(np.linalg.det(left) * np.linalg.det(right))])  # -1 would mirror
     rotation = left @ np.diag(signs) @ right
     scale = (strength * signs).sum() / variance
     return np.column_stack([scale * rotation, target_mean - scale * rotation @ source_mean])
-
-
-YAW_BINS = ((0, 30), (30, 45), (45, 60), (60, 75), (75, 90))  # |yaw| in degrees, upper end included in the last

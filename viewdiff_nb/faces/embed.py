@@ -27,15 +27,7 @@ import torch
 import tyro
 from tqdm.auto import tqdm
 
-from viewdiff_nb.faces.photo_reader import (
-    EmbedOptions,
-    FaceReader,
-    RefusedError,
-    UnreadableError,
-    is_picture,
-    list_people,
-    read_pictures,
-)
+from viewdiff_nb.faces.photo_reader import EmbedOptions, FaceReader, RefusedError, list_people, read_pictures
 from viewdiff_nb.faces.views import CONVENTIONS, KINDS, write_samples
 from viewdiff_nb.files import read_torch, writable_folder, write_atomically, write_text
 
@@ -107,20 +99,19 @@ def embed_folder(
     reader = FaceReader(options)
     settings = {key: value for key, value in asdict(options).items() if key not in ("i_have_consent", "models")}
     settings["checksums"] = reader.checksums
-    done, kept = {}, set()
+    paths = {name: parts / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.pt" for name in people}  # of any length
+    done = {}
     with tqdm(total=sum(map(len, people.values())), unit="file", desc="photos and videos") as bar:
         for name, files in people.items():
             bar.set_postfix_str(name)
-            path = parts / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.pt"  # fits any file system
             fingerprint = fingerprint_of(files, photos, settings)
-            person = load_part(path, fingerprint)
+            person = load_part(paths[name], fingerprint)
             if person is None:
                 person = embed_person(name, files, photos, reader, options.frame_stride)
-                save_part(path, fingerprint, person)
+                save_part(paths[name], fingerprint, person)
             done[name] = person
-            kept.add(path)
             bar.update(len(files))
-    for path in set(parts.iterdir()) - kept:
+    for path in set(parts.iterdir()) - set(paths.values()):
         path.unlink()  # of people who are no longer there
     return write_set(out, done, settings, reader.name)
 
@@ -130,9 +121,6 @@ def embed_person(name: str, files: list[Path], photos: Path, reader: FaceReader,
     faces, entries, failed = [], [], []
     for path in files:
         entry: dict[str, str | int] = {"person_name": name, "image_path": path.relative_to(photos).as_posix()}
-        if not is_picture(path):
-            failed.append({"reason": "not_a_picture", **entry, "error": f"neither a photo nor a video: {path.name}"})
-            continue
         try:
             for frame, picture in read_pictures(path, frame_stride):
                 numbered = entry if frame is None else entry | {"frame_index": frame}
@@ -141,8 +129,8 @@ def embed_person(name: str, files: list[Path], photos: Path, reader: FaceReader,
                     entries.append(numbered)
                 except RefusedError as error:
                     failed.append({"reason": error.reason, **numbered, "error": str(error)})
-        except UnreadableError as error:
-            failed.append({"reason": "read_error", **entry, "error": str(error)})
+        except RefusedError as error:
+            failed.append({"reason": error.reason, **entry, "error": str(error)})
     arrays = {
         "features": np.array([face.embedding for face in faces]),
         "keypoints": np.array([face.keypoints for face in faces]),
@@ -190,14 +178,11 @@ def frontal_angles(poses: np.ndarray) -> np.ndarray:
 
 
 def choose_front(poses: np.ndarray, sharpness: np.ndarray, front_angle: float = 15.0) -> int | None:
-    """The row of the most frontal and sharp frame: smallest angle + BLUR_COST · log2(sharpest / sharpness).
+    """The row of the most frontal and sharp frame of poses (N, 3) and sharpness (N,), or None.
 
-    So a frame of half the sharpness must be BLUR_COST degrees more frontal. Only frames within front_angle (degrees)
-    take part, and the sharpest is the sharpest of them; of equals the first is taken, and None if there are none.
-
-    Args:
-        poses: (N, 3) pitch, yaw, roll in degrees.
-        sharpness: (N,) variance of the Laplacian.
+    It has the smallest angle + BLUR_COST · log2(sharpest / sharpness), so one of half the sharpness must be BLUR_COST
+    degrees more frontal. Only frames within front_angle (degrees) take part, and the sharpest is the sharpest of them;
+    of equals the first is taken.
 
     >>> poses = np.array([[0.0, 1.0, 0.0], [0.0, 8.0, 0.0], [0.0, 40.0, 0.0]])
     >>> choose_front(poses, np.array([20.0, 300.0, 900.0])), choose_front(poses, np.array([200.0, 300.0, 900.0]))

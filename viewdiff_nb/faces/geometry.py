@@ -69,30 +69,16 @@ def normalise_keypoints(keypoints: Tensor) -> Tensor:
 
 
 def to_face_frame(keypoints: Tensor, angles: Tensor) -> Tensor:
-    """Undo the head pose: R^T k, so that every head looks straight at the camera.
-
-    Args:
-        keypoints: (..., 5, 3) as seen by the camera.
-        angles: (..., 3) pitch, yaw, roll in radians.
-
-    Returns:
-        (..., 5, 3) in the face's own frame.
-    """
+    """R^T k: keypoints (..., 5, 3) as the camera sees them, in the face's own frame; angles (..., 3) in radians."""
     return keypoints @ rotation_matrix(angles)
 
 
 def face_rotation(keypoints: Tensor) -> Tensor:
-    """The head's rotation, read off its five keypoints alone.
+    """(..., 3, 3) the head's rotation, read off its keypoints (..., 5, 3) alone, which must not lie on one line.
 
-    x runs from the left to the right eye and mouth corner, y from the eyes to the mouth (made orthogonal to x), z out
-    of the face. It differs from a fitted head pose by the (constant, small) tilt between the plane of eyes and mouth
-    and the frontal plane.
-
-    Args:
-        keypoints: (..., 5, 3) in `KEYPOINT_NAMES` order, not all on one line.
-
-    Returns:
-        (..., 3, 3) R whose columns are the face's axes seen by the camera.
+    Its columns are the face's axes seen by the camera: x from the left to the right eye and mouth corner, y from the
+    eyes to the mouth (made orthogonal to x), z out of the face. It differs from a fitted head pose by the (constant,
+    small) tilt between the plane of eyes and mouth and the frontal plane.
     """
     left_eye, right_eye, _, mouth_left, mouth_right = keypoints.unbind(-2)
     across = (right_eye - left_eye) + (mouth_right - mouth_left)

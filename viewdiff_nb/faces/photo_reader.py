@@ -60,12 +60,8 @@ class EmbedOptions:
                 raise ValueError(f"{name} must {wanted}, got {getattr(self, name)}")
 
 
-class UnreadableError(ValueError):
-    """A file without pictures, or whose rest cannot be decoded."""
-
-
 class RefusedError(ValueError):
-    """A picture without a usable face. `reason` is a short key, the message says more."""
+    """A file that cannot be read, or a picture without a usable face; reason is a short key, the message says more."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -92,17 +88,12 @@ def list_people(photos: Path) -> dict[str, list[Path]]:
         paths = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
         shown = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
         people[folder.name] = [paths[path] for path in sorted(shown, key=Path.as_posix)]
-    if not any(is_picture(path) for files in people.values() for path in files):
+    if not any(path.suffix.lower() in PHOTO_SUFFIXES | VIDEO_SUFFIXES for files in people.values() for path in files):
         raise ValueError(
             f"{photos} holds no folder with photos ({' '.join(sorted(PHOTO_SUFFIXES))}) or videos "
             f"({' '.join(sorted(VIDEO_SUFFIXES))}); make one folder per person"
         )
     return people
-
-
-def is_picture(path: Path) -> bool:
-    """Whether the name is that of a photo or a video."""
-    return path.suffix.lower() in PHOTO_SUFFIXES | VIDEO_SUFFIXES
 
 
 def read_pictures(path: Path, frame_stride: int) -> Iterator[tuple[int | None, np.ndarray]]:
@@ -112,43 +103,41 @@ def read_pictures(path: Path, frame_stride: int) -> Iterator[tuple[int | None, n
         the frame's number (None for a photo) and the picture, (H, W, 3) uint8 BGR.
 
     Raises:
-        UnreadableError: at once, or after the frames that could be read.
+        RefusedError: at once, or after the frames that could be read.
     """
     import cv2
 
     if path.suffix.lower() in VIDEO_SUFFIXES:
         yield from _read_video(path, frame_stride)
         return
+    if path.suffix.lower() not in PHOTO_SUFFIXES:
+        raise RefusedError("not_a_picture", f"neither a photo nor a video: {path.name}")
     try:
         content = np.fromfile(path, np.uint8)  # cv2.imread knows neither errors nor, on Windows, all file names
     except OSError as error:
-        raise UnreadableError(str(error)) from error
+        raise RefusedError("read_error", str(error)) from error
     picture = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
     if picture is None:
-        raise UnreadableError("not a photo that OpenCV can decode")
+        raise RefusedError("read_error", "not a photo that OpenCV can decode")
     yield None, picture
 
 
 def _read_video(path: Path, frame_stride: int) -> Iterator[tuple[int, np.ndarray]]:
     import cv2
 
-    video = cv2.VideoCapture(str(path))
-    try:
-        count = 0
-        while video.grab():
-            if count % frame_stride == 0:
-                decoded, picture = video.retrieve()
-                if not decoded:
-                    break
-                yield count, picture
-            count += 1
-        expected = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
-    finally:
-        video.release()
+    video, count = cv2.VideoCapture(str(path)), 0
+    while video.grab():
+        if count % frame_stride == 0:
+            decoded, picture = video.retrieve()
+            if not decoded:
+                break
+            yield count, picture
+        count += 1
+    expected = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
     if not count:
-        raise UnreadableError("not a video that OpenCV can decode")
+        raise RefusedError("read_error", "not a video that OpenCV can decode")
     if count < COMPLETE * expected:
-        raise UnreadableError(f"decoding stopped after {count} of {expected} frames")
+        raise RefusedError("read_error", f"decoding stopped after {count} of {expected} frames")
 
 
 @dataclass(frozen=True)
@@ -185,21 +174,18 @@ class FaceReader:
                 f"embedding photos needs InsightFace: {install_hint('insightface')} ({error}). If libGL is what is "
                 "missing, install it, or run: pip install --force-reinstall --no-deps opencv-python-headless"
             ) from error
-        name = options.pack
+        pack, cuda = options.pack, options.device == "cuda"
         if options.models is not None:
-            folder = Path(options.models).expanduser().resolve() / "models" / name
+            folder = Path(options.models).expanduser().resolve() / "models" / pack
             if not list(folder.glob("*.onnx")):
-                raise FileNotFoundError(
-                    f"{folder} holds no .onnx file; put the model pack {name} there, or leave out "
-                    "--models and InsightFace downloads it"
-                )
-            name = str(folder)  # a path is taken as it is
-        cuda = options.device == "cuda"
+                remedy = f"put the model pack {pack} there, or leave out --models and InsightFace downloads it"
+                raise FileNotFoundError(f"{folder} holds no .onnx file; {remedy}")
+            pack = str(folder)  # InsightFace takes a path as it is
         providers = ["CUDAExecutionProvider"] * cuda + ["CPUExecutionProvider"]
-        app = FaceAnalysis(name, allowed_modules=list(TASKS), providers=providers)
+        app = FaceAnalysis(pack, allowed_modules=list(TASKS), providers=providers)
         if missing := [task for task in TASKS if task not in app.models]:
-            lacks = f"the model pack {options.pack} has no {', '.join(missing)}"
-            raise ValueError(f"{lacks}; use one that has, such as buffalo_l")
+            lacking = f"the model pack {options.pack} has no {', '.join(missing)}"
+            raise ValueError(f"{lacking}; use one that has, such as buffalo_l")
         det_size = options.det_size, options.det_size
         app.prepare(ctx_id=0 if cuda else -1, det_thresh=options.det_threshold, det_size=det_size)
         self._options, self._models = options, app.models

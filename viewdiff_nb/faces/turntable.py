@@ -8,9 +8,11 @@ therefore what the recogniser saw, not something in between.
 
 import itertools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,12 +53,9 @@ class Turntable:
     folder: Path
 
     def row(self, person: int, pitch: float = 0.0, roll: float = 0.0) -> FaceViews:
-        """A person at all yaws, as a face set without a front.
+        """The person in a row of names at all yaws and the closest pitch there is, as a face set without a front.
 
-        Args:
-            person: its row in names.
-            pitch, roll: degrees; the closest pitch there is. Roll turns keypoints and pose; the embedding stays,
-                because a crop is aligned by the keypoints, which takes roll out.
+        Roll turns keypoints and pose; the embedding stays, because aligning a crop by its keypoints takes roll out.
         """
         i = _closest(self.pitches, pitch)
         yaw = torch.tensor(self.yaws).float()
@@ -124,10 +123,11 @@ def load_turntable(folder: str | Path = TURNTABLE) -> Turntable:
     """
     folder = Path(folder)
     about = read_json(folder / "metadata.json", FaceDataError)
-    for key, (fits, wanted) in CHECKS.items():
-        value = about.get(key) if isinstance(about, dict) else None
-        if not fits(value):
-            raise FaceDataError(f"{folder / 'metadata.json'}: {key} must be {wanted}, got {shorten(value)}")
+    for keys, fits, wanted in CHECKS:
+        for key in keys:
+            value = about.get(key) if isinstance(about, dict) else None
+            if not fits(value):
+                raise FaceDataError(f"{folder / 'metadata.json'}: {key} must be {wanted}, got {shorten(value)}")
     names, pitches, yaws = (tuple(about[key]) for key in ("people", "pitches", "yaws"))
     grid = len(names), len(pitches), len(yaws)
     features = load_rows(folder / "features.npy", (*grid, about["feature_dim"]), embeddings=True)[:]
@@ -147,10 +147,6 @@ def load_turntable(folder: str | Path = TURNTABLE) -> Turntable:
     return Turntable(names, pitches, yaws, features, keypoints, *sizes, folder)
 
 
-def _is_number(value: object, low: float, high: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-
-
 def _are_file_names(value: object) -> bool:
     """Pictures lie in files of these names, which must not lead out of the folder."""
     names = value if isinstance(value, list) else []
@@ -160,23 +156,16 @@ def _are_file_names(value: object) -> bool:
 
 def _are_angles(value: object) -> bool:
     angles = value if isinstance(value, list) else []
-    numbers = len(angles) > 0 and all(_is_number(angle, -90, 90) for angle in angles)
+    numbers = len(angles) > 0 and all(type(angle) in (int, float) and abs(angle) <= 90 for angle in angles)
     return numbers and all(low < high for low, high in itertools.pairwise(angles))
 
 
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and _is_number(value, 1, 2**31 - 1)
-
-
-CHECKS = {  # of metadata.json: what a value must be
-    "people": (_are_file_names, "different names that can be names of files"),
-    "pitches": (_are_angles, "rising degrees within ±90"),
-    "yaws": (_are_angles, "rising degrees within ±90"),
-    "feature_dim": (_is_size, "a positive whole number"),
-    "photo_size": (_is_size, "a positive whole number"),
-    "picture_size": (_is_size, "a positive whole number"),
-    "pixels_per_photo_pixel": (lambda value: _is_number(value, 0, 1e6) and value > 0, "a positive number"),
-}
+CHECKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (  # of metadata.json
+    (("people",), _are_file_names, "different names that can be names of files"),
+    (("pitches", "yaws"), _are_angles, "rising degrees within ±90"),
+    (("feature_dim", "photo_size", "picture_size"), lambda n: type(n) is int and 0 < n < 2**31, "a whole number > 0"),
+    (("pixels_per_photo_pixel",), lambda n: type(n) in (int, float) and 0 < n < 1e6, "a number > 0"),
+)
 
 
 def _closest(values: tuple[float, ...], wanted: float) -> int:

@@ -267,8 +267,9 @@ def _load_samples(folder: Path, kind: str, mmap: bool = False) -> tuple[Rows, Ro
 
 
 def _is_pose(pose: object) -> bool:
-    numbers = isinstance(pose, list) and len(pose) == 3 and all(type(angle) in (int, float) for angle in pose)
-    return numbers and all(abs(angle) <= MAX_ANGLE for angle in pose)  # which NaN is not
+    if not isinstance(pose, list) or len(pose) != 3:
+        return False
+    return all(type(angle) in (int, float) and abs(angle) <= MAX_ANGLE for angle in pose)  # which NaN is not
 
 
 def load_rows(path: Path, shape: tuple[int | None, ...], mmap: bool = False, embeddings: bool = False) -> Rows:

@@ -14,7 +14,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
-PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+# Without compiling: bytecode is made of what is imported, when it is.
+PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 # A torch that is there already stays, unless TORCH is given.
 KEEP_TORCH := $(if $(filter file,$(origin TORCH)),$(VENV)/bin/python -c "import torch" 2>/dev/null ||)

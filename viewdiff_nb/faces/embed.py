@@ -17,7 +17,7 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -45,10 +45,10 @@ class EmbedError(ValueError):
 
 @dataclass
 class Person:
-    """A person's frames: arrays features (n, D), keypoints (n, 5, 3), poses (n, 3), sharpness (n,), and their entries.
+    """A person's n frames.
 
-    entries: n dicts with person_name, image_path and, of videos, frame_index.
-    failed: dicts with reason, person_name, image_path, error and, of videos, frame_index.
+    arrays: features (n, D), keypoints (n, 5, 3), poses (n, 3), sharpness (n,).
+    entries, failed: dicts with person_name, image_path and, of videos, frame_index; of failed also reason and error.
     """
 
     arrays: dict[str, np.ndarray]
@@ -62,8 +62,8 @@ class Summary:
 
     people: tuple[str, ...]
     side_views: int
-    skipped: dict[str, str] = field(default_factory=dict)
-    failed: int = 0
+    skipped: dict[str, str]
+    failed: int
 
 
 def embed_folder(
@@ -76,7 +76,6 @@ def embed_folder(
     Args:
         photos: folder with one folder per person.
         out: folder for the six files, failed_images.json and the parts.
-        options: among them the consent.
 
     Raises:
         ConsentError: without options.i_have_consent.

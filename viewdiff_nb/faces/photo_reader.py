@@ -69,9 +69,7 @@ class RefusedError(ValueError):
 
 
 def list_people(photos: Path) -> dict[str, list[Path]]:
-    """The people of a folder: {name of the person's folder: its files, also of folders within}, both sorted.
-
-    Hidden files and folders (a leading dot) are left out.
+    """{name of a person's folder: its files, also of folders within}, both sorted, without hidden ones (a leading dot).
 
     Raises:
         FileNotFoundError, NotADirectoryError: if photos is not a folder.

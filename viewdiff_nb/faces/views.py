@@ -136,13 +136,9 @@ class FaceViews:
         )
 
     def select(self, people: Tensor) -> "FaceViews":
-        """Only some people, and their side views; person is renumbered.
+        """Only the people in (Q,) rows of front, in that order, or in a (P,) mask, and their side views.
 
-        Args:
-            people: (Q,) different rows of front, which come in that order, or a (P,) mask.
-
-        Raises:
-            ValueError: if somebody comes twice: a side view belongs to one row of front.
+        Raises ValueError if somebody comes twice: a side view belongs to one row of front.
         """
         people = torch.arange(len(self.names), device=self.device)[people]
         if (counts := torch.bincount(people, minlength=1)).max() > 1:
@@ -203,14 +199,12 @@ def load_face_views(folder: str | Path, device: torch.device | str = "cpu", mmap
     """Load and check a face set.
 
     Args:
-        device: where to put it.
         mmap: leave embeddings and keypoints of the side views on disk, for sets larger than memory. Frontal
             embeddings, poses and names are in memory all the same. Device must be the CPU; see `FaceViews.to`.
 
     Raises:
         FileNotFoundError: naming the files that are not there.
         FaceDataError: naming file and row, for anything that does not hold together.
-        ValueError: if a memory-mapped set is wanted on another device than the CPU.
     """
     folder = Path(folder)
     if mmap and torch.device(device).type != "cpu":
@@ -273,11 +267,10 @@ def _is_pose(pose: object) -> bool:
 
 
 def load_rows(path: Path, shape: tuple[int | None, ...], mmap: bool = False, embeddings: bool = False) -> Rows:
-    """A float array that is finite as float32, checked in chunks; pickles are refused.
+    """A float array that is finite as float32, checked in chunks; left on disk if mmap.
 
     Args:
         shape: the one wanted; None stands for any length.
-        mmap: leave the rows on disk.
         embeddings: refuse vectors along the last dimension whose length is outside of `NORMS`.
 
     Raises:
@@ -285,7 +278,7 @@ def load_rows(path: Path, shape: tuple[int | None, ...], mmap: bool = False, emb
         FaceDataError: naming the file and, where there is one, the row.
     """
     array = read_npy(path, FaceDataError, shape, mmap)
-    finite, usable = np.ones(len(array), bool), np.ones(len(array), bool)
+    finite, usable = np.ones((2, len(array)), bool)
     for part in chunks(array.shape):
         with np.errstate(over="ignore"):  # a float64 too large for float32 becomes infinite and is reported
             values = np.asarray(array[part], np.float32)
@@ -315,13 +308,11 @@ def write_samples(
     entries: Sequence[Mapping[str, object]],
     info: Mapping[str, object],
 ) -> None:
-    """Write the three files of one half of a set; each appears whole or not at all.
+    """Write the three files of one half of a set, of kind "front" or "video"; each appears whole or not at all.
 
     Args:
-        kind: "front" or "video".
         features, keypoints, poses: (N, D), (N, 5, 3) in pixels, and (N, 3) pitch, yaw, roll in degrees.
-        entries: N dicts with at least `person_name`.
-        info: the metadata's `standard_info`.
+        entries, info: N dicts with at least `person_name`, and the metadata's `standard_info`.
     """
     counts = {len(features), len(keypoints), len(poses), len(entries)}
     if kind not in KINDS or len(counts) != 1:

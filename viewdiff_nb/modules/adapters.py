@@ -1,11 +1,9 @@
 """Adapters of a whole model on disk: safetensors plus json, and PEFT's format where PEFT can express them.
 
-A folder of the kit holds
-
-    adapter_model.safetensors   everything that was added to the base: LoRA, projection, cross-view attention; and in
-                                its header the config, so that both change at once
-    adapter_config.json         the config again, for readers and for PEFT: rank, alpha, ... of every adapted layer,
-                                and a fingerprint of the base
+A folder holds adapter_model.safetensors, everything that was added to the base (LoRA, projection, cross-view attention)
+with the config in its header, so that both change at once; and adapter_config.json, the config again, for readers and
+for PEFT. What does not fit or is damaged is an AdapterError before anything is changed, a missing file a
+FileNotFoundError.
 """
 
 import hashlib
@@ -25,11 +23,12 @@ from viewdiff_nb.modules.lora import lora_layers
 FORMAT = "viewdiff_nb adapter 1"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_NAMES = {"lora_A": "lora_down", "lora_B": "lora_up"}
+PEFT_DEFAULTS: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
 PEFT_TYPES = {"r": int, "lora_alpha": int | float, "rank_pattern": dict, "alpha_pattern": dict, "use_rslora": bool}
 
 
 class AdapterError(ValueError):
-    """An adapter that does not fit the model, or a folder that holds none."""
+    """An adapter that does not fit the model, cannot be saved, or is damaged."""
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -55,11 +54,7 @@ def base_fingerprint(model: nn.Module) -> str:
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Write the adapters of a model; those that are there are replaced only once the new ones are complete.
-
-    Raises:
-        AdapterError: if the model has none.
-    """
+    """Write the adapters of a model; those that are there are replaced only once the new ones are complete."""
     parameters = adapter_parameters(model)
     if not parameters:
         raise AdapterError("the model has no adapter to save")
@@ -67,12 +62,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Load adapters into a model with the same adapted layers on the same base.
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        AdapterError: if a file is damaged or not of this format, the layers differ, or the base is another one.
-    """
+    """Load adapters into a model with the same adapted layers on the same base."""
     weights, config = _read(Path(folder))
     if config.get("format") != FORMAT:
         raise AdapterError(f"{folder} is not an adapter of this kit; for PEFT's format use load_peft_adapter")
@@ -86,11 +76,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
 
 
 def save_peft_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Write the LoRA layers so that `peft.PeftModel.from_pretrained(base, folder)` reads them.
-
-    Raises:
-        AdapterError: for layers conditioned on a pose, which PEFT cannot express, or if there are none.
-    """
+    """Write the LoRA layers so that `peft.PeftModel.from_pretrained(base, folder)` reads them."""
     layers = lora_layers(model)
     if not layers:
         raise AdapterError("the model has no LoRA layer to save")
@@ -115,36 +101,25 @@ def save_peft_adapter(model: nn.Module, folder: str | Path) -> None:
         "rank_pattern": {name: layer.rank for name, layer in layers.items() if layer.rank != first.rank},
         "alpha_pattern": {name: layer.alpha for name, layer in layers.items() if layer.alpha != first.alpha},
     }
-    weights = {
-        f"base_model.model.{name}.{theirs}.weight": layer.get_parameter(ours)
-        for name, layer in layers.items()
-        for theirs, ours in PEFT_NAMES.items()
-    }
+    weights = {}
+    for name, layer in layers.items():
+        weights[f"base_model.model.{name}.lora_A.weight"] = layer.lora_down
+        weights[f"base_model.model.{name}.lora_B.weight"] = layer.lora_up
     _write(Path(folder), weights, config)
 
 
 def load_peft_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Load an adapter that PEFT saved into the model's LoRA layers of the same names.
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        AdapterError: if a file is damaged, or ranks, alphas, rslora or the set of layers differ.
-    """
+    """Load an adapter that PEFT saved into the model's LoRA layers of the same names, ranks and alphas."""
     weights, config = _read(Path(folder))
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{folder} holds no LoRA adapter of PEFT (peft_type is {shorten(config.get('peft_type'))})")
-    defaults: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
-    config = defaults | {key: value for key, value in config.items() if value is not None}
+    config = PEFT_DEFAULTS | {key: value for key, value in config.items() if value is not None}
     _check_types(folder, config, PEFT_TYPES)
-    layers = {
-        name: {
-            "rank": config["rank_pattern"].get(name, config["r"]),
-            "alpha": config["alpha_pattern"].get(name, config["lora_alpha"]),
-            "rslora": config["use_rslora"],
-            "pose_dim": 0,
-        }
-        for name in lora_layers(model)
-    }
+    ranks, alphas, rslora = config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]
+    layers = {}
+    for name in lora_layers(model):
+        rank, alpha = ranks.get(name, config["r"]), alphas.get(name, config["lora_alpha"])
+        layers[name] = {"rank": rank, "alpha": alpha, "rslora": rslora, "pose_dim": 0}
     _compare(folder, "adapted layers", _describe(model)["layers"], layers)
     renamed = {}
     for key, value in weights.items():
@@ -197,8 +172,8 @@ def _copy(
         )
     for name, value in weights.items():
         if value.shape != parameters[name].shape:
-            shapes = f"{tuple(value.shape)} in {folder} and {tuple(parameters[name].shape)} in the model"
-            raise AdapterError(f"{name} is {shapes}")
+            found, wanted = tuple(value.shape), tuple(parameters[name].shape)
+            raise AdapterError(f"{name} is {found} in {folder} and {wanted} in the model")
         if not (value.is_floating_point() and value.isfinite().all()):
             raise AdapterError(f"{name} in {folder} holds values that are no finite floats")
     model.load_state_dict(weights, strict=False)

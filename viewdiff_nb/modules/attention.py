@@ -26,11 +26,7 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)), the weights that scaled_dot_product_attention uses but does not return.
-
-    q: (B, heads, Tq, d), k: (B, heads, Tk, d), mask: broadcastable to (B, heads, Tq, Tk), True where attention is
-    allowed; returns (B, heads, Tq, Tk).
-    """
+    """softmax(q k^T / sqrt(d)) of q (B, H, T, d) and k (B, H, M, d): (B, H, T, M); mask: True where it is allowed."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # in this order, so that float16 holds them
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
@@ -95,8 +91,8 @@ class PoseConditionedLoRAAttention(nn.Module):
     ) -> None:
         super().__init__()
         _check_heads(feature_dim, num_heads)
-        self.feature_dim, self.num_heads, self.rank, self.dropout = feature_dim, num_heads, rank, dropout
-        self.pose_dim = pose_dim if rank else 0
+        self.feature_dim, self.num_heads, self.rank = feature_dim, num_heads, rank
+        self.pose_dim, self.dropout = (pose_dim, dropout) if rank else (0, 0.0)
 
         def linear(pose_dim: int = 0, bias: bool = True) -> nn.Linear:
             if rank == 0:
@@ -116,17 +112,14 @@ class PoseConditionedLoRAAttention(nn.Module):
             features: (B, D), one token, or (B, T, D).
             pose: (B, P) angles in radians; may be None if pose_dim is 0 or the adapters are merged.
             memory: (B, M, D) further tokens to attend to.
-            return_attention: also return the weights.
-
-        Returns:
-            output of the shape of features, and if asked the weights (B, heads, T, T + M).
+            return_attention: also return the weights, (B, heads, T, T + M).
         """
         h = features[:, None] if features.dim() == 2 else features
         if h.dim() != 3 or h.shape[-1] != self.feature_dim:
             width = self.feature_dim
             raise ValueError(f"features must be (B, {width}) or (B, T, {width}), got {tuple(features.shape)}")
         context = h if memory is None else torch.cat((h, memory), 1)  # (B, T + M, D)
-        code = self._pose_code(pose, len(h))
+        code = self._pose_code(pose, h.shape[0])
         q = self._project(self.query, h, code)
         attend = self._absorbed if self._may_absorb(h.shape[1], context.shape[1]) else self._projected
         attended, weights = attend(q, context, code, return_attention)
@@ -177,8 +170,8 @@ class PoseConditionedLoRAAttention(nn.Module):
             attended = attended + torch.einsum("hbtr,hdr->hbtd", low * self.value.scale, up)
         attended = attended.permute(1, 2, 0, 3).flatten(2)
         attended = attended if bias is None else attended + bias
-        scores = over_tokens @ context.transpose(1, 2) if with_weights else None
-        return attended, None if scores is None else scores.softmax(-1).unflatten(1, heads)
+        weights = (over_tokens @ context.transpose(1, 2)).softmax(-1).unflatten(1, heads) if with_weights else None
+        return attended, weights
 
     def get_trainable_parameters(self) -> list[nn.Parameter]:
         """The adapters' parameters (with rank 0: all of them)."""
@@ -229,12 +222,9 @@ class CrossViewAttention(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """
         Args:
-            features: (B V, D) or (B V, T, D), the V views of a person next to each other.
+            features: (B V, D) or (B V, T, D).
             mask: (B V,) bool, False for missing views: no view attends to them, and their outputs are their inputs.
-            return_attention: also return the weights.
-
-        Returns:
-            output of the shape of features, and if asked the weights (B, heads, V T, V T).
+            return_attention: also return the weights, (B, heads, V T, V T).
         """
         people = check_views(features.shape[0], self.n_views)
         tokens = features.reshape(people, -1, self.feature_dim)  # (B, V T, D)

@@ -51,11 +51,8 @@ class MeanFace(Frontaliser):
 class PoseRidge(Frontaliser):
     """Ridge regression on z = [x, x sin(yaw), x cos(yaw), pose code, 1], in closed form.
 
-        W = argmin |Z W - Y|^2 + strength |W|^2 = (Z^T Z + strength I)^-1 Z^T Y
-
-    Args:
-        src, angles, target: (N, D), (N, 3), (N, D) training samples.
-        strength: of the penalty.
+    W = argmin |Z W - Y|^2 + strength |W|^2 = (Z^T Z + strength I)^-1 Z^T Y,
+    fitted to src (N, D), angles (N, 3) and target (N, D) of the training samples.
     """
 
     weight: Tensor
@@ -87,9 +84,9 @@ class MLP(Frontaliser):
         first = (nn.Linear(inputs, hidden), nn.GELU(), nn.Dropout(dropout))
         second = (nn.Linear(hidden, hidden), nn.GELU(), nn.Dropout(dropout))
         last = nn.Linear(hidden, feature_dim)
-        self.layers = nn.Sequential(*first, *second, last)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(*first, *second, last)
 
     def predict(self, unit: Tensor, angles: Tensor, keypoints_3d: Tensor) -> Tensor:
         seen = normalise_keypoints(keypoints_3d)

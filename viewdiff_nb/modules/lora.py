@@ -7,7 +7,7 @@ input of A is ViewDiff's pose conditioning (Höllein et al. 2024, arXiv:2403.018
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -102,14 +102,7 @@ class LoRALinearLayer(nn.Linear):
         return self.weight, self.bias
 
     def forward(self, x: Tensor, pose: Tensor | None = None) -> Tensor:
-        """
-        Args:
-            x: (..., in_features).
-            pose: (..., pose_dim), broadcast against the leading dimensions of x; needed if pose_dim > 0.
-
-        Returns:
-            (..., out_features).
-        """
+        """(..., in_features) to (..., out_features); a pose (..., pose_dim), needed if pose_dim > 0, is broadcast."""
         y = F.linear(x, *self.dense)
         if not self.adapter_active:
             return y
@@ -163,32 +156,34 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinearLayer]:
 
 
 @contextmanager
-def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Within this context the model's LoRA layers compute W x + b only, merged or not; a ValueError if it has none."""
-    before = {layer: layer.adapter_enabled for layer in lora_layers(model).values()}
-    if not before:
-        name = type(model).__name__
-        raise ValueError(f"{name} has no LoRA layer to disable; unstack() adapters trained in one pass first")
+def _restored(modules: Iterable[nn.Module], attribute: str) -> Iterator[None]:
+    before = [(module, getattr(module, attribute)) for module in modules]
     try:
-        for layer in before:
-            layer.adapter_enabled = False
         yield
     finally:
-        for layer, enabled in before.items():
-            layer.adapter_enabled = enabled
+        for module, value in before:
+            setattr(module, attribute, value)
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Within this context the model's LoRA layers compute W x + b only, merged or not; a ValueError if it has none."""
+    layers = lora_layers(model).values()
+    if not layers:
+        name = type(model).__name__
+        raise ValueError(f"{name} has no LoRA layer to disable; unstack() adapters trained in one pass first")
+    with _restored(layers, "adapter_enabled"):
+        for layer in layers:
+            layer.adapter_enabled = False
+        yield
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Without dropout and gradients; afterwards every module is in its own mode again, also a frozen BatchNorm."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with _restored(model.modules(), "training"), torch.no_grad():
+        model.eval()
+        yield
 
 
 def check_shape(name: str, value: Tensor | None, *shape: int) -> Tensor:

@@ -32,10 +32,7 @@ class PriorPreservationLoss(nn.Module):
     anchors: Tensor | None
 
     def __init__(
-        self,
-        anchors: Tensor | None = None,
-        temperature: float = 0.05,
-        weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        self, anchors: Tensor | None = None, temperature: float = 0.05, weights: tuple[float, ...] = (1.0, 1.0, 1.0)
     ) -> None:
         super().__init__()
         if temperature <= 0:
@@ -45,12 +42,8 @@ class PriorPreservationLoss(nn.Module):
         self.register_buffer("anchors", unit, persistent=False)
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """
-        Args:
-            student, teacher: (B, D) frontal predictions; no gradient flows into the teacher.
-
-        Returns:
-            the loss (a scalar), and its terms {kl_loss, feature_loss, l2_loss}, detached.
+        """The loss of predictions (B, D), without a gradient into the teacher; and its terms, detached: {kl_loss,
+        feature_loss, l2_loss}, scalars.
         """
         if student.shape != teacher.shape or student.dim() != 2:
             shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
@@ -69,13 +62,11 @@ class PriorPreservationLoss(nn.Module):
 
 
 class PriorPreservationDataset(Dataset):
-    """What must not be forgotten: prior samples with the base model's outputs, computed once.
-
-    An index tensor gives a batch {inputs, conditions, outputs}, an int one sample.
+    """What must not be forgotten: samples {inputs, conditions, outputs}, with the teacher's outputs computed once.
 
     Args:
         base_model: the teacher, on the device of the samples.
-        src: (N, D) side-view embeddings of the prior set, e.g. the views that the base was trained on.
+        src: (N, D) side-view embeddings, e.g. of the views that the base was trained on.
         conditions: {angles (N, 3), keypoints_3d (N, 5, 3), pose (N, 3)}.
         batch_size: samples per teacher forward.
     """
@@ -109,15 +100,9 @@ def teacher_outputs(base_model: nn.Module, inputs: Tensor, conditions: Condition
 
 
 class EnhancedTransformerWithPrior(nn.Module):
-    """A model in training together with the frozen base that it must not forget.
+    """A model in training together with the base that it must not forget, its teacher, which is frozen here.
 
     loss = task loss + lambda_prior * prior loss, from one forward pass of the model.
-
-    Args:
-        model: the model that is adapted.
-        base_model: the teacher; it is frozen here.
-        lambda_prior: weight of the prior loss.
-        prior_loss: defaults to `PriorPreservationLoss()`.
     """
 
     def __init__(

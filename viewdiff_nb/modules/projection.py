@@ -26,24 +26,15 @@ VOXEL_BUDGET = 128 * FINE**3  # voxels that are in memory at once, however large
 
 @dataclass(frozen=True)
 class FaceVolume:
-    """What the layer computes on the way, for plots. All in the rendered pose but occupancy.
+    """What the layer computes on the way, for plots. All in the rendered pose but occupancy."""
 
-    keypoints: (B, K, 3) in grid coordinates.
-    occupancy: (B, K, R, R, R) Gaussians around the keypoints in the face's own frame.
-    shares: (B, K, R, R, R) how much of each keypoint's features a voxel holds.
-    features: (B, C, R, R, R) the voxels' features, sum_k shares_k f_k.
-    density: (B, 1, R, R, R) per unit of length.
-    weights: (B, 1, R, R, R) weight of each voxel in its ray.
-    image: (B, C, R, R) the rendering.
-    """
-
-    keypoints: Tensor
-    occupancy: Tensor
-    shares: Tensor
-    features: Tensor
-    density: Tensor
-    weights: Tensor
-    image: Tensor
+    keypoints: Tensor  # (B, K, 3) in grid coordinates
+    occupancy: Tensor  # (B, K, R, R, R) Gaussians around the keypoints in the face's own frame
+    shares: Tensor  # (B, K, R, R, R) how much of each keypoint's features a voxel holds
+    features: Tensor  # (B, C, R, R, R) the voxels' features, sum_k shares_k f_k
+    density: Tensor  # (B, 1, R, R, R) per unit of length
+    weights: Tensor  # (B, 1, R, R, R) weight of each voxel in its ray
+    image: Tensor  # (B, C, R, R) the rendering
 
 
 class LightweightFaceProjectionLayer(nn.Module):
@@ -82,7 +73,7 @@ class LightweightFaceProjectionLayer(nn.Module):
             nn.GELU(),
             nn.Conv3d(HIDDEN, 1 + num_keypoints, 3, padding=1),
         )
-        self.refine.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # lacks in torch's stubs
+        self.refine.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # missing in torch's stubs
         self.background = nn.Parameter(torch.zeros(CHANNELS))
         self.expand = nn.Linear(CHANNELS * PATCHES**2, feature_dim)
         if zero_init:
@@ -108,7 +99,7 @@ class LightweightFaceProjectionLayer(nn.Module):
         Returns:
             the rendered features, shaped as the features given.
         """
-        batch, width = len(features), self.feature_dim
+        batch, width = features.shape[0], self.feature_dim
         if features.dim() not in (2, 4) or features.shape[1] != width:
             raise ValueError(f"features must be (B, {width}) or (B, {width}, H, W), got {tuple(features.shape)}")
         check_shape("keypoints_3d", keypoints_3d, batch, self.num_keypoints, 3)
@@ -138,15 +129,10 @@ class LightweightFaceProjectionLayer(nn.Module):
         return output, FaceVolume(keypoints, occupancy, shares, voxels, density, weights, image)
 
     def _volumes(self, keypoints: Tensor, gains: Tensor, turn: Tensor | None) -> tuple[Tensor, ...]:
-        """All that happens in three dimensions.
+        """All that happens in three dimensions, turned by (B, 3, 3) from keypoints (B, K, 3) in the face's own frame.
 
-        Args:
-            keypoints: (B, K, 3) in the face's own frame, grid coordinates. gains: (B, K).
-            turn: (B, 3, 3) rotation to the target pose, or None.
-
-        Returns:
-            (B, K + 1, R, R) how much of each keypoint's features, and of the background, a ray sees; then occupancy,
-            shares, density and weights, see `FaceVolume`.
+        Returns how much of each keypoint's features, and of the background, a ray sees, (B, K + 1, R, R); then
+        occupancy, shares, density and weights as in `FaceVolume`.
         """
         occupancy = gaussian_occupancy(keypoints, self.voxel_resolution, KEYPOINT_WIDTH)
         scene = self.refine(gains[..., None, None, None] * occupancy)
@@ -165,7 +151,7 @@ class LightweightFaceProjectionLayer(nn.Module):
 
         Parts of a batch are rendered again in the backward pass instead of keeping their volumes.
         """
-        batch = len(keypoints)
+        batch = keypoints.shape[0]
         size = max(1, min(VOXEL_BUDGET, batch * FINE**3) // self.voxel_resolution**3)
         if not self.in_turns or torch.compiler.is_compiling() or batch <= size:
             return self._render(keypoints, gains, turn)

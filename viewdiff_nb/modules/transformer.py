@@ -1,8 +1,6 @@
 """The frontaliser: from a side-view embedding, its head pose and keypoints to the frontal embedding."""
 
 import copy
-from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +20,11 @@ class DecoderBlock(nn.Module):
     """Pre-norm transformer block: feature tokens attend to themselves and to the memory, then an MLP."""
 
     def __init__(
-        self,
-        d_model: int,
-        dim_feedforward: int,
-        dropout: float,
-        attention: Callable[[int], PoseConditionedLoRAAttention],
-        linear: Callable[[int, int], nn.Linear],
+        self, attention: PoseConditionedLoRAAttention, linear1: nn.Linear, linear2: nn.Linear, dropout: float
     ) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
-        self.attention = attention(d_model)
-        self.linear1, self.linear2 = linear(d_model, dim_feedforward), linear(dim_feedforward, d_model)
-        self.dropout = dropout
+        self.norm1, self.norm2 = nn.LayerNorm(attention.feature_dim), nn.LayerNorm(attention.feature_dim)
+        self.attention, self.linear1, self.linear2, self.dropout = attention, linear1, linear2, dropout
 
     def forward(
         self, x: Tensor, memory: Tensor, pose: Tensor, return_attention: bool = False
@@ -57,10 +48,7 @@ class EnhancedTransformerDecoderOnly3D(nn.Module):
 
     Args:
         d_model: width of the tokens.
-        nhead: attention heads.
-        num_layers: decoder blocks.
-        dim_feedforward: width of the blocks' MLPs.
-        dropout: in the blocks.
+        nhead, num_layers, dim_feedforward, dropout: attention heads, decoder blocks, width and dropout of their MLPs.
         use_lora_attention: adapt by LoRA what lora_targets names; its base weights are frozen.
         use_projection_layer: add the 3-D face projection of the input features.
         use_cross_view: let the n_views views of a person, neighbours in the batch, attend to each other.
@@ -102,28 +90,24 @@ class EnhancedTransformerDecoderOnly3D(nn.Module):
             raise ValueError(f"lora_targets must be among {LORA_TARGETS}, got {sorted(unknown)}")
         self.feature_dim, self.n_views, self.use_cross_view = feature_dim or d_model, n_views, use_cross_view
         adapted = lora_targets if use_lora_attention else ()
-        attention = partial(PoseConditionedLoRAAttention, num_heads=nhead, rank=0)
-        if "attention" in adapted:
-            attention = partial(
-                PoseConditionedLoRAAttention,
-                pose_dim=pose_dim,
-                num_heads=nhead,
-                rank=rank,
-                alpha=lora_alpha,
-                rslora=rslora,
-                dropout=lora_dropout,
+        attention_rank = rank if "attention" in adapted else 0
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            if "feed_forward" not in adapted:
+                return nn.Linear(inputs, outputs)
+            return LoRALinearLayer(inputs, outputs, rank, lora_alpha, rslora=rslora, dropout=lora_dropout)
+
+        def block() -> DecoderBlock:
+            attention = PoseConditionedLoRAAttention(
+                d_model, pose_dim, nhead, attention_rank, lora_alpha, rslora=rslora, dropout=lora_dropout
             )
-        linear: Callable[[int, int], nn.Linear] = nn.Linear
-        if "feed_forward" in adapted:
-            linear = partial(LoRALinearLayer, rank=rank, alpha=lora_alpha, rslora=rslora, dropout=lora_dropout)
+            return DecoderBlock(attention, linear(d_model, dim_feedforward), linear(dim_feedforward, d_model), dropout)
 
         self.input = nn.Linear(self.feature_dim, d_model)
         self.pose_encoder = _encoder(6, d_model)
         self.keypoint_encoder = _encoder(6, d_model)
         self.keypoint_identity = nn.Parameter(torch.randn(len(KEYPOINT_NAMES), d_model) * 0.02)
-        self.blocks = nn.ModuleList(
-            DecoderBlock(d_model, dim_feedforward, dropout, attention, linear) for _ in range(num_layers)
-        )
+        self.blocks = nn.ModuleList(block() for _ in range(num_layers))
         self.norm = nn.LayerNorm(d_model)
         self.output = nn.Linear(d_model, self.feature_dim)
         nn.init.zeros_(self.output.weight)  # an untrained model predicts its input
@@ -185,15 +169,10 @@ class EnhancedTransformerDecoderOnly3D(nn.Module):
         target_pose: Tensor | None = None,
         resolution: int | None = None,
     ) -> FaceVolume:
-        """What the projection layer computes on the way, for plots.
+        """What the projection layer computes on the way, for plots; a ValueError if there is none.
 
-        Args:
-            src, angles, keypoints_3d: as in `forward`.
-            target_pose: (B, 3) radians to render at; None for frontal, as the model does.
-            resolution: of the grid, if another than the model's; no weight depends on it.
-
-        Raises:
-            ValueError: if the model has no projection layer.
+        target_pose: (B, 3) radians to render at; None for frontal, as the model does. resolution: of the grid, if
+        another than the model's; no weight depends on it.
         """
         if self.projection is None:
             raise ValueError("this model has no projection layer; build it with use_projection_layer=True")
@@ -204,9 +183,10 @@ class EnhancedTransformerDecoderOnly3D(nn.Module):
 
     def _embed(self, src: Tensor, angles: Tensor, keypoints_3d: Tensor) -> tuple[Tensor, Tensor]:
         """Check the inputs; return the feature token (B, d_model), and the embeddings' lengths (B, 1)."""
-        check_shape("src", src, len(src), self.feature_dim)
-        check_shape("angles", angles, len(src), 3)
-        check_shape("keypoints_3d", keypoints_3d, len(src), len(KEYPOINT_NAMES), 3)
+        batch = src.shape[0]  # not len(), which would fix the batch size of an exported model
+        check_shape("src", src, batch, self.feature_dim)
+        check_shape("angles", angles, batch, 3)
+        check_shape("keypoints_3d", keypoints_3d, batch, len(KEYPOINT_NAMES), 3)
         length = src.norm(dim=-1, keepdim=True)
         unit = src / length.clamp_min(1e-12)
         return self.input(unit * self.feature_dim**0.5), length  # entries of order 1
@@ -227,32 +207,28 @@ class EnhancedTransformerDecoderOnly3D(nn.Module):
         """Load the state dict of a base model, or of one that was adapted already; what it lacks stays as initialised.
 
         Raises:
-            ValueError: if the state lacks a base parameter, holds one that this model does not have, or was built with
-                other sizes.
+            ValueError: if it lacks a base parameter, or holds one that is unknown or of another size.
         """
         mine = self.state_dict()
         base = {name for name, role in self.parameter_roles().items() if role == "base"}
         missing, foreign = sorted(base - set(state)), sorted(set(state) - set(mine))
         if missing or foreign:
-            raise ValueError(
-                f"not this model's base: {len(missing)} parameters missing {missing[:3]}, "
-                f"{len(foreign)} unknown {foreign[:3]}"
-            )
+            problem = f"{len(missing)} parameters missing {missing[:3]}, {len(foreign)} unknown {foreign[:3]}"
+            raise ValueError(f"not this model's base: {problem}")
         for name in sorted(state):
-            if mine[name].shape != state[name].shape:
-                shapes = f"{tuple(state[name].shape)} instead of {tuple(mine[name].shape)}"
-                raise ValueError(f"the base was built with other sizes: {name} is {shapes}")
+            found, wanted = tuple(state[name].shape), tuple(mine[name].shape)
+            if found != wanted:
+                raise ValueError(f"the base was built with other sizes: {name} is {found} instead of {wanted}")
         self.load_state_dict(state, strict=False)
 
     def parameter_roles(self) -> dict[str, str]:
         """The role of every parameter by name: one of `ROLES`."""
-        roles = {}
-        for name, _ in self.named_parameters():
+        roles = {name: name.split(".")[0] for name, _ in self.named_parameters()}
+        for name, module in roles.items():
             if name.endswith((".lora_down", ".lora_up")):
                 roles[name] = "lora"
-            else:
-                module = name.split(".")[0]
-                roles[name] = module if module in ROLES else "base"
+            elif module not in ROLES:
+                roles[name] = "base"
         return roles
 
     def freeze_base(self) -> None:

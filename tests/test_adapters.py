@@ -6,7 +6,6 @@ import struct
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_transformer import build, inputs, trained_base
@@ -66,9 +65,11 @@ def test_other_layers_are_refused(tmp_path):
         load_adapter(adapted(base, rank=4), tmp_path)
     with pytest.raises(AdapterError, match="12 adapted layers differ"):
         load_adapter(adapted(base, rank=4, lora_targets=("attention", "feed_forward")), tmp_path)
-    with pytest.raises(AdapterError, match="the model is built differently: projection"):
+    with pytest.raises(AdapterError, match=r"settings differ, e.g. .projection.*: None in .* and 8 in the model"):
         load_adapter(adapted(base, rank=2, projection=True), tmp_path)
-    with pytest.raises(AdapterError, match=r"built differently: blocks.0.attention.num_heads is 2, and 4 in"):
+    with pytest.raises(
+        AdapterError, match=r"settings differ, e.g. 'blocks.0.attention.num_heads': 4 in .* and 2 in the model"
+    ):
         load_adapter(adapted(base, rank=2, nhead=2), tmp_path)
 
 
@@ -116,32 +117,6 @@ def test_parameters_without_dimensions_count(tmp_path):
     assert base_fingerprint(base) != before
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("targets", [("attention",), ("attention", "feed_forward")])
-def test_peft_reads_what_we_save(tmp_path, rslora, targets):
-    base, x = trained_base().eval(), inputs()
-    model = train_a_bit(adapted(base, pose_dim=0, rank=3, lora_alpha=5.0, rslora=rslora, lora_targets=targets))
-    save_peft_adapter(model, tmp_path)
-    wanted, plain = model(**x), base(**x)
-    theirs = PeftModel.from_pretrained(base, tmp_path).eval()
-    torch.testing.assert_close(theirs(**x), wanted, rtol=1e-5, atol=1e-5)
-    assert (wanted - plain).abs().max() > 1e-2
-
-
-def test_we_read_what_peft_saves(tmp_path):
-    base, x = trained_base().eval(), inputs()
-    model = adapted(base, pose_dim=0, rank=3, lora_alpha=6.0)
-    config = LoraConfig(r=3, lora_alpha=6, target_modules=list(lora_layers(model)), init_lora_weights=False)
-    theirs = get_peft_model(base, config).eval()
-    theirs.save_pretrained(tmp_path)
-    load_peft_adapter(model, tmp_path)
-    torch.testing.assert_close(model(**x), theirs(**x), rtol=1e-5, atol=1e-5)
-    with pytest.raises(AdapterError, match=r"is \(4, 6.0, False, 0\) in the model and \(3, 6"):
-        load_peft_adapter(adapted(trained_base(), pose_dim=0, rank=4, lora_alpha=6.0), tmp_path)
-    with pytest.raises(AdapterError, match="use load_peft_adapter"):
-        load_adapter(model, tmp_path)
-
-
 def test_peft_cannot_express_a_pose(tmp_path):
     with pytest.raises(AdapterError, match="no pose-conditioned LoRA"):
         save_peft_adapter(adapted(trained_base()), tmp_path)
@@ -166,32 +141,32 @@ def killed_before_step(monkeypatch, number):
         monkeypatch.setattr(os, name, step)
 
 
-@pytest.mark.parametrize("number", range(5))
-@pytest.mark.parametrize("peft", [False, True])
-def test_a_killed_save_leaves_one_adapter_or_the_other(tmp_path, monkeypatch, peft, number):
-    """PEFT, which reads both files, never takes the weights of one with the alpha of the other."""
-    base, x = trained_base().eval(), inputs()
-    save, load = (save_peft_adapter, load_peft_adapter) if peft else (save_adapter, load_adapter)
-    models = [train_a_bit(adapted(base, pose_dim=0, rank=3, lora_alpha=alpha)) for alpha in (3.0, 30.0)]
-    wanted = [model(**x) for model in models]
-    save(models[0], tmp_path)
+def save_over_another(save, base, folder, monkeypatch, number):
+    """Save one adapter, and over it another that is killed at a step; the two models, by their alphas."""
+    models = {alpha: train_a_bit(adapted(base, pose_dim=0, rank=3, lora_alpha=alpha)) for alpha in (3.0, 30.0)}
+    save(models[3.0], folder)
     with monkeypatch.context() as patch:
         killed_before_step(patch, number)
         with contextlib.suppress(Killed):
-            save(models[1], tmp_path)
+            save(models[30.0], folder)
+    return models
+
+
+@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("save,load", [(save_adapter, load_adapter), (save_peft_adapter, load_peft_adapter)])
+def test_a_killed_save_leaves_one_adapter_or_the_other(tmp_path, monkeypatch, save, load, number):
+    base, x = trained_base().eval(), inputs()
+    models = save_over_another(save, base, tmp_path, monkeypatch, number)
     found = []
-    for alpha, result in zip((3.0, 30.0), wanted, strict=True):
+    for alpha, model in models.items():
         fresh = adapted(base, pose_dim=0, rank=3, lora_alpha=alpha)
         try:
             load(fresh, tmp_path)
         except AdapterError:
             continue
-        assert torch.equal(fresh(**x), result)
+        assert torch.equal(fresh(**x), model(**x))
         found.append(alpha)
     assert len(found) == 1 and found[0] == (3.0 if number < 3 else 30.0)
-    if peft and (tmp_path / "adapter_config.json").exists():
-        theirs = PeftModel.from_pretrained(base, tmp_path).eval()
-        torch.testing.assert_close(theirs(**x), wanted[found[0] == 30], rtol=1e-5, atol=1e-5)
 
 
 def test_a_full_disk_leaves_the_old_adapter(tmp_path):
@@ -319,7 +294,7 @@ def test_files_of_two_adapters_are_refused(tmp_path):
     for rank in (2, 4):
         save_adapter(adapted(base, rank=rank), tmp_path / str(rank))
     (tmp_path / "2/adapter_config.json").replace(tmp_path / "4/adapter_config.json")
-    with pytest.raises(AdapterError, match=r"adapter_config\.json is not the config that"):
+    with pytest.raises(AdapterError, match=r"adapter_config\.json is not that of .*; take both files from one adapter"):
         load_adapter(adapted(base, rank=4), tmp_path / "4")
 
 

@@ -208,7 +208,7 @@ def test_refuses_wrong_shapes():
     with pytest.raises(ValueError, match="multiple of num_heads, got 30 and 4"):
         PoseConditionedLoRAAttention(30, num_heads=4)
     ours = PoseConditionedLoRAAttention(32, num_heads=4)
-    with pytest.raises(ValueError, match=r"pose must be \(2, 3\) angles in radians, got none"):
+    with pytest.raises(ValueError, match=r"pose \(angles in radians\) must be \(2, 3\), got none"):
         ours(torch.randn(2, 32))
     with pytest.raises(ValueError, match=r"features must be \(B, 32\)"):
         ours(torch.randn(2, 31), torch.randn(2, 3))

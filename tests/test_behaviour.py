@@ -1,6 +1,5 @@
 """One table of cases, one set of expectations: every module, dtype, device, mode and kind of input."""
 
-import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -179,43 +178,3 @@ def test_functional_transforms_agree_with_autograd():
     module(**inputs).square().sum().backward()
     for name, gradient in each.items():
         torch.testing.assert_close(gradient.sum(0), module.get_parameter(name).grad, rtol=1e-7, atol=1e-9)
-
-
-class FixedPose(nn.Module):
-    """The model for one camera: LoRA merged for that pose, which is no input any more."""
-
-    def __init__(self, module, pose):
-        super().__init__()
-        self.module = module
-        self.register_buffer("angles", pose)
-        for block in module.blocks:
-            block.attention.merge(pose)
-
-    def forward(self, src, keypoints_3d):
-        return self.module(src, self.angles.expand(src.shape[0], -1), keypoints_3d)
-
-
-@pytest.mark.parametrize("kind", ["free pose", "fixed pose, merged"])
-def test_onnx_gives_the_same_numbers(kind, tmp_path):
-    module, inputs = prepare("enhanced")
-    module.eval()
-    if kind == "free pose":
-        given = {name: inputs[name] for name in ("src", "angles", "keypoints_3d", "pose")}
-    else:
-        pose = inputs["pose"][0]
-        inputs["angles"] = inputs["pose"] = pose.expand(BATCH, 3).contiguous()
-        wanted = module(**inputs)
-        module = FixedPose(module, pose).eval()
-        given = {name: inputs[name] for name in ("src", "keypoints_3d")}
-        torch.testing.assert_close(module(**given), wanted, rtol=1e-4, atol=1e-4)
-    batch = torch.export.Dim("batch", min=2, max=512)
-    path = tmp_path / "model.onnx"
-    program = torch.onnx.export(
-        module, (), kwargs=given, dynamo=True, verbose=False, dynamic_shapes={name: {0: batch} for name in given}
-    )
-    program.save(path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for rows in (BATCH, 4):  # also with another batch size than it was exported with
-        part = {name: value[:rows] for name, value in given.items()}
-        output = session.run(None, {name: value.numpy() for name, value in part.items()})[0]
-        torch.testing.assert_close(torch.from_numpy(output), module(**part), rtol=1e-4, atol=1e-4)

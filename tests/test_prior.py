@@ -14,6 +14,7 @@ from viewdiff_nb import (
     PriorPreservationDataset,
     PriorPreservationLoss,
 )
+from viewdiff_nb.modules.prior import teacher_outputs
 
 TERMS = ("kl_loss", "feature_loss", "l2_loss")
 
@@ -142,12 +143,23 @@ def test_dataset_holds_the_base_outputs():
     torch.testing.assert_close(prior.outputs, wanted)
     assert len(prior) == 36
     generator = torch.Generator().manual_seed(1)
-    drawn = prior.sample(5, generator)
+    drawn = prior[prior.draw(5, generator)]
     assert drawn["inputs"].shape == (5, 32) and set(drawn["conditions"]) == {"angles", "keypoints_3d", "pose"}
     row = (prior.src == drawn["inputs"][2]).all(1).nonzero().item()
     assert torch.equal(drawn["outputs"][2], prior.outputs[row])
     loader = torch.utils.data.DataLoader(prior, batch_size=4)
     assert next(iter(loader))["outputs"].shape == (4, 32)
+
+
+def test_every_module_of_a_teacher_is_in_its_own_mode_again():
+    class Teacher(nn.Sequential):
+        def forward(self, src, return_residual=True):
+            return super().forward(src)
+
+    teacher = Teacher(nn.BatchNorm1d(3), nn.Linear(3, 3)).train()
+    teacher[0].eval()
+    assert not teacher_outputs(teacher, torch.randn(4, 3), {}).requires_grad
+    assert [module.training for module in teacher] == [False, True]
 
 
 def test_refuses_what_cannot_be():

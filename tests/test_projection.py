@@ -1,10 +1,12 @@
+import math
+
 import pytest
 import torch
 from torch import nn
+from torch.autograd import gradcheck
 
 from viewdiff_nb import LightweightFaceProjectionLayer
 from viewdiff_nb.faces.geometry import rotation_matrix
-from viewdiff_nb.modules import projection as projection_module
 from viewdiff_nb.modules import projection as volume
 
 FACE = torch.tensor([[-30.0, -30, 0], [30, -30, 0], [0, 0, 25], [-20, 30, 0], [20, 30, 0]])
@@ -17,6 +19,11 @@ def layer(resolution=8, width=12, **options):
 def seen(angles, face=FACE):
     """The keypoints of a face that the camera sees at these angles."""
     return face.to(angles.dtype) @ rotation_matrix(angles).transpose(-1, -2)
+
+
+def over_background(features, weights, background):
+    """The rendering of features (B, C, R, R, R) in front of a background (C,)."""
+    return volume.composite(features, weights) + (1 - weights.sum(2)) * background[:, None, None]
 
 
 def transparent(projection: nn.Module) -> nn.Module:
@@ -66,7 +73,7 @@ def test_rendering_the_shares_equals_rendering_the_feature_volume():
     nn.init.normal_(projection.background)
     pose = torch.tensor([[0.1, 0.4, 0.2], [0.0, -0.7, 0.0]]).double()
     _, seen_volume = projection(torch.randn(2, 12).double(), seen(pose), pose * 0.5, return_volume=True)
-    image = volume.composite(seen_volume.features, seen_volume.weights, projection.background)
+    image = over_background(seen_volume.features, seen_volume.weights, projection.background)
     torch.testing.assert_close(seen_volume.image, image)
     torch.testing.assert_close(seen_volume.weights, volume.ray_weights(seen_volume.density, 2 / 8))
 
@@ -153,7 +160,7 @@ def test_large_grids_go_in_turns_with_the_same_result(monkeypatch, turned):
     target = pose.flip(0) if turned else None
     results = []
     for budget in (10**9, 2 * 8**3):  # all at once, two at a time
-        monkeypatch.setattr(projection_module, "VOXEL_BUDGET", budget)
+        monkeypatch.setattr(volume, "VOXEL_BUDGET", budget)
         projection.zero_grad()
         output = projection(features, points, target)
         output.square().sum().backward()
@@ -186,7 +193,7 @@ def kept_bytes(projection, batch):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         projection(torch.randn(batch, 12), seen(pose))
     between = sum(kept.values())
-    voxels = min(projection_module.VOXEL_BUDGET, batch * projection_module.FINE**3)
+    voxels = min(volume.VOXEL_BUDGET, batch * volume.FINE**3)
     part = max(1, voxels // projection.voxel_resolution**3)
     if part >= batch:
         return between
@@ -203,7 +210,128 @@ def test_refuses_wrong_shapes():
         projection(good[:, :11], points)
     with pytest.raises(ValueError, match=r"keypoints_3d must be \(2, 5, 3\), got \(2, 4, 3\)"):
         projection(good, points[:, :4])
-    with pytest.raises(ValueError, match=r"pose must be \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"target_pose \(pitch, yaw, roll\) must be \(2, 3\), got \(3,\)"):
         projection(good, points, torch.zeros(3))
     with pytest.raises(ValueError, match="at least 4, got 2"):
         LightweightFaceProjectionLayer(12, voxel_resolution=2)
+
+
+def random_density(resolution=8):
+    return torch.rand(2, 1, resolution, resolution, resolution, dtype=torch.float64) * 5
+
+
+def test_an_empty_grid_renders_the_background():
+    weights = volume.ray_weights(torch.zeros(1, 1, 8, 8, 8), 0.25)
+    assert weights.abs().max() == 0
+    features, background = torch.randn(1, 3, 8, 8, 8), torch.tensor([1.0, 2.0, 3.0])
+    assert volume.composite(features, weights).abs().max() == 0
+    image = over_background(features, weights, background)
+    assert torch.equal(image, background.view(1, 3, 1, 1).expand(1, 3, 8, 8))
+
+
+def test_an_opaque_voxel_hides_what_is_behind_it():
+    density, features = torch.zeros(1, 1, 8, 8, 8), torch.zeros(1, 1, 8, 8, 8)
+    density[0, 0, [2, 5], 3, 4] = 1e6
+    features[0, 0, 2, 3, 4], features[0, 0, 5, 3, 4] = 7.0, 99.0
+    image = volume.composite(features, volume.ray_weights(density, 0.25))
+    assert image[0, 0, 3, 4] == 7.0 and image.sum() == 7.0
+
+
+def test_weights_are_a_sub_distribution_even_behind_very_dense_voxels():
+    density = random_density() ** 8
+    density[0, 0, 3] = 1e9
+    for dtype in (torch.float32, torch.float64):
+        weights = volume.ray_weights(density.to(dtype), 0.25)
+        assert weights.min() >= 0 and weights.sum(2).max() <= 1 + 1e-6
+    background = 1 - volume.ray_weights(density, 0.25).sum(2)
+    torch.testing.assert_close(background, torch.exp(-(density * 0.25).sum(2)), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("resolution", [4, 16, 64])
+def test_constant_density_decays_exponentially(resolution):
+    sigma, step = 3.0, 2 / resolution
+    density = torch.full((1, 1, resolution, 2, 2), sigma, dtype=torch.float64)
+    depth = step * torch.arange(resolution, dtype=torch.float64)
+    torch.testing.assert_close(volume.transmittance(density, step)[0, 0, :, 0, 0], torch.exp(-sigma * depth))
+    total = volume.ray_weights(density, step).sum(2)
+    torch.testing.assert_close(total, torch.full_like(total, 1 - math.exp(-2 * sigma)))
+
+
+def test_gaussian_occupancy_is_the_gaussian_of_the_distance():
+    keypoints = torch.randn(2, 5, 3, dtype=torch.float64) * 0.4
+    occupancy = volume.gaussian_occupancy(keypoints, 7, width=0.3)
+    distance = (volume.voxel_centres(7, dtype=torch.float64)[None, None] - keypoints[:, :, None, None, None]).norm(
+        dim=-1
+    )
+    torch.testing.assert_close(occupancy, torch.exp(-(distance**2) / (2 * 0.3**2)))
+
+
+def test_lift_is_the_sum_over_keypoints():
+    features, occupancy = torch.randn(2, 5, 3), torch.rand(2, 5, 4, 4, 4)
+    torch.testing.assert_close(volume.lift(features, occupancy), torch.einsum("bkc,bkzyx->bczyx", features, occupancy))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_quarter_turns_permute_voxels_exactly(axis):
+    """What was at p is found at R p, checked voxel by voxel without any interpolation."""
+    angles = torch.zeros(1, 3, dtype=torch.float64)
+    angles[0, axis] = torch.pi / 2
+    rotation = rotation_matrix(angles)
+    scene = torch.randn(1, 2, 6, 6, 6, dtype=torch.float64)
+    turned = volume.rotate(scene, rotation)
+    points = volume.voxel_centres(6, dtype=torch.float64).view(-1, 3)
+    moved = points @ rotation[0].T
+    index = ((moved + 1) * 3 - 0.5).round().long()
+    depth = 5 - index[:, 2]
+    torch.testing.assert_close(turned[0, :, depth, index[:, 1], index[:, 0]], scene[0].flatten(1), rtol=1e-9, atol=1e-9)
+
+
+WIDTH = 0.2
+
+
+def blobs(points, resolution):
+    return volume.gaussian_occupancy(points[None], resolution, WIDTH).sum(1, keepdim=True)
+
+
+def trilinear_bound(resolution):
+    """|error| <= 3 axes * h^2 / 8 * max|f''|, with f'' <= 1 / width^2 for a Gaussian (blobs do not overlap)."""
+    return 3 * (2 / resolution) ** 2 / 8 / WIDTH**2
+
+
+def test_turning_the_grid_equals_turning_the_points_and_converges():
+    points = torch.tensor([[0.3, -0.2, 0.1], [-0.2, 0.3, -0.3]], dtype=torch.float64)
+    rotation = rotation_matrix(torch.tensor([[0.3, 0.7, -0.2]], dtype=torch.float64))
+    errors = []
+    for resolution in (8, 16, 32):
+        turned = volume.rotate(blobs(points, resolution), rotation)
+        errors.append((turned - blobs(points @ rotation[0].T, resolution)).abs().max().item())
+        assert errors[-1] < trilinear_bound(resolution)
+    assert errors[1] < errors[0] / 2 and errors[2] < errors[1] / 2
+
+
+def test_camera_and_scene_rotations_are_inverse():
+    """Turning by theta and back by -theta gives the scene, up to an interpolation error that shrinks."""
+    points = torch.tensor([[0.2, -0.1, 0.3], [-0.3, 0.2, 0.0]], dtype=torch.float64)
+    theta = torch.tensor([[0.2, 0.5, 0.1]], dtype=torch.float64)
+    errors = []
+    for resolution in (8, 16, 32):
+        scene = blobs(points, resolution)
+        back = volume.rotate(volume.rotate(scene, rotation_matrix(theta)), rotation_matrix(theta).transpose(1, 2))
+        errors.append((back - scene).abs().max().item())
+        assert errors[-1] < 2 * trilinear_bound(resolution)
+    assert errors[1] < errors[0] / 2 and errors[2] < errors[1] / 2
+
+
+def test_gradients_in_double_precision():
+    keypoints = (torch.randn(1, 2, 3, dtype=torch.float64) * 0.3).requires_grad_()
+    features = torch.randn(1, 2, 2, dtype=torch.float64, requires_grad=True)
+    density = (torch.rand(1, 1, 4, 4, 4, dtype=torch.float64) + 0.1).requires_grad_()
+    background = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    angles = torch.tensor([[0.2, 0.5, -0.3]], dtype=torch.float64, requires_grad=True)
+
+    def render(keypoints, features, density, background, angles):
+        voxels = volume.lift(features, volume.gaussian_occupancy(keypoints, 4, 0.4))
+        scene = volume.rotate(torch.cat((density, voxels), 1), rotation_matrix(angles))
+        return over_background(scene[:, 1:], volume.ray_weights(scene[:, :1], 0.5), background)
+
+    assert gradcheck(render, (keypoints, features, density, background, angles))

@@ -4,33 +4,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from viewdiff_nb.modules.lora import LoRALinearLayer
+from viewdiff_nb.modules.lora import LoRALinearLayer, check_shape, lora_layers
 
+Attended = tuple[Tensor, Tensor | None]  # (B, T, D), and if asked the weights (B, heads, T, T + M)
 FUSED_WIDTH = 256  # wider heads have no fast fused kernel on a GPU; few keys make plain products cheap
 
 
 def encode_pose(pose: Tensor) -> Tensor:
-    """[sin p, cos p]: an angle and the same angle one turn later are the same pose.
-
-    Args:
-        pose: (..., P) angles in radians.
-
-    Returns:
-        (..., 2 P).
-    """
+    """[sin p, cos p] of angles in radians, the same after a full turn: (..., P) to (..., 2 P)."""
     return torch.cat((pose.sin(), pose.cos()), -1)
 
 
 def pose_code(pose: Tensor | None, shape: tuple[int, int]) -> Tensor:
-    """`encode_pose` for all tokens of a sample: (B, 1, 2 P).
-
-    Raises:
-        ValueError: if the pose is not of that shape, (B, P).
-    """
-    if pose is None or pose.shape != shape:
-        got = "none" if pose is None else tuple(pose.shape)
-        raise ValueError(f"pose must be {shape} angles in radians, got {got}")
-    return encode_pose(pose)[:, None]
+    """`encode_pose` for all tokens of a sample: (B, 1, 2 P); a ValueError if the pose is not of that shape, (B, P)."""
+    return encode_pose(check_shape("pose (angles in radians)", pose, *shape))[:, None]
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -39,15 +26,7 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)), the weights that scaled_dot_product_attention uses but does not return.
-
-    Args:
-        q: (B, heads, Tq, d). k: (B, heads, Tk, d).
-        mask: broadcastable to (B, heads, Tq, Tk); True where attention is allowed.
-
-    Returns:
-        (B, heads, Tq, Tk), each row summing to 1.
-    """
+    """softmax(q k^T / sqrt(d)) of q (B, H, T, d) and k (B, H, M, d): (B, H, T, M); mask: True where it is allowed."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # in this order, so that float16 holds them
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
@@ -55,14 +34,7 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 def weighted_tokens(q: Tensor, tokens: Tensor) -> Tensor:
-    """softmax(q t^T) t: the tokens themselves are keys and values.
-
-    Args:
-        q: (B, Tq, D), scaled already. tokens: (B, T, D).
-
-    Returns:
-        (B, Tq, D).
-    """
+    """softmax(q t^T) t with queries (B, Tq, D), scaled already, and tokens (B, T, D): (B, Tq, D)."""
     if q.is_cuda and q.shape[-1] > FUSED_WIDTH:
         return (q @ tokens.transpose(1, 2)).softmax(-1) @ tokens
     return F.scaled_dot_product_attention(q[:, None], tokens[:, None], tokens[:, None], scale=1.0)[:, 0]
@@ -73,15 +45,14 @@ def _check_heads(feature_dim: int, num_heads: int) -> None:
         raise ValueError(f"feature_dim must be a multiple of num_heads, got {feature_dim} and {num_heads}")
 
 
-def _acting(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """The matrix and bias that a layer's input meets."""
-    return layer.acting if isinstance(layer, LoRALinearLayer) else (layer.weight, layer.bias)
+def _dense(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    return layer.dense if isinstance(layer, LoRALinearLayer) else (layer.weight, layer.bias)
 
 
-def _has_hooks(layer: nn.Module) -> bool:
-    """Whether calling a layer does more than its forward; what `nn.Module.__call__` asks itself."""
+def _may_be_bypassed(layer: nn.Module) -> bool:
+    """Whether its weights may be used without calling it: no wrapper (PEFT, quantisation), none of torch's hooks."""
     own = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return bool(own) or bool(nn.modules.module._has_any_global_hook())
+    return type(layer) in (nn.Linear, LoRALinearLayer) and not (own or nn.modules.module._has_any_global_hook())
 
 
 class PoseConditionedLoRAAttention(nn.Module):
@@ -92,17 +63,12 @@ class PoseConditionedLoRAAttention(nn.Module):
         v = W_v [h; memory] + b_v + s B_v A_v [h; memory; c]
         out = W_o a + b_o + s B_o A_o a            a = softmax(q k^T / sqrt(d)) v
 
-    after the attention processor of ViewDiff (arXiv:2403.01807, sec. 3.1). Feature tokens are the
-    queries; they attend jointly to themselves and to `memory`. Without memory a single token can only
-    attend to itself and its weight is 1 whatever q and k are: give memory tokens, or a sequence.
+    after the attention processor of ViewDiff (arXiv:2403.01807, sec. 3.1). Feature tokens attend to themselves and to
+    `memory`; a single token without memory has weight 1 whatever q and k are. A bias or a pose in k would shift all
+    scores of a query equally, and softmax would remove it.
 
-    A bias or a pose in k would shift all scores of a query equally, and softmax would remove it again;
-    so k has neither, and the pose acts through q and v.
-
-    Few queries over many keys take a shorter way to the same numbers: q_h . (W_h m) = (W_h^T q_h) . m,
-    so W_k moves to the side of the queries and W_v behind the weighted sum, and no token of the memory
-    has to be projected (the weight absorption of multi-head latent attention, arXiv:2405.04434,
-    sec. 2.1.2).
+    With few queries and many keys the projections are absorbed: q_h . (W_h m) = (W_h^T q_h) . m, so W_k is applied to
+    the queries and W_v to the weighted sum of tokens (multi-head latent attention, arXiv:2405.04434, sec. 2.1.2).
 
     Args:
         feature_dim: width D of the tokens, a multiple of num_heads.
@@ -125,124 +91,112 @@ class PoseConditionedLoRAAttention(nn.Module):
     ) -> None:
         super().__init__()
         _check_heads(feature_dim, num_heads)
-        self.feature_dim, self.num_heads, self.rank, self.dropout = feature_dim, num_heads, rank, dropout
-        self.pose_dim = pose_dim if rank else 0
+        self.feature_dim, self.num_heads, self.rank = feature_dim, num_heads, rank
+        self.pose_dim, self.dropout = (pose_dim, dropout) if rank else (0, 0.0)
 
-        def linear(pose_dim: int, bias: bool = True) -> nn.Linear:
+        def linear(pose_dim: int = 0, bias: bool = True) -> nn.Linear:
             if rank == 0:
                 return nn.Linear(feature_dim, feature_dim, bias)
-            options = {"pose_dim": pose_dim, "bias": bias, "rslora": rslora, "dropout": dropout}
-            return LoRALinearLayer(feature_dim, feature_dim, rank, alpha, **options)
+            return LoRALinearLayer(
+                feature_dim, feature_dim, rank, alpha, pose_dim=pose_dim, bias=bias, rslora=rslora, dropout=dropout
+            )
 
         self.query, self.value = linear(2 * self.pose_dim), linear(2 * self.pose_dim)
-        self.key, self.out = linear(0, bias=False), linear(0)
+        self.key, self.out = linear(bias=False), linear()
 
     def forward(
-        self,
-        features: Tensor,
-        pose: Tensor | None = None,
-        memory: Tensor | None = None,
-        return_attention: bool = False,
+        self, features: Tensor, pose: Tensor | None = None, memory: Tensor | None = None, return_attention: bool = False
     ) -> Tensor | tuple[Tensor, Tensor]:
         """
         Args:
             features: (B, D), one token, or (B, T, D).
             pose: (B, P) angles in radians; may be None if pose_dim is 0 or the adapters are merged.
             memory: (B, M, D) further tokens to attend to.
-            return_attention: also return the weights.
-
-        Returns:
-            output of the shape of features, and if asked the weights (B, heads, T, T + M).
+            return_attention: also return the weights, (B, heads, T, T + M).
         """
         h = features[:, None] if features.dim() == 2 else features
         if h.dim() != 3 or h.shape[-1] != self.feature_dim:
-            raise ValueError(
-                f"features must be (B, {self.feature_dim}) or (B, T, {self.feature_dim}), got {tuple(features.shape)}"
-            )
+            width = self.feature_dim
+            raise ValueError(f"features must be (B, {width}) or (B, T, {width}), got {tuple(features.shape)}")
+        context = h if memory is None else torch.cat((h, memory), 1)  # (B, T + M, D)
         code = self._pose_code(pose, h.shape[0])
-        context = h if memory is None else torch.cat((h, memory), 1)
-        q = split_heads(self.query(h, code) if self.pose_dim else self.query(h), self.num_heads)
-        if self._may_absorb(h.shape[1], context.shape[1]):
-            attended, weights = self._absorbed(q, context, code, return_attention)
-        else:
-            attended, weights = self._projected(q, context, code, return_attention)
+        q = self._project(self.query, h, code)
+        attend = self._absorbed if self._may_absorb(h.shape[1], context.shape[1]) else self._projected
+        attended, weights = attend(q, context, code, return_attention)
         output = self.out(attended).view_as(features)
-        return (output, weights) if return_attention else output
+        return output if weights is None else (output, weights)
+
+    def _pose_code(self, pose: Tensor | None, batch: int) -> Tensor | None:
+        """(B, 1, 2 P), or None where no adapter needs it."""
+        conditioned = (isinstance(x, LoRALinearLayer) and x.adapter_active for x in (self.query, self.value))
+        return pose_code(pose, (batch, self.pose_dim)) if self.pose_dim and any(conditioned) else None
+
+    def _project(self, layer: nn.Linear, tokens: Tensor, code: Tensor | None = None) -> Tensor:
+        """(B, T, D) to (B, H, T, d)."""
+        return split_heads(layer(tokens) if code is None else layer(tokens, code), self.num_heads)
 
     def _may_absorb(self, queries: int, keys: int) -> bool:
-        """Whether the short way is shorter, and allowed: adapter dropout acts on projected tokens, and a
-        layer that somebody else has wrapped (PEFT, quantisation) or watches by a hook has to be called."""
-        ours = all(
-            type(layer) in (nn.Linear, LoRALinearLayer) and not _has_hooks(layer) for layer in (self.key, self.value)
-        )
-        return keys > 2 * queries and ours and not (self.dropout and self.training)
+        """Whether absorbing is less work, and allowed: adapter dropout acts on projected tokens."""
+        bypassed = _may_be_bypassed(self.key) and _may_be_bypassed(self.value)
+        return keys > 2 * queries and bypassed and not (self.dropout and self.training)
 
-    def _projected(self, q: Tensor, context: Tensor, code: Tensor | None, with_weights: bool):
-        """Attention as it is written: project every token to a key and a value."""
-        k = split_heads(self.key(context), self.num_heads)
-        v = split_heads(self.value(context, code) if self.pose_dim else self.value(context), self.num_heads)
+    def _projected(self, q: Tensor, context: Tensor, code: Tensor | None, with_weights: bool) -> Attended:
+        """Attention of q (B, H, T, d) over the context (B, T + M, D), every token projected to a key and a value."""
+        k, v = self._project(self.key, context), self._project(self.value, context, code)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return attended, attention_weights(q, k) if with_weights else None
 
-    def _absorbed(self, q: Tensor, context: Tensor, code: Tensor | None, with_weights: bool):
-        """The same with W_k applied to the queries and W_v after the weighted sum of the tokens."""
-        batch, heads, count, width = q.shape  # (B, H, T, d)
-        (key, _), (value, bias) = _acting(self.key), _acting(self.value)
-        by_head = (q * width**-0.5).transpose(0, 1).reshape(heads, batch * count, width)  # (H, B T, d)
-        towards = by_head @ key.unflatten(0, (heads, width))  # (H, B T, D)
-        if self.rank and self.key.adapter_acts:
-            low = by_head @ self.key.lora_up.unflatten(0, (heads, width))  # (H, B T, r)
-            towards = towards + (low * self.key.scale) @ self.key.lora_down
-        towards = towards.unflatten(1, (batch, count)).transpose(0, 1).flatten(1, 2)  # (B, H T, D)
-        summed = weighted_tokens(towards, context)
-        by_head = summed.unflatten(1, (heads, count)).transpose(0, 1).reshape(heads, batch * count, -1)
-        attended = by_head @ value.unflatten(0, (heads, width)).transpose(1, 2)  # (H, B T, d)
-        if self.rank and self.value.adapter_acts:
-            down, pose_down = self.value.lora_down.split((self.feature_dim, self.value.pose_dim), 1)
-            low = by_head @ down.T  # (H, B T, r)
-            if self.pose_dim:
-                low = low + F.linear(code, pose_down).expand(-1, count, -1).flatten(0, 1)
-            up = self.value.lora_up.unflatten(0, (heads, width)).transpose(1, 2)
-            attended = attended + (low * self.value.scale) @ up
-        attended = attended.unflatten(1, (batch, count)).permute(1, 2, 0, 3).flatten(2) + bias
-        if not with_weights:
-            return attended, None
-        scores = towards @ context.transpose(1, 2)
-        return attended, scores.softmax(-1).unflatten(1, (heads, count))
+    def _absorbed(self, q: Tensor, context: Tensor, code: Tensor | None, with_weights: bool) -> Attended:
+        """`_projected` with W_k applied to the queries and W_v to the weighted sum of the tokens.
 
-    def _pose_code(self, pose: Tensor | None, batch: int) -> Tensor | None:
-        """[sin p, cos p] for all tokens of a sample: (B, 1, 2 P); None if no adapter asks for it."""
-        if not self.pose_dim:
-            return None
-        if pose is None and not (self.query.adapter_acts or self.value.adapter_acts):
-            return None
-        return pose_code(pose, (batch, self.pose_dim))
+        Axes are b: batch, h: heads, t: queries, d: width of a head, m: width of the model, r: rank.
+        """
+        heads = (self.num_heads, -1)
+        (key, _), (value, bias) = _dense(self.key), _dense(self.value)
+        q = q * q.shape[-1] ** -0.5
+        over_tokens = torch.einsum("bhtd,hdm->hbtm", q, key.unflatten(0, heads))
+        if isinstance(self.key, LoRALinearLayer) and self.key.adapter_active:
+            low = torch.einsum("bhtd,hdr->hbtr", q, self.key.lora_up.unflatten(0, heads))
+            over_tokens = over_tokens + (low * self.key.scale) @ self.key.lora_down
+        over_tokens = over_tokens.transpose(0, 1).flatten(1, 2)  # (B, H T, D)
+        summed = weighted_tokens(over_tokens, context).unflatten(1, heads)  # (B, H, T, D)
+        attended = torch.einsum("bhtm,hdm->hbtd", summed, value.unflatten(0, heads))
+        if isinstance(self.value, LoRALinearLayer) and self.value.adapter_active:
+            down, pose_down = self.value.lora_down.split((self.feature_dim, self.value.pose_dim), 1)
+            low = summed.transpose(0, 1) @ down.T  # (H, B, T, r)
+            if code is not None:
+                low = low + F.linear(code, pose_down).expand(-1, q.shape[2], -1)
+            up = self.value.lora_up.unflatten(0, heads)
+            attended = attended + torch.einsum("hbtr,hdr->hbtd", low * self.value.scale, up)
+        attended = attended.permute(1, 2, 0, 3).flatten(2)
+        attended = attended if bias is None else attended + bias
+        weights = (over_tokens @ context.transpose(1, 2)).softmax(-1).unflatten(1, heads) if with_weights else None
+        return attended, weights
 
     def get_trainable_parameters(self) -> list[nn.Parameter]:
         """The adapters' parameters (with rank 0: all of them)."""
-        layers = (self.query, self.key, self.value, self.out)
-        return [p for layer in layers for p in (layer.get_trainable_parameters() if self.rank else layer.parameters())]
+        adapters = [p for layer in lora_layers(self).values() for p in layer.get_trainable_parameters()]
+        return adapters if self.rank else list(self.parameters())
 
     def merge(self, pose: Tensor | None = None) -> None:
         """Fold all four adapters into the frozen weights, exactly, for one pose (P,)."""
-        if merged := [name for name, layer in self.named_children() if layer.is_merged]:
+        layers = lora_layers(self)
+        if merged := [name for name, layer in layers.items() if layer.is_merged]:
             raise RuntimeError(f"{merged[0]} is merged already; call unmerge() of it first")  # before any other is
-        code = encode_pose(pose) if self.pose_dim and pose is not None else None
-        self.query.merge(code)
-        self.value.merge(code)
-        self.key.merge()
-        self.out.merge()
+        code = None if pose is None else encode_pose(pose)
+        for layer in layers.values():
+            layer.merge(code)
 
     def unmerge(self) -> None:
-        for layer in (self.query, self.key, self.value, self.out):
+        for layer in lora_layers(self).values():
             layer.unmerge()
 
 
 class CrossViewAttention(nn.Module):
     """Joint attention over all tokens of all views of one person, with a residual connection.
 
-    The cross-frame attention of ViewDiff (arXiv:2403.01807, sec. 3.1): every token attends to every
-    token of every view. No view has a position, so permuting the views permutes the outputs.
+    The cross-frame attention of ViewDiff (arXiv:2403.01807, sec. 3.1). No view has a position, so permuting the views
+    permutes the outputs.
 
     Args:
         feature_dim: width D of the tokens, a multiple of num_heads.
@@ -258,8 +212,7 @@ class CrossViewAttention(nn.Module):
             raise ValueError(f"n_views must be at least 1, got {n_views}")
         self.feature_dim, self.num_heads, self.n_views = feature_dim, num_heads, n_views
         self.norm = nn.LayerNorm(feature_dim)
-        self.query, self.key, self.value = (nn.Linear(feature_dim, feature_dim) for _ in range(3))
-        self.out = nn.Linear(feature_dim, feature_dim)
+        self.query, self.key, self.value, self.out = (nn.Linear(feature_dim, feature_dim) for _ in range(4))
         if zero_init:
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)
@@ -269,37 +222,28 @@ class CrossViewAttention(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """
         Args:
-            features: (B V, D) or (B V, T, D), the V views of a person next to each other.
-            mask: (B V,) bool, True for views that are there; nothing attends to a missing one, and
-                its own output is its input.
-            return_attention: also return the weights.
-
-        Returns:
-            output of the shape of features, and if asked the weights (B, heads, V T, V T).
+            features: (B V, D) or (B V, T, D).
+            mask: (B V,) bool, False for missing views: no view attends to them, and their outputs are their inputs.
+            return_attention: also return the weights, (B, heads, V T, V T).
         """
-        views = check_views(features.shape[0], self.n_views)
-        tokens = features.reshape(views, -1, self.feature_dim)  # (B, V T, D)
+        people = check_views(features.shape[0], self.n_views)
+        tokens = features.reshape(people, -1, self.feature_dim)  # (B, V T, D)
         h = self.norm(tokens)
         q, k, v = (split_heads(layer(h), self.num_heads) for layer in (self.query, self.key, self.value))
-        allowed = None
+        present = allowed = None
         if mask is not None:
-            per_token = mask.view(views, self.n_views).repeat_interleave(tokens.shape[1] // self.n_views, 1)
-            itself = torch.eye(tokens.shape[1], dtype=torch.bool, device=mask.device)
-            allowed = (per_token[:, None] | itself)[:, None]  # (B, 1, V T, V T); itself, so that no row is empty
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).flatten(2)
-        update = self.out(attended)
-        if mask is not None:
-            update = update * per_token[..., None]
+            present = mask.view(people, self.n_views).repeat_interleave(tokens.shape[1] // self.n_views, 1)  # (B, V T)
+            itself = torch.eye(tokens.shape[1], dtype=torch.bool, device=mask.device)  # so that no row is empty
+            allowed = (present[:, None] | itself)[:, None]  # (B, 1, V T, V T)
+        update = self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).flatten(2))
+        if present is not None:
+            update = update * present[..., None]
         output = (tokens + update).view_as(features)
         return (output, attention_weights(q, k, allowed)) if return_attention else output
 
 
 def check_views(batch: int, n_views: int) -> int:
-    """The number of people in a batch of batch = people * n_views rows.
-
-    Raises:
-        ValueError: if the batch is no multiple of n_views.
-    """
+    """The number of people in a batch; a ValueError unless it is a multiple of n_views."""
     if batch % n_views:
         below = batch // n_views * n_views
         advice = f"{below} or {below + n_views}" if below else f"{n_views}"

@@ -1,7 +1,4 @@
-"""What a model must beat, behind the model's own interface.
-
-Each takes (src, angles, keypoints_3d, pose, return_residual) as `EnhancedTransformerDecoderOnly3D` does.
-"""
+"""What a model must beat, behind the interface of `EnhancedTransformerDecoderOnly3D`."""
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +25,7 @@ class Frontaliser(nn.Module):
         return frontal - src if return_residual else frontal
 
     def predict(self, unit: Tensor, angles: Tensor, keypoints_3d: Tensor) -> Tensor:
-        raise TypeError(f"{type(self).__name__} must define predict")
+        raise NotImplementedError(f"{type(self).__name__} must define predict")
 
 
 class RawEmbedding(Frontaliser):
@@ -39,10 +36,11 @@ class RawEmbedding(Frontaliser):
 
 
 class MeanFace(Frontaliser):
-    """Always the mean frontal embedding: high cosine, recognises nobody."""
+    """Always the mean of the frontal embeddings (P, D) of the training people: high cosine, recognises nobody."""
+
+    mean: Tensor
 
     def __init__(self, front: Tensor) -> None:
-        """front: (P, D) frontal embeddings of the training people."""
         super().__init__()
         self.register_buffer("mean", F.normalize(F.normalize(front, dim=-1).mean(0), dim=-1))
 
@@ -51,14 +49,13 @@ class MeanFace(Frontaliser):
 
 
 class PoseRidge(Frontaliser):
-    """Ridge regression on [x, 1, x sin(yaw), x cos(yaw), pose code], in closed form.
+    """Ridge regression on z = [x, x sin(yaw), x cos(yaw), pose code, 1], in closed form.
 
-        W = argmin |Z W - Y|^2 + strength |W|^2 = (Z^T Z + strength I)^-1 Z^T Y
-
-    Args:
-        src, angles, target: (N, D), (N, 3), (N, D) training samples.
-        strength: of the penalty.
+    W = argmin |Z W - Y|^2 + strength |W|^2 = (Z^T Z + strength I)^-1 Z^T Y,
+    fitted to src (N, D), angles (N, 3) and target (N, D) of the training samples.
     """
+
+    weight: Tensor
 
     def __init__(self, src: Tensor, angles: Tensor, target: Tensor, strength: float = 30.0) -> None:
         super().__init__()
@@ -71,10 +68,8 @@ class PoseRidge(Frontaliser):
 
     @staticmethod
     def _design(unit: Tensor, angles: Tensor) -> Tensor:
-        scaled = unit * unit.shape[-1] ** 0.5
-        yaw = angles[:, 1:2]
-        code = encode_pose(angles)
-        return torch.cat((scaled, scaled * yaw.sin(), scaled * yaw.cos(), code, torch.ones_like(yaw)), -1)
+        x, yaw = unit * unit.shape[-1] ** 0.5, angles[:, 1:2]
+        return torch.cat((x, x * yaw.sin(), x * yaw.cos(), encode_pose(angles), torch.ones_like(yaw)), -1)
 
     def predict(self, unit: Tensor, angles: Tensor, keypoints_3d: Tensor) -> Tensor:
         return self._design(unit, angles) @ self.weight
@@ -85,17 +80,13 @@ class MLP(Frontaliser):
 
     def __init__(self, feature_dim: int = 512, hidden: int = 1024, dropout: float = 0.2) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(feature_dim + 6 + 30, hidden),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(hidden, hidden),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(hidden, feature_dim),
-        )
-        nn.init.zeros_(self.layers[-1].weight)
-        nn.init.zeros_(self.layers[-1].bias)
+        inputs = feature_dim + 6 + 30  # x, sines and cosines of three angles, five keypoints in two frames
+        first = (nn.Linear(inputs, hidden), nn.GELU(), nn.Dropout(dropout))
+        second = (nn.Linear(hidden, hidden), nn.GELU(), nn.Dropout(dropout))
+        last = nn.Linear(hidden, feature_dim)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.layers = nn.Sequential(*first, *second, last)
 
     def predict(self, unit: Tensor, angles: Tensor, keypoints_3d: Tensor) -> Tensor:
         seen = normalise_keypoints(keypoints_3d)

@@ -24,17 +24,15 @@ class PriorPreservationLoss(nn.Module):
     p and q are distributions over people: which of the anchors a_j is this? kl is in nats.
 
     Args:
-        anchors: (A, D) embeddings of people, any length; None to use the teacher's predictions of the
-            batch, so that p and q say which person of the batch a prediction is.
+        anchors: (A, D) embeddings of people, any length; None for the teacher's predictions of the batch.
         temperature: T.
         weights: (w_kl, w_feature, w_l2).
     """
 
+    anchors: Tensor | None
+
     def __init__(
-        self,
-        anchors: Tensor | None = None,
-        temperature: float = 0.05,
-        weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        self, anchors: Tensor | None = None, temperature: float = 0.05, weights: tuple[float, ...] = (1.0, 1.0, 1.0)
     ) -> None:
         super().__init__()
         if temperature <= 0:
@@ -44,38 +42,31 @@ class PriorPreservationLoss(nn.Module):
         self.register_buffer("anchors", unit, persistent=False)
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """
-        Args:
-            student, teacher: (B, D) frontal predictions; no gradient flows into the teacher.
-
-        Returns:
-            the loss (a scalar), and its terms {kl_loss, feature_loss, l2_loss}, detached.
+        """The loss of predictions (B, D), without a gradient into the teacher; and its terms, detached: {kl_loss,
+        feature_loss, l2_loss}, scalars.
         """
         if student.shape != teacher.shape or student.dim() != 2:
-            raise ValueError(
-                f"student and teacher must both be (B, D), got {tuple(student.shape)} and {tuple(teacher.shape)}"
-            )
+            shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+            raise ValueError(f"student and teacher must both be (B, D), got {shapes}")
         student, teacher = student.float(), teacher.detach().float()
-        with torch.autocast(student.device.type, enabled=False):  # which would round the vectors of a product again
+        with torch.autocast(student.device.type, enabled=False):  # would round the unit vectors of a product
             s, t = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
             anchors = t if self.anchors is None else self.anchors
-            log_q = (s @ anchors.T / self.temperature).log_softmax(-1)
-            log_p = (t @ anchors.T / self.temperature).log_softmax(-1)
-            terms = {
-                "kl_loss": (log_p.exp() * (log_p - log_q)).sum(-1).mean(),
-                "feature_loss": (1 - (s * t).sum(-1)).mean(),
-                "l2_loss": ((student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-12)).mean(),
-            }
-        loss = sum(w * term for w, term in zip(self.weights, terms.values(), strict=True))
-        return loss, {name: term.detach() for name, term in terms.items()}
+            log_q, log_p = ((x @ anchors.T / self.temperature).log_softmax(-1) for x in (s, t))
+            kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+            feature = (1 - (s * t).sum(-1)).mean()
+            l2 = ((student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp_min(1e-12)).mean()
+        w_kl, w_feature, w_l2 = self.weights
+        loss = w_kl * kl + w_feature * feature + w_l2 * l2
+        return loss, {"kl_loss": kl.detach(), "feature_loss": feature.detach(), "l2_loss": l2.detach()}
 
 
 class PriorPreservationDataset(Dataset):
-    """What must not be forgotten: prior samples with the base model's outputs, computed once.
+    """What must not be forgotten: samples {inputs, conditions, outputs}, with the teacher's outputs computed once.
 
     Args:
         base_model: the teacher, on the device of the samples.
-        src: (N, D) side-view embeddings of the prior set, e.g. the views that the base was trained on.
+        src: (N, D) side-view embeddings, e.g. of the views that the base was trained on.
         conditions: {angles (N, 3), keypoints_3d (N, 5, 3), pose (N, 3)}.
         batch_size: samples per teacher forward.
     """
@@ -91,8 +82,7 @@ class PriorPreservationDataset(Dataset):
     def __len__(self) -> int:
         return len(self.src)
 
-    def __getitem__(self, index: Any) -> dict[str, Any]:
-        """One sample, or a batch for an index tensor: {inputs, conditions, outputs}."""
+    def __getitem__(self, index: int | slice | Tensor) -> dict[str, Any]:
         conditions = {name: value[index] for name, value in self.conditions.items()}
         return {"inputs": self.src[index], "conditions": conditions, "outputs": self.outputs[index]}
 
@@ -102,10 +92,6 @@ class PriorPreservationDataset(Dataset):
         rows = torch.randint(len(self), (count,), generator=generator, device=device)
         return rows.to(self.src.device, non_blocking=True)
 
-    def sample(self, count: int, generator: torch.Generator | None = None) -> dict[str, Any]:
-        """A random batch with replacement."""
-        return self[self.draw(count, generator)]
-
 
 def teacher_outputs(base_model: nn.Module, inputs: Tensor, conditions: Conditions) -> Tensor:
     """The base model's frontal predictions in evaluation mode: (B, D). The model's mode is restored."""
@@ -114,15 +100,9 @@ def teacher_outputs(base_model: nn.Module, inputs: Tensor, conditions: Condition
 
 
 class EnhancedTransformerWithPrior(nn.Module):
-    """A model in training together with the frozen base that it must not forget.
+    """A model in training together with the base that it must not forget, its teacher, which is frozen here.
 
     loss = task loss + lambda_prior * prior loss, from one forward pass of the model.
-
-    Args:
-        model: the model that is adapted.
-        base_model: the teacher; it is frozen here.
-        lambda_prior: weight of the prior loss.
-        prior_loss: defaults to `PriorPreservationLoss()`.
     """
 
     def __init__(
@@ -160,20 +140,18 @@ class EnhancedTransformerWithPrior(nn.Module):
             conditions: {angles, pose, keypoints_3d}, each (B, ...).
             targets: (B, D) frontal embeddings.
             original_loss_fn: task loss of (predicted frontal embeddings, targets).
-            prior: samples to preserve, {inputs (P, D), conditions, outputs (P, D) of the base}, as
-                `PriorPreservationDataset` gives them; None to preserve the base's outputs on inputs.
+            prior: samples of a `PriorPreservationDataset`; None to preserve the base's outputs on inputs.
 
         Returns:
             the loss, and {total_loss, original_loss, prior_loss, kl_loss, feature_loss, l2_loss}, detached.
         """
-        count = len(inputs)
         if prior is None:
-            predicted = self.model(inputs, **conditions, return_residual=False)
-            kept, taught = predicted, teacher_outputs(self.base_model, inputs, conditions)
+            predicted = kept = self.model(inputs, **conditions, return_residual=False)
+            taught = teacher_outputs(self.base_model, inputs, conditions)
         else:
             both = {name: torch.cat((value, prior["conditions"][name])) for name, value in conditions.items()}
             output = self.model(torch.cat((inputs, prior["inputs"])), **both, return_residual=False)
-            predicted, kept, taught = output[:count], output[count:], prior["outputs"]
+            predicted, kept, taught = output[: len(inputs)], output[len(inputs) :], prior["outputs"]
         task = original_loss_fn(predicted, targets)
         preserved, terms = self.prior_loss(kept, taught)
         loss = task + self.lambda_prior * preserved

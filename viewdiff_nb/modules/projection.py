@@ -1,4 +1,9 @@
-"""Light 2D -> 3D -> 2D face projection: lift features to voxels around the keypoints, turn, render."""
+"""Light 2D -> 3D -> 2D face projection: lift features to voxels around the keypoints, turn, render.
+
+A volume is (B, C, R, R, R) over (depth, y, x): depth runs away from the camera, y down, x to the image's right, each in
+[-1, 1] with voxel centres at (2 i + 1) / R - 1. Points are (x, y, z) with z toward the camera, so z = -depth. Rays are
+parallel to the depth axis. Rendering: Max 1995 (IEEE TVCG 1(2), eq. 5-10), as in NeRF (arXiv:2003.08934, eq. 3).
+"""
 
 from dataclasses import dataclass
 
@@ -8,34 +13,28 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from viewdiff_nb.faces.geometry import face_rotation, normalise_keypoints, rotation_matrix
-from viewdiff_nb.modules import projection as volume
+from viewdiff_nb.modules.lora import check_shape
 
+CHANNELS = 16  # compressed channels of the features, as in the paper
+HIDDEN = 8  # channels of the 3-D CNN
+PATCHES = 4  # each output pixel sees as many patches of the rendering, down and across
 KEYPOINT_REACH = 0.5  # mean distance of the keypoints from the grid's centre; the grid ends at 1
 KEYPOINT_WIDTH = 0.25  # standard deviation of a keypoint's Gaussian, in the same units
-FINE = 16  # grids up to this resolution render a batch at once; finer ones in turns of as many voxels
+FINE = 16  # grids up to this resolution render a batch at once; finer ones in parts of as many voxels
 VOXEL_BUDGET = 128 * FINE**3  # voxels that are in memory at once, however large the batch is
 
 
 @dataclass(frozen=True)
 class FaceVolume:
-    """What the layer saw on the way, for plots. All in the rendered pose but occupancy.
+    """What the layer computes on the way, for plots. All in the rendered pose but occupancy."""
 
-    keypoints: (B, K, 3) in grid coordinates.
-    occupancy: (B, K, R, R, R) Gaussians around the keypoints in the face's own frame.
-    shares: (B, K, R, R, R) how much of each keypoint's features a voxel holds.
-    features: (B, C, R, R, R) the voxels' features, sum_k shares_k f_k.
-    density: (B, 1, R, R, R) per unit of length.
-    weights: (B, 1, R, R, R) weight of each voxel in its ray.
-    image: (B, C, R, R) the rendering.
-    """
-
-    keypoints: Tensor
-    occupancy: Tensor
-    shares: Tensor
-    features: Tensor
-    density: Tensor
-    weights: Tensor
-    image: Tensor
+    keypoints: Tensor  # (B, K, 3) in grid coordinates
+    occupancy: Tensor  # (B, K, R, R, R) Gaussians around the keypoints in the face's own frame
+    shares: Tensor  # (B, K, R, R, R) how much of each keypoint's features a voxel holds
+    features: Tensor  # (B, C, R, R, R) the voxels' features, sum_k shares_k f_k
+    density: Tensor  # (B, 1, R, R, R) per unit of length
+    weights: Tensor  # (B, 1, R, R, R) weight of each voxel in its ray
+    image: Tensor  # (B, C, R, R) the rendering
 
 
 class LightweightFaceProjectionLayer(nn.Module):
@@ -44,56 +43,42 @@ class LightweightFaceProjectionLayer(nn.Module):
     After ViewDiff's projection layer (arXiv:2403.01807, sec. 3.2), for one face instead of a scene:
 
     1. compress the features to a few channels f_k and a gain g_k for each keypoint;
-    2. undo the source pose, so that the keypoints lie in the face's own frame, and place a Gaussian
-       w_k around each: the occupancy of the grid;
+    2. undo the source pose, and put a Gaussian w_k around each keypoint in the face's own frame;
     3. refine g_k w_k with a small 3-D CNN to a density and to shares u_k; the feature of a voxel is
        f(v) = sum_k u_k(v) f_k;
     4. turn the grid to the target pose and render it along the depth axis;
-    5. expand the picture to feature_dim with a layer that starts at zero, so that a model with a new
-       projection layer computes what it computed before.
+    5. expand the picture to feature_dim.
 
-    Rendering is linear in the features: sum_i w_i sum_k u_ik f_k = sum_k f_k (sum_i w_i u_ik). So the
-    grid holds K shares instead of C feature channels, and C costs nothing in three dimensions.
+    Rendering is linear, sum_i w_i sum_k u_ik f_k = sum_k f_k (sum_i w_i u_ik): the grid holds K shares, not C channels.
 
     Args:
         feature_dim: channels C of the features.
         num_keypoints: K.
         voxel_resolution: R; the grid has R^3 voxels.
-        channels: compressed channels (16 in the paper).
-        hidden: channels of the 3-D CNN.
-        patches: S; each output pixel sees S x S patches of the rendering.
-        zero_init: whether the expansion starts at zero.
+        zero_init: start with a zero expansion, so that the layer at first changes nothing.
     """
 
+    in_turns = True  # False: render a batch at once whatever it takes, where memory is plenty
+
     def __init__(
-        self,
-        feature_dim: int,
-        num_keypoints: int = 5,
-        voxel_resolution: int = 16,
-        *,
-        channels: int = 16,
-        hidden: int = 8,
-        patches: int = 4,
-        zero_init: bool = True,
+        self, feature_dim: int, num_keypoints: int = 5, voxel_resolution: int = 16, *, zero_init: bool = True
     ) -> None:
         super().__init__()
         if voxel_resolution < 4:
             raise ValueError(f"voxel_resolution must be at least 4, got {voxel_resolution}")
         self.feature_dim, self.num_keypoints, self.voxel_resolution = feature_dim, num_keypoints, voxel_resolution
-        self.channels, self.patches = channels, patches
-        self.compress = nn.Linear(feature_dim, num_keypoints * (channels + 1))
+        self.compress = nn.Linear(feature_dim, num_keypoints * (CHANNELS + 1))
         self.refine = nn.Sequential(
-            nn.Conv3d(num_keypoints, hidden, 3, padding=1),
+            nn.Conv3d(num_keypoints, HIDDEN, 3, padding=1),
             nn.GELU(),
-            nn.Conv3d(hidden, 1 + num_keypoints, 3, padding=1),
-        ).to(memory_format=torch.channels_last_3d)
-        self.background = nn.Parameter(torch.zeros(channels))
-        self.expand = nn.Linear(channels * patches**2, feature_dim)
+            nn.Conv3d(HIDDEN, 1 + num_keypoints, 3, padding=1),
+        )
+        self.refine.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]  # missing in torch's stubs
+        self.background = nn.Parameter(torch.zeros(CHANNELS))
+        self.expand = nn.Linear(CHANNELS * PATCHES**2, feature_dim)
         if zero_init:
             nn.init.zeros_(self.expand.weight)
             nn.init.zeros_(self.expand.bias)
-
-    in_turns = True  # False: render a batch at once whatever it takes, where memory is plenty
 
     def forward(
         self,
@@ -114,102 +99,81 @@ class LightweightFaceProjectionLayer(nn.Module):
         Returns:
             the rendered features, shaped as the features given.
         """
-        self._check(features, keypoints_3d, target_pose, source_pose)
+        batch, width = features.shape[0], self.feature_dim
+        if features.dim() not in (2, 4) or features.shape[1] != width:
+            raise ValueError(f"features must be (B, {width}) or (B, {width}, H, W), got {tuple(features.shape)}")
+        check_shape("keypoints_3d", keypoints_3d, batch, self.num_keypoints, 3)
+        for name, pose in (("target_pose", target_pose), ("source_pose", source_pose)):
+            if pose is not None:
+                check_shape(f"{name} (pitch, yaw, roll)", pose, batch, 3)
+
         seen = normalise_keypoints(keypoints_3d) * KEYPOINT_REACH
         rotation = face_rotation(seen) if source_pose is None else rotation_matrix(source_pose)
         keypoints = seen @ rotation  # R^T k: in the face's own frame
+        turn = None if target_pose is None else rotation_matrix(target_pose)
         compressed = self._keypoint_features(features, seen)
         keypoint_features, gains = compressed[..., :-1], F.softplus(compressed[..., -1])
 
-        turn = None if target_pose is None else rotation_matrix(target_pose)
         if return_volume:
-            splats, occupancy, shares, density, weights = self._render(keypoints, gains, turn, keep=True)
+            splats, occupancy, shares, density, weights = self._volumes(keypoints, gains, turn)
         else:
             splats = self._render_in_turns(keypoints, gains, turn)
-        palette = torch.cat((keypoint_features, self.background.expand(features.shape[0], 1, -1)), 1)  # (B, K + 1, C)
+        palette = torch.cat((keypoint_features, self.background.expand(batch, 1, -1)), 1)  # (B, K + 1, C)
         image = torch.einsum("bkyx,bkc->bcyx", splats, palette)
-        output = self._to_features(image, features.shape[2:] or (1, 1)).reshape(features.shape)
+        output = self._to_features(image, features.shape[2:]).reshape(features.shape)
         if not return_volume:
             return output
         if turn is not None:
             keypoints = keypoints @ turn.transpose(1, 2)
-        voxels = volume.lift(keypoint_features, shares)
+        voxels = lift(keypoint_features, shares)
         return output, FaceVolume(keypoints, occupancy, shares, voxels, density, weights, image)
 
-    def _render(self, keypoints: Tensor, gains: Tensor, turn: Tensor | None, keep: bool = False):
-        """All that happens in three dimensions.
+    def _volumes(self, keypoints: Tensor, gains: Tensor, turn: Tensor | None) -> tuple[Tensor, ...]:
+        """All that happens in three dimensions, turned by (B, 3, 3) from keypoints (B, K, 3) in the face's own frame.
 
-        Args:
-            keypoints: (B, K, 3) in the face's own frame, grid coordinates. gains: (B, K).
-            turn: (B, 3, 3) rotation to the target pose, or None.
-            keep: also return the volumes on the way.
-
-        Returns:
-            (B, K + 1, R, R), how much of each keypoint's features, and of the background, a ray sees.
+        Returns how much of each keypoint's features, and of the background, a ray sees, (B, K + 1, R, R); then
+        occupancy, shares, density and weights as in `FaceVolume`.
         """
-        occupancy = volume.gaussian_occupancy(keypoints, self.voxel_resolution, KEYPOINT_WIDTH)
+        occupancy = gaussian_occupancy(keypoints, self.voxel_resolution, KEYPOINT_WIDTH)
         scene = self.refine(gains[..., None, None, None] * occupancy)
         density, shares = F.softplus(scene[:, :1] - 1), scene[:, 1:]
         if turn is not None:  # turn density, not its logit: beyond the grid there is nothing
-            turned = volume.rotate(torch.cat((density, shares), 1), turn.to(scene.dtype))
+            turned = rotate(torch.cat((density, shares), 1), turn.to(scene.dtype))
             density, shares = turned[:, :1], turned[:, 1:]
-        weights = volume.ray_weights(density, 2 / self.voxel_resolution)
-        splats = torch.cat((volume.composite(shares, weights), 1 - weights.sum(2)), 1)
-        return (splats, occupancy, shares, density, weights) if keep else splats
+        weights = ray_weights(density, 2 / self.voxel_resolution)
+        return torch.cat((composite(shares, weights), 1 - weights.sum(2)), 1), occupancy, shares, density, weights
+
+    def _render(self, keypoints: Tensor, gains: Tensor, turn: Tensor | None) -> Tensor:
+        return self._volumes(keypoints, gains, turn)[0]
 
     def _render_in_turns(self, keypoints: Tensor, gains: Tensor, turn: Tensor | None) -> Tensor:
         """`_render` with at most `VOXEL_BUDGET` voxels in memory, nor more than the batch has at resolution `FINE`.
 
-        What goes in turns is rendered again in the backward pass instead of keeping its volumes.
+        Parts of a batch are rendered again in the backward pass instead of keeping their volumes.
         """
-        voxels = min(VOXEL_BUDGET, keypoints.shape[0] * FINE**3)
-        count = max(1, voxels // self.voxel_resolution**3)
-        if not self.in_turns or torch.compiler.is_compiling() or keypoints.shape[0] <= count:
+        batch = keypoints.shape[0]
+        size = max(1, min(VOXEL_BUDGET, batch * FINE**3) // self.voxel_resolution**3)
+        if not self.in_turns or torch.compiler.is_compiling() or batch <= size:
             return self._render(keypoints, gains, turn)
-        turns = [None] * -(-len(keypoints) // count) if turn is None else turn.split(count)
-        parts = zip(keypoints.split(count), gains.split(count), turns, strict=True)
-        if not torch.is_grad_enabled():
-            return torch.cat([self._render(*part) for part in parts])
-        return torch.cat(
-            [checkpoint(self._render, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-        )
+        turns = [None] * -(-batch // size) if turn is None else turn.split(size)
+        parts = zip(keypoints.split(size), gains.split(size), turns, strict=True)
+        return torch.cat([checkpoint(self._render, *p, use_reentrant=False, preserve_rng_state=False) for p in parts])
 
     def _keypoint_features(self, features: Tensor, seen: Tensor) -> Tensor:
         """Compressed features and gain of each keypoint, (B, K, channels + 1), from where it lies in the map."""
+        per_keypoint = (self.num_keypoints, -1)
         if features.dim() == 2 or features.shape[2:] == (1, 1):
-            return self.compress(features.flatten(1)).unflatten(1, (self.num_keypoints, -1))
+            return self.compress(features.flatten(1)).unflatten(1, per_keypoint)
         at = F.grid_sample(features, seen[:, :, None, :2].to(features.dtype), align_corners=False)  # (B, C, K, 1)
-        weight = self.compress.weight.unflatten(0, (self.num_keypoints, -1))
-        compressed = torch.einsum("bdk,kcd->bkc", at.squeeze(3), weight)
-        return compressed + self.compress.bias.unflatten(0, (self.num_keypoints, -1))
+        compressed = torch.einsum("bdk,kcd->bkc", at.squeeze(3), self.compress.weight.unflatten(0, per_keypoint))
+        return compressed + self.compress.bias.unflatten(0, per_keypoint)
 
-    def _to_features(self, image: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, channels, R, R) to (B, feature_dim, H, W), each pixel from its S x S patches."""
-        height, width = (n * self.patches for n in size)
+    def _to_features(self, image: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
+        """(B, channels, R, R) to (B, feature_dim, H, W), each pixel from its patches; size is (H, W), or () for one."""
+        height, width = (n * PATCHES for n in size or (1, 1))
         patches = F.adaptive_avg_pool2d(image, (height, width))
-        stacked = F.pixel_unshuffle(patches, self.patches)  # (B, channels S S, H, W)
+        stacked = F.pixel_unshuffle(patches, PATCHES)  # (B, channels * patches, H, W)
         return self.expand(stacked.movedim(1, -1)).movedim(-1, 1)
-
-    def _check(self, features: Tensor, keypoints: Tensor, *poses: Tensor | None) -> None:
-        batch = features.shape[0]
-        if features.dim() not in (2, 4) or features.shape[1] != self.feature_dim:
-            raise ValueError(
-                f"features must be (B, {self.feature_dim}) or (B, {self.feature_dim}, H, W), "
-                f"got {tuple(features.shape)}"
-            )
-        if keypoints.shape != (batch, self.num_keypoints, 3):
-            raise ValueError(f"keypoints_3d must be {(batch, self.num_keypoints, 3)}, got {tuple(keypoints.shape)}")
-        for pose in poses:
-            if pose is not None and pose.shape != (batch, 3):
-                raise ValueError(f"a pose must be {(batch, 3)} (pitch, yaw, roll), got {tuple(pose.shape)}")
-
-
-# ---- Voxel geometry of the projection layer: one pure function per equation.
-# A volume is (B, C, R, R, R) with axes (depth, y, x): depth runs away from the camera, y down, x to the
-# image's right, each over [-1, 1] with voxel centres at (2 i + 1) / R - 1. Points are (x, y, z) with z
-# toward the camera as everywhere in the kit, so z = -depth. Rays are parallel to the depth axis.
-#
-# Volume rendering follows Max 1995 (IEEE TVCG 1(2), eq. 5-10) as NeRF states it (arXiv:2003.08934, eq. 3).
 
 
 def axis_centres(resolution: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -221,27 +185,21 @@ def axis_centres(resolution: int, *, device: torch.device | None = None, dtype: 
     return (2 * torch.arange(resolution, device=device, dtype=dtype or torch.get_default_dtype()) + 1) / resolution - 1
 
 
-def voxel_centres(resolution: int, **options) -> Tensor:
+def voxel_centres(resolution: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """Points (x, y, z) of all voxel centres: (R, R, R, 3) over (depth, y, x).
 
     >>> voxel_centres(2)[0, 0, 1]            # nearest layer, top, right
     tensor([ 0.5000, -0.5000,  0.5000])
     """
-    c = axis_centres(resolution, **options)
+    c = axis_centres(resolution, device=device, dtype=dtype)
     depth, y, x = torch.meshgrid(c, c, c, indexing="ij")
     return torch.stack((x, y, -depth), -1)
 
 
 def gaussian_occupancy(keypoints: Tensor, resolution: int, width: float) -> Tensor:
-    """w_k(v) = exp(-|v - p_k|^2 / (2 width^2)), as a product over the axes: 3 R exponentials, not R^3.
+    """w_k(v) = exp(-|v - p_k|^2 / (2 width^2)) around keypoints (B, K, 3) in grid coordinates: (B, K, R, R, R).
 
-    Args:
-        keypoints: (B, K, 3) points p in grid coordinates.
-        resolution: R.
-        width: standard deviation in grid units (the grid is 2 wide).
-
-    Returns:
-        (B, K, R, R, R).
+    A product over the axes: 3 R exponentials, not R^3.
 
     >>> w = gaussian_occupancy(torch.tensor([[[0.5, -0.5, 0.5]]]), 2, width=1.0)
     >>> w[0, 0, 0, 0, 1].item()              # a keypoint in the voxel's centre
@@ -256,14 +214,7 @@ def gaussian_occupancy(keypoints: Tensor, resolution: int, width: float) -> Tens
 
 
 def lift(features: Tensor, occupancy: Tensor) -> Tensor:
-    """f(v) = sum_k w_k(v) f_k: every voxel takes the features of the keypoints near it.
-
-    Args:
-        features: (B, K, C), one feature per keypoint.
-        occupancy: (B, K, R, R, R), see `gaussian_occupancy`.
-
-    Returns:
-        (B, C, R, R, R).
+    """f(v) = sum_k w_k(v) f_k of features (B, K, C) and occupancy (B, K, R, R, R): (B, C, R, R, R).
 
     >>> lift(torch.tensor([[[2.0], [10.0]]]), torch.tensor([0.5, 0.1]).view(1, 2, 1, 1, 1)).item()
     2.0
@@ -272,16 +223,9 @@ def lift(features: Tensor, occupancy: Tensor) -> Tensor:
 
 
 def rotate(volume: Tensor, rotation: Tensor) -> Tensor:
-    """Turn the scene: what was at point p is found at R p afterwards, f'(v) = f(R^T v), trilinear.
+    """Turn the scene: what was at point p is found at R p afterwards, f'(v) = f(R^T v), trilinear, zero outside.
 
-    Outside of [-1, 1]^3 there is nothing (zero).
-
-    Args:
-        volume: (B, C, R, R, R).
-        rotation: (B, 3, 3), acting on (x, y, z).
-
-    Returns:
-        (B, C, R, R, R).
+    volume: (B, C, R, R, R), rotation: (B, 3, 3) acting on (x, y, z); returns (B, C, R, R, R).
 
     >>> volume = torch.zeros(1, 1, 2, 2, 2)
     >>> volume[0, 0, 0, 0, 1] = 1.0                                   # near, top, right
@@ -291,8 +235,8 @@ def rotate(volume: Tensor, rotation: Tensor) -> Tensor:
     """
     flip = rotation.new_tensor([1.0, 1.0, -1.0])  # from z toward the camera to depth away from it
     inverse = rotation.transpose(1, 2) * flip[:, None] * flip
-    theta = F.pad(inverse, (0, 1))  # (B, 3, 4) without a translation
-    grid = F.affine_grid(theta, list(volume.shape), align_corners=False)
+    without_translation = F.pad(inverse, (0, 1))  # (B, 3, 4)
+    grid = F.affine_grid(without_translation, list(volume.shape), align_corners=False)
     return F.grid_sample(volume, grid.to(volume.dtype), align_corners=False)
 
 
@@ -316,14 +260,9 @@ def transmittance(density: Tensor, step: float) -> Tensor:
 
 
 def ray_weights(density: Tensor, step: float) -> Tensor:
-    """w_i = T_i alpha_i, how much slab i adds to its ray; they sum to 1 - T_end <= 1.
+    """w_i = T_i alpha_i, how much slab i adds to its ray, (B, 1, R, R, R) as the density; they sum to 1 - T_end <= 1.
 
-    Args:
-        density: (B, 1, R, R, R), not negative, per unit of length.
-        step: thickness of a slab (2 / R for a whole grid).
-
-    Returns:
-        (B, 1, R, R, R).
+    density: not negative, per unit of length; step: thickness of a slab (2 / R for a whole grid).
 
     >>> ray_weights(torch.tensor([0.6931, 0.6931, 1e9]).view(1, 1, 3, 1, 1), 1.0).flatten().round(decimals=2)
     tensor([0.5000, 0.2500, 0.2500])
@@ -331,22 +270,12 @@ def ray_weights(density: Tensor, step: float) -> Tensor:
     return transmittance(density, step) * opacity(density, step)
 
 
-def composite(features: Tensor, weights: Tensor, background: Tensor | None = None) -> Tensor:
-    """I = sum_i w_i f_i + (1 - sum_i w_i) * background, along dimension 2 (front to back).
-
-    Args:
-        features: (B, C, R, R, R). weights: (B, 1, R, R, R), see `ray_weights`.
-        background: (C,), zero if None.
-
-    Returns:
-        (B, C, R, R).
+def composite(features: Tensor, weights: Tensor) -> Tensor:
+    """I = sum_i w_i f_i along dimension 2, front to back: (B, C, R, R, R) and (B, 1, R, R, R) to (B, C, R, R).
 
     >>> f = torch.tensor([8.0, 4.0]).view(1, 1, 2, 1, 1)
     >>> w = torch.tensor([0.5, 0.25]).view(1, 1, 2, 1, 1)
-    >>> composite(f, w, background=torch.tensor([100.0])).item()      # 4 + 1 + a quarter of 100
-    30.0
+    >>> composite(f, w).item()                                        # 4 + 1
+    5.0
     """
-    image = (weights * features).sum(2)
-    if background is None:
-        return image
-    return image + (1 - weights.sum(2)) * background.view(1, -1, 1, 1)
+    return (weights * features).sum(2)

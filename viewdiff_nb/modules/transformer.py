@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from viewdiff_nb.faces.geometry import KEYPOINT_NAMES, normalise_keypoints, to_face_frame
 from viewdiff_nb.modules.attention import CrossViewAttention, PoseConditionedLoRAAttention, encode_pose
-from viewdiff_nb.modules.lora import LoRALinearLayer
+from viewdiff_nb.modules.lora import LoRALinearLayer, check_shape
 from viewdiff_nb.modules.projection import FaceVolume, LightweightFaceProjectionLayer
 
 MEMORY_TOKENS = ("pose", *KEYPOINT_NAMES)
@@ -20,18 +20,15 @@ class DecoderBlock(nn.Module):
     """Pre-norm transformer block: feature tokens attend to themselves and to the memory, then an MLP."""
 
     def __init__(
-        self, d_model: int, nhead: int, dim_feedforward: int, dropout: float, attention: dict, lora: dict | None
+        self, attention: PoseConditionedLoRAAttention, linear1: nn.Linear, linear2: nn.Linear, dropout: float
     ) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
-        self.attention = PoseConditionedLoRAAttention(d_model, num_heads=nhead, **attention)
-        self.linear1, self.linear2 = (
-            nn.Linear(i, o) if lora is None else LoRALinearLayer(i, o, **lora)
-            for i, o in ((d_model, dim_feedforward), (dim_feedforward, d_model))
-        )
-        self.dropout = dropout
+        self.norm1, self.norm2 = nn.LayerNorm(attention.feature_dim), nn.LayerNorm(attention.feature_dim)
+        self.attention, self.linear1, self.linear2, self.dropout = attention, linear1, linear2, dropout
 
-    def forward(self, x: Tensor, memory: Tensor, pose: Tensor, return_attention: bool = False):
+    def forward(
+        self, x: Tensor, memory: Tensor, pose: Tensor, return_attention: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """x: (B, T, D), memory: (B, M, D), pose: (B, P); returns (B, T, D) and the weights or None."""
         attended = self.attention(self.norm1(x), pose, memory, return_attention)
         attended, weights = attended if return_attention else (attended, None)
@@ -43,29 +40,22 @@ class DecoderBlock(nn.Module):
 class EnhancedTransformerDecoderOnly3D(nn.Module):
     """Predicts the residual r with frontal ~ src + r.
 
-    The side-view embedding is one feature token. Its memory are six tokens: the head pose and the five
-    3-D keypoints, both as the camera sees them and in the face's own frame. The prediction scales with
-    the length of src, so normalised and raw embeddings both work.
+    The side-view embedding is one feature token. Its memory are six tokens: the head pose and the five 3-D keypoints,
+    as the camera sees them and in the face's own frame. The prediction scales with the length of src.
 
-    With use_lora_attention=False and use_projection_layer=False it is the base model, trained as a
-    whole. An enhanced model has the same base parameters under the same names (`load_base`), and at
-    step 0 it computes exactly what its base computes.
+    With use_lora_attention=False and use_projection_layer=False it is the base model. An enhanced model has the same
+    base parameters under the same names (`load_base`), and at step 0 computes exactly what its base computes.
 
     Args:
         d_model: width of the tokens.
-        nhead: attention heads.
-        num_layers: decoder blocks.
-        dim_feedforward: width of the blocks' MLPs.
-        dropout: in the blocks.
-        use_lora_attention: adapt the attention by pose-conditioned LoRA; its base weights are frozen.
+        nhead, num_layers, dim_feedforward, dropout: attention heads, decoder blocks, width and dropout of their MLPs.
+        use_lora_attention: adapt by LoRA what lora_targets names; its base weights are frozen.
         use_projection_layer: add the 3-D face projection of the input features.
-        use_cross_view: let the n_views views of a person attend to each other; they lie next to each
-            other in the batch.
+        use_cross_view: let the n_views views of a person, neighbours in the batch, attend to each other.
         n_views: views per person.
-        cross_view_after: the numbers of blocks after which the views attend to each other, one layer for
-            each. 0, before the first block, generalised best to new people (see the module study).
+        cross_view_after: numbers of blocks after which they do, with one layer for each; 0 is before the first block.
         rank, lora_alpha, rslora, lora_dropout: see `LoRALinearLayer`.
-        lora_targets: which layers LoRA adapts, of "attention" and "feed_forward".
+        lora_targets: of "attention" (conditioned on the pose) and "feed_forward".
         voxel_resolution: of the projection layer.
         pose_dim: number of angles in `pose`.
         feature_dim: width of the embeddings; d_model if None.
@@ -98,20 +88,26 @@ class EnhancedTransformerDecoderOnly3D(nn.Module):
         super().__init__()
         if unknown := set(lora_targets) - set(LORA_TARGETS):
             raise ValueError(f"lora_targets must be among {LORA_TARGETS}, got {sorted(unknown)}")
-        self.feature_dim, self.n_views = feature_dim or d_model, n_views
-        self.use_cross_view = use_cross_view
-        lora = {"rank": rank, "alpha": lora_alpha, "rslora": rslora, "dropout": lora_dropout}
-        adapts = {target: use_lora_attention and target in lora_targets for target in LORA_TARGETS}
-        attention = lora | {"pose_dim": pose_dim} if adapts["attention"] else {"rank": 0}
-        feed_forward = lora if adapts["feed_forward"] else None
+        self.feature_dim, self.n_views, self.use_cross_view = feature_dim or d_model, n_views, use_cross_view
+        adapted = lora_targets if use_lora_attention else ()
+        attention_rank = rank if "attention" in adapted else 0
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            if "feed_forward" not in adapted:
+                return nn.Linear(inputs, outputs)
+            return LoRALinearLayer(inputs, outputs, rank, lora_alpha, rslora=rslora, dropout=lora_dropout)
+
+        def block() -> DecoderBlock:
+            attention = PoseConditionedLoRAAttention(
+                d_model, pose_dim, nhead, attention_rank, lora_alpha, rslora=rslora, dropout=lora_dropout
+            )
+            return DecoderBlock(attention, linear(d_model, dim_feedforward), linear(dim_feedforward, d_model), dropout)
 
         self.input = nn.Linear(self.feature_dim, d_model)
         self.pose_encoder = _encoder(6, d_model)
         self.keypoint_encoder = _encoder(6, d_model)
         self.keypoint_identity = nn.Parameter(torch.randn(len(KEYPOINT_NAMES), d_model) * 0.02)
-        self.blocks = nn.ModuleList(
-            DecoderBlock(d_model, nhead, dim_feedforward, dropout, attention, feed_forward) for _ in range(num_layers)
-        )
+        self.blocks = nn.ModuleList(block() for _ in range(num_layers))
         self.norm = nn.LayerNorm(d_model)
         self.output = nn.Linear(d_model, self.feature_dim)
         nn.init.zeros_(self.output.weight)  # an untrained model predicts its input
@@ -144,24 +140,22 @@ class EnhancedTransformerDecoderOnly3D(nn.Module):
             keypoints_3d: (B, 5, 3) in `KEYPOINT_NAMES` order, any unit.
             pose: (B, pose_dim) angles that condition the LoRA attention; the head pose if None.
             return_residual: return r, else src + r.
-            return_attention: also return the weights, (B, num_layers, heads, 1, 7) over the feature
-                token itself and `MEMORY_TOKENS`.
+            return_attention: also return the weights, (B, num_layers, heads, 1, 7) over the feature token itself and
+                `MEMORY_TOKENS`.
             view_mask: (B,) bool with use_cross_view, False for views that only fill up a group of n_views.
 
         Returns:
             (B, feature_dim).
         """
-        self._check(src, angles, keypoints_3d)
-        pose = angles if pose is None else pose
-        h, length = self._embed(src)
-        memory = self.encode_memory(angles, keypoints_3d)
+        h, length = self._embed(src, angles, keypoints_3d)
+        memory = self._encode_memory(angles, keypoints_3d)
         if self.projection is not None:
             h = h + self.projection(h, keypoints_3d, source_pose=angles)
-        x = self._meet_views(h[:, None] + memory[:, :1], 0, view_mask)
+        x = self._attend_across_views(h[:, None] + memory[:, :1], 0, view_mask)
         weights = []
         for i, block in enumerate(self.blocks, 1):
-            x, attention = block(x, memory, pose, return_attention)
-            x = self._meet_views(x, i, view_mask)
+            x, attention = block(x, memory, angles if pose is None else pose, return_attention)
+            x = self._attend_across_views(x, i, view_mask)
             weights.append(attention)
         residual = self.output(self.norm(x[:, 0])).to(src.dtype) * length
         result = residual if return_residual else src + residual
@@ -175,97 +169,81 @@ class EnhancedTransformerDecoderOnly3D(nn.Module):
         target_pose: Tensor | None = None,
         resolution: int | None = None,
     ) -> FaceVolume:
-        """What the projection layer sees on the way, for plots.
+        """What the projection layer computes on the way, for plots; a ValueError if there is none.
 
-        Args:
-            src, angles, keypoints_3d: as in `forward`.
-            target_pose: (B, 3) radians to render at; None for frontal, as the model does.
-            resolution: of the grid, if another than the model's; no weight depends on it.
-
-        Raises:
-            ValueError: if the model has no projection layer.
+        target_pose: (B, 3) radians to render at; None for frontal, as the model does. resolution: of the grid, if
+        another than the model's; no weight depends on it.
         """
         if self.projection is None:
             raise ValueError("this model has no projection layer; build it with use_projection_layer=True")
-        self._check(src, angles, keypoints_3d)
         layer = copy.copy(self.projection)  # the same weights
         layer.voxel_resolution = resolution or layer.voxel_resolution
-        return layer(self._embed(src)[0], keypoints_3d, target_pose, angles, return_volume=True)[1]
+        h, _ = self._embed(src, angles, keypoints_3d)
+        return layer(h, keypoints_3d, target_pose, angles, return_volume=True)[1]
 
-    def _embed(self, src: Tensor) -> tuple[Tensor, Tensor]:
-        """The feature token (B, d_model), and the embeddings' lengths (B, 1)."""
+    def _embed(self, src: Tensor, angles: Tensor, keypoints_3d: Tensor) -> tuple[Tensor, Tensor]:
+        """Check the inputs; return the feature token (B, d_model), and the embeddings' lengths (B, 1)."""
+        batch = src.shape[0]  # not len(), which would fix the batch size of an exported model
+        check_shape("src", src, batch, self.feature_dim)
+        check_shape("angles", angles, batch, 3)
+        check_shape("keypoints_3d", keypoints_3d, batch, len(KEYPOINT_NAMES), 3)
         length = src.norm(dim=-1, keepdim=True)
         unit = src / length.clamp_min(1e-12)
         return self.input(unit * self.feature_dim**0.5), length  # entries of order 1
 
-    def _meet_views(self, x: Tensor, blocks_done: int, view_mask: Tensor | None) -> Tensor:
-        if self.cross_view is None or str(blocks_done) not in self.cross_view:
-            return x
-        return self.cross_view[str(blocks_done)](x, view_mask)
-
-    def encode_memory(self, angles: Tensor, keypoints_3d: Tensor) -> Tensor:
+    def _encode_memory(self, angles: Tensor, keypoints_3d: Tensor) -> Tensor:
         """The tokens that features attend to, in `MEMORY_TOKENS` order: (B, 6, d_model)."""
         seen = normalise_keypoints(keypoints_3d)
         both = torch.cat((seen, to_face_frame(seen, angles)), -1)  # (B, 5, 6)
         points = self.keypoint_encoder(both) + self.keypoint_identity
         return torch.cat((self.pose_encoder(encode_pose(angles))[:, None], points), 1)
 
-    def load_base(self, state: dict[str, Tensor]) -> None:
-        """Load the state dict of a base model, or of one that was adapted already (LoRA, projection).
+    def _attend_across_views(self, x: Tensor, blocks_done: int, view_mask: Tensor | None) -> Tensor:
+        if self.cross_view is None or str(blocks_done) not in self.cross_view:
+            return x
+        return self.cross_view[str(blocks_done)](x, view_mask)
 
-        What this model adds to it keeps its initialisation.
+    def load_base(self, state: dict[str, Tensor]) -> None:
+        """Load the state dict of a base model, or of one that was adapted already; what it lacks stays as initialised.
 
         Raises:
-            ValueError: if the state lacks a base parameter, holds one that this model does not have, or
-                was built with other sizes.
+            ValueError: if it lacks a base parameter, or holds one that is unknown or of another size.
         """
         mine = self.state_dict()
         base = {name for name, role in self.parameter_roles().items() if role == "base"}
         missing, foreign = sorted(base - set(state)), sorted(set(state) - set(mine))
         if missing or foreign:
-            raise ValueError(
-                f"not this model's base: {len(missing)} parameters missing {missing[:3]}, "
-                f"{len(foreign)} unknown {foreign[:3]}"
-            )
-        if wrong := [name for name in sorted(state) if mine[name].shape != state[name].shape]:
-            shapes = f"{tuple(state[wrong[0]].shape)} instead of {tuple(mine[wrong[0]].shape)}"
-            raise ValueError(f"the base was built with other sizes: {wrong[0]} is {shapes}")
+            problem = f"{len(missing)} parameters missing {missing[:3]}, {len(foreign)} unknown {foreign[:3]}"
+            raise ValueError(f"not this model's base: {problem}")
+        for name in sorted(state):
+            found, wanted = tuple(state[name].shape), tuple(mine[name].shape)
+            if found != wanted:
+                raise ValueError(f"the base was built with other sizes: {name} is {found} instead of {wanted}")
         self.load_state_dict(state, strict=False)
 
     def parameter_roles(self) -> dict[str, str]:
         """The role of every parameter by name: one of `ROLES`."""
-        roles = {}
-        for name, _ in self.named_parameters():
+        roles = {name: name.split(".")[0] for name, _ in self.named_parameters()}
+        for name, module in roles.items():
             if name.endswith((".lora_down", ".lora_up")):
                 roles[name] = "lora"
-            elif name.startswith(("projection.", "cross_view.")):
-                roles[name] = name.split(".")[0]
-            else:
+            elif module not in ROLES:
                 roles[name] = "base"
         return roles
 
     def freeze_base(self) -> None:
         """Train only what the enhancement adds: LoRA, projection, cross-view attention."""
-        roles = self.parameter_roles()
-        for name, parameter in self.named_parameters():
-            if roles[name] == "base":
-                parameter.requires_grad_(False)
+        for name, role in self.parameter_roles().items():
+            if role == "base":
+                self.get_parameter(name).requires_grad_(False)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by role; roles without any are left out."""
         groups: dict[str, list[nn.Parameter]] = {}
-        roles = self.parameter_roles()
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                groups.setdefault(roles[name], []).append(parameter)
+        for name, role in self.parameter_roles().items():
+            if (parameter := self.get_parameter(name)).requires_grad:
+                groups.setdefault(role, []).append(parameter)
         return groups
-
-    def _check(self, src: Tensor, angles: Tensor, keypoints: Tensor) -> None:
-        batch = src.shape[0]
-        wanted = (batch, self.feature_dim), (batch, 3), (batch, len(KEYPOINT_NAMES), 3)
-        for name, value, shape in zip(("src", "angles", "keypoints_3d"), (src, angles, keypoints), wanted, strict=True):
-            if value.shape != shape:
-                raise ValueError(f"{name} must be {shape}, got {tuple(value.shape)}")
 
 
 def _encoder(inputs: int, outputs: int, hidden: int = 128) -> nn.Sequential:

@@ -3,6 +3,8 @@
 # make recipes     which loss, mix-up, margin … trains best: 63 trainings, hours on a CPU, minutes on a GPU
 # make ablation    the whole grid of rank, resolution and prior weight: 135 trainings, ten minutes on an H200
 # make test        set up, run the tests
+# make test-all    those too that need the maker of people, a cluster, InsightFace, PEFT, ONNX or a browser
+# make lint        formatter, linter and type checker
 # make lab         open JupyterLab
 # make data        rebuild the shipped data set (needs npm and network)
 #
@@ -12,12 +14,13 @@
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
-PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+# Without compiling: bytecode is made of what is imported, when it is.
+PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 # A torch that is there already stays, unless TORCH is given.
 KEEP_TORCH := $(if $(filter file,$(origin TORCH)),$(VENV)/bin/python -c "import torch" 2>/dev/null ||)
 
-.PHONY: reproduce modules recipes ablation test lab data clean
+.PHONY: reproduce modules recipes ablation test test-all lint lab data clean
 
 reproduce: $(VENV)/.kit
 	$(VENV)/bin/python benchmarks/reproduce.py $(if $(FAST),--fast)
@@ -32,7 +35,15 @@ ablation: $(VENV)/.kit
 	$(VENV)/bin/python benchmarks/ablation.py $(if $(FAST),--fast)
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -n auto
+
+test-all: $(VENV)/.test-all
+	ALL=1 $(VENV)/bin/python -m pytest -q -n auto
+
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
 
 lab: $(VENV)/.kit
 	$(VENV)/bin/jupyter lab notebooks
@@ -61,8 +72,16 @@ $(VENV)/.heads: $(VENV)/.kit
 	$(PIP) --editable ".[heads]"
 	touch $@
 
-# InsightFace asks for the OpenCV that needs the system's libGL; where there is none, the headless build does.
 $(VENV)/.test: $(VENV)/.kit
 	$(PIP) --editable ".[test]"
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.kit
+	$(PIP) --editable ".[lint]"
+	touch $@
+
+# InsightFace asks for the OpenCV that needs the system's libGL; where there is none, the headless build does.
+$(VENV)/.test-all: $(VENV)/.kit
+	$(PIP) --editable ".[test-all]"
 	$(VENV)/bin/python -c "import cv2" 2>/dev/null || $(PIP) --force-reinstall --no-deps opencv-python-headless
 	touch $@

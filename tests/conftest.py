@@ -60,13 +60,26 @@ def write_set(folder, faces: FaceViews) -> None:
         (folder / f"{kind}_metadata.json").write_text(json.dumps(metadata))
 
 
-collect_ignore = [] if CHROMIUM else ["browser"]
+NEEDS = {
+    "people": "the maker of people (extra heads)",
+    "browser": "a Chromium",
+    "test_*_against_peft.py": "PEFT",
+    "test_*_in_onnx.py": "ONNX",
+    "test_*_on_clusters.py": "dask and ray",
+    "test_embed.py": "InsightFace",
+}
+"""Tests that need more than `make test` installs; `make test-all`, which sets ALL, runs them."""
+
+ALL = bool(os.environ.get("ALL"))
+LEFT_OUT = {name: what for name, what in NEEDS.items() if not ALL or (name == "browser" and not CHROMIUM)}
+collect_ignore_glob = list(LEFT_OUT)
 
 
 def pytest_report_header() -> str:
-    if CHROMIUM:
-        return f"browser tests: {CHROMIUM}"
-    return f"browser tests are left out: no Chromium found; {HOW_TO_GET}"
+    if not LEFT_OUT:
+        return f"nothing is left out; browser: {CHROMIUM}"
+    how = f" ({HOW_TO_GET})" if ALL else "; make test-all runs them"
+    return f"left out are tests that need {', '.join(LEFT_OUT.values())}{how}"
 
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)

@@ -1,0 +1,102 @@
+"""The house: data flow one way, in few files that one can read."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "viewdiff_nb"
+FILES = sorted(PACKAGE.rglob("*.py"))
+FLOOR = {"files": 0, "faces": 1, "modules": 2, "metrics": 2, "training": 3, "studies": 4, "plots": 5, "widgets": 6}
+"""A file imports from its own room, and from rooms on lower floors."""
+GEOMETRY_ONLY = ("modules", "metrics")  # of the faces they know the geometry, and nothing of data sets
+
+
+def name_of(path: Path) -> str:
+    """viewdiff_nb/training/loop.py is training.loop; the package's own __init__ has no name."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+
+
+NAMES = {name_of(path) for path in FILES}
+
+
+def imported(path: Path) -> set[str]:
+    """Files of the package that a file imports anywhere: at its top, in functions, for type checkers."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            modules = [module if absolute(module) in NAMES else node.module for module in modules]
+        elif isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {absolute(module) for module in modules if module.split(".")[0] == "viewdiff_nb"}
+    return found - {""}  # its version
+
+
+def absolute(module: str) -> str:
+    return module.removeprefix("viewdiff_nb").removeprefix(".")
+
+
+GRAPH = {name_of(path): imported(path) for path in FILES}
+
+
+def test_nothing_is_imported_that_is_not_there():
+    assert set().union(*GRAPH.values()) <= NAMES
+
+
+def test_there_is_no_cycle():
+    graphlib.TopologicalSorter(GRAPH).prepare()  # which raises CycleError
+
+
+@pytest.mark.parametrize("name", sorted(NAMES - {"", "train_enhanced"}))
+def test_data_flow_one_way(name):
+    room = name.split(".")[0]
+    for other in GRAPH[name]:
+        other_room = other.split(".")[0]
+        assert other_room == room or FLOOR[other_room] < FLOOR[room], f"{name} imports {other}"
+        if room in GEOMETRY_ONLY:
+            assert other_room != "faces" or other == "faces.geometry", f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_a_file_is_read_in_one_sitting(path):
+    assert len(GRAPH[name_of(path)]) <= 8, GRAPH[name_of(path)]
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 350
+
+
+def test_the_package_is_small():
+    assert len(FILES) <= 45
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) <= 7000
+
+
+def test_config_is_a_leaf():
+    assert GRAPH["training.config"] == set()
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.name != "__init__.py"], ids=name_of)
+def test_tests_are_found_by_the_name(path):
+    assert list((ROOT / "tests").rglob(f"test_{path.stem}*.py")), f"no tests/test_{path.stem}.py"
+
+
+def test_the_maker_of_people_and_the_programs_are_no_part_of_it():
+    for path in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        modules += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        outside = {"people", *(program.stem for program in (ROOT / "benchmarks").rglob("*.py"))}
+        assert not outside & {module.split(".")[0] for module in modules}, path
+
+
+@pytest.mark.parametrize("name", ["viewdiff_nb", "viewdiff_nb.modules.transformer", "viewdiff_nb.metrics"])
+def test_modules_load_torch_and_nothing_else_heavy(name):
+    heavy = "pandas matplotlib seaborn scipy sklearn ipywidgets IPython tensorboard tyro PIL joblib"
+    program = f"import sys, {name}; print(sorted(set({heavy.split()}) & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert run.stdout.strip() == "[]"

@@ -1,7 +1,4 @@
-"""Static figures: tables as pictures, curves, single modules, grids of cells, forgetting.
-
-Series differ in colour and in marker, and are legible in grey and to the colour-blind.
-"""
+"""Static figures; series differ in colour and in marker, and are legible in grey and to the colour-blind."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.transforms import Bbox
 from torch import nn
 
 from viewdiff_nb.faces.geometry import KEYPOINT_NAMES, YAW_BINS
@@ -29,51 +28,38 @@ BIN_NAMES = [f"{low}-{high}" for low, high in YAW_BINS]
 COLOURS = sns.color_palette("colorblind")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 LINES = ("-", "--", ":", "-.")
-LEGEND = {"frameon": False, "fontsize": 8.5}
+LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8.5}
 FLAT = 1e-6  # singular values below this share of the largest are rounding
 COSTS = {"trainable": "trainable parameters", "memory_mb": "memory of a training step alone, MB"}
 
 
-def table_figure(table: pd.DataFrame, title: str, note: str = "") -> Figure:
-    """A table as a picture: its index as the first column, the guide's columns in grey."""
+def save_table(table: pd.DataFrame, name: str, folder: Path, title: str, note: str = "") -> Figure:
+    """Write NAME.csv and NAME.png to the folder; returns the picture, with the guide's columns in grey."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table.to_csv(folder / f"{name}.csv")
     cells = table.reset_index()
     widths = [max(len(str(v)) for v in (column, *cells[column])) for column in cells]
     fig, ax = plt.subplots(figsize=(0.085 * sum(widths) + 0.3 * len(widths), 0.32 * (len(cells) + 1) + 0.9))
     ax.axis("off")
     text, widths = cells.astype(str).values.tolist(), [w + 3 for w in widths]
-    drawn = ax.table(text, colLabels=list(cells), colWidths=widths, cellLoc="center", loc="center", bbox=(0, 0, 1, 1))
+    drawn = ax.table(text, colLabels=list(cells), colWidths=widths, cellLoc="center", bbox=Bbox.unit())
     drawn.auto_set_font_size(False)
     drawn.set_fontsize(9)
     for (row, column), cell in drawn.get_celld().items():
-        cell.set(edgecolor="0.85", linewidth=0.6)
-        cell.get_text().set_color("0.5" if cells.columns[column].startswith("guide") else "0.1")
-        if row == 0:
-            cell.set_facecolor("0.93")
-            cell.get_text().set_weight("bold")
-        if column == 0:
-            cell.get_text().set_horizontalalignment("left")
+        head, guide = row == 0, cells.columns[column].startswith("guide")
+        cell.set(edgecolor="0.85", facecolor="0.93" if head else "white", linewidth=0.6)
+        text_style = {"color": "0.5" if guide else "0.1", "weight": "bold" if head else "normal"}
+        cell.set_text_props(horizontalalignment="left" if column == 0 else "center", **text_style)
     ax.set_title(title, loc="left", fontsize=11, weight="bold")
     fig.text(0.01, 0.01, note, fontsize=7.5, color="0.35", ha="left", va="bottom")
     height = fig.get_figheight()
     fig.subplots_adjust(left=0.01, right=0.99, bottom=(0.3 if note else 0.05) / height, top=1 - 0.35 / height)
-    return fig
-
-
-def save_table(table: pd.DataFrame, name: str, folder: Path, title: str, note: str = "") -> Figure:
-    """Write NAME.csv and NAME.png to the folder; returns the picture."""
-    folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(folder / f"{name}.csv")
-    fig = table_figure(table, title, note)
     fig.savefig(folder / f"{name}.png", dpi=150)
     return fig
 
 
 def recognition_curves(found: pd.DataFrame, rate: str, title: str) -> Figure:
-    """A rate over |yaw| bins for several models, with 95 % intervals over seeds and people.
-
-    Args:
-        found: columns model, yaw (a name of `BIN_NAMES`), mean and half, as `tables.estimates` gives them.
-    """
+    """A rate over |yaw| bins for several models, with 95 % intervals; found: of `tables.estimates`."""
     fig, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
     models, bins = found["model"].unique(), found["yaw"].unique()
     style = {"markersize": 5, "linewidth": 1.4, "elinewidth": 1.2}
@@ -150,14 +136,10 @@ def lora_spectra(model: nn.Module) -> pd.DataFrame:
     spectra = []
     for name, layer in lora_layers(model).items():
         update, frozen = (torch.linalg.svdvals(w.float()).cpu().numpy() for w in (layer.delta_weight(), layer.weight))
-        values = {
-            "update": update,
-            "frozen": frozen,
-            "share": update**2 / max((update**2).sum(), np.finfo(np.float32).tiny),
-            "relative": np.linalg.norm(update) / np.linalg.norm(frozen),
-        }
-        numbers = pd.DataFrame({"layer": name, "number": np.arange(1, len(update) + 1)})
-        spectra.append(numbers.join(pd.DataFrame(values, dtype=float)))
+        energy = max((update**2).sum(), np.finfo(np.float32).tiny)
+        columns = {"layer": name, "number": np.arange(1, len(update) + 1), "update": update, "frozen": frozen}
+        relative = np.linalg.norm(update) / np.linalg.norm(frozen)
+        spectra.append(pd.DataFrame(columns | {"share": update**2 / energy, "relative": relative}))
     return pd.concat(spectra, ignore_index=True)
 
 
@@ -187,9 +169,8 @@ def spectra_figure(spectrum: pd.DataFrame, rank: int) -> Figure:
     left.legend(**LEGEND)
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     used, relative = effective_rank(spectrum), spectrum.groupby("layer", sort=False)["relative"].first()
-    kinds = [name.split(".")[-1] for name in used.index]
-    palette = dict(zip(dict.fromkeys(kinds), COLOURS[2:], strict=False))
-    right.barh(range(len(used)), used, color=[palette[kind] for kind in kinds])
+    kinds, _ = pd.factorize(used.index.str.split(".").str[-1])
+    right.barh(range(len(used)), used, color=[COLOURS[2 + kind] for kind in kinds])
     for i, (value, size) in enumerate(zip(used, relative, strict=True)):
         right.text(value + 0.1, i, f"{size:.1%}", va="center", fontsize=7)
     names = [name.removeprefix("blocks.").replace(".", " ") for name in used.index]
@@ -203,18 +184,12 @@ def spectra_figure(spectrum: pd.DataFrame, rank: int) -> Figure:
 
 
 def projection_steps(model: EnhancedTransformerDecoderOnly3D, view: FaceViews, yaws: tuple[float, ...]) -> Figure:
-    """The 3-D projection of one view, step by step, a row for each target yaw.
-
-    Args:
-        view: one side view.
-        yaws: degrees to render at.
-    """
-    fig = plt.figure(figsize=(11, 2.1 * len(yaws)), layout="compressed")
-    axes = fig.subplots(len(yaws), 5, squeeze=False, subplot_kw={"xticks": (), "yticks": ()})
+    """The 3-D projection of one side view, step by step, a row for each yaw (degrees) that it is rendered at."""
+    fig, axes = plt.subplots(len(yaws), 5, squeeze=False, figsize=(11, 2.1 * len(yaws)), layout="compressed")
     target = torch.tensor([[0.0, yaw, 0.0] for yaw in yaws]).deg2rad()
-    views = [v.expand(len(yaws), *v.shape[1:]) for v in (view.src, view.angles, view.keypoints_3d)]
+    rows = torch.zeros(len(yaws), dtype=torch.long)  # the one view for each yaw
     with evaluation_mode(model):
-        found = model.face_volume(*views, target)
+        found = model.face_volume(view.src[rows], view.angles[rows], view.keypoints_3d[rows], target)
     steps = {
         "occupancy from above, own frame": found.occupancy.amax((1, 3)),
         "density, middle slice": found.density[:, 0, found.density.shape[2] // 2],
@@ -223,12 +198,13 @@ def projection_steps(model: EnhancedTransformerDecoderOnly3D, view: FaceViews, y
     }
     for i, row in enumerate(axes):
         points = found.keypoints[i].numpy()
-        row[0].scatter(points[:, 0], points[:, 1], c=sns.color_palette("colorblind", len(KEYPOINT_NAMES)), s=30)
+        row[0].scatter(points[:, 0], points[:, 1], c=COLOURS[: len(KEYPOINT_NAMES)], s=30)
         row[0].set(xlim=(-1, 1), ylim=(1, -1), aspect="equal", xticks=(), yticks=())
         row[0].set_ylabel(f"target yaw {yaws[i]:.0f}°", fontsize=9)
         for ax, (title, values) in zip(row[1:], steps.items(), strict=True):
-            limits = {"vmin": 0, "vmax": 1} if title == "light stopped" else {}
-            drawn = ax.imshow(values[i].numpy(), extent=(-1, 1, 1, -1), **limits)
+            drawn = ax.imshow(values[i].numpy(), extent=(-1, 1, 1, -1))
+            if title == "light stopped":
+                drawn.set_clim(0, 1)
             fig.colorbar(drawn, ax=ax, shrink=0.75, pad=0.02).ax.tick_params(labelsize=6)
             ax.set(xticks=(), yticks=())
     for ax, title in zip(axes[0], ("keypoints, turned", *steps), strict=True):
@@ -243,13 +219,12 @@ def heat_map(cells: pd.DataFrame) -> Figure:
     found["words"] = [f"{mean:.3f}" + ("" if np.isnan(half) else f"\n± {half:.3f}") for mean, half in found.to_numpy()]
     means, words = (found[x].unstack("voxel_resolution").sort_index(ascending=False) for x in ("mean", "words"))
     fig, ax = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
-    bar = {"label": RATES["tar"]}
-    sns.heatmap(means, annot=words, fmt="", cmap="cividis", linewidths=1, ax=ax, cbar_kws=bar)
+    sns.heatmap(means, annot=words, fmt="", cmap="cividis", linewidths=1, ax=ax, cbar_kws={"label": RATES["tar"]})
     chosen = recommend(cells)
     corner = means.columns.get_loc(chosen.voxel_resolution), means.index.get_loc(chosen.rank)
-    ax.add_patch(plt.Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=3))
+    ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=3))
     title = f"Rank {chosen.rank} with {chosen.voxel_resolution}³ voxels is enough"
-    return _finished(ax, title, "voxels along an edge of the grid", "LoRA rank")
+    return _finished(fig, title, "voxels along an edge of the grid", "LoRA rank")
 
 
 def interaction(cells: pd.DataFrame) -> Figure:
@@ -265,7 +240,7 @@ def interaction(cells: pd.DataFrame) -> Figure:
     table = cells.pivot_table(index=CHOICE, columns="seed", values="test_tar", aggfunc="mean")
     low, high = (table.loc[rank, resolutions[-1]] - table.loc[rank, resolutions[0]] for rank in (ranks[0], ranks[-1]))
     words = "interact" if told_apart([over_seeds(high - low)])[0] else "are not seen to interact"
-    return _finished(ax, f"Resolution and rank {words}", "voxel resolution", RATES["tar"], "LoRA rank")
+    return _finished(fig, f"Resolution and rank {words}", "voxel resolution", RATES["tar"], "LoRA rank")
 
 
 def pareto(cells: pd.DataFrame, cost: str = "trainable") -> Figure:
@@ -274,9 +249,9 @@ def pareto(cells: pd.DataFrame, cost: str = "trainable") -> Figure:
     found = found.sort_values([cost, "mean"])
     fig, ax = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
     for i, rank in enumerate(sorted(cells["rank"].unique())):
-        rows = found.xs(rank, level="rank").sort_values("mean")
+        rows = found.xs(rank, level="rank")
         _points(ax, i, rows[cost], rows["mean"], rows["half"], linestyle="", capsize=2, label=f"rank {rank}")
-        for j, (resolution, row) in enumerate(rows.iterrows()):
+        for j, (resolution, row) in enumerate(rows.sort_values("mean").iterrows()):
             offset = (5, 4 if j else -10)  # the lowest has its name below
             ax.annotate(f"{resolution}³", (row[cost], row["mean"]), offset, textcoords="offset points", fontsize=8)
     front = found[found["mean"] >= found["mean"].cummax()]
@@ -284,7 +259,7 @@ def pareto(cells: pd.DataFrame, cost: str = "trainable") -> Figure:
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     rank, resolution = front["mean"].idxmax()
-    return _finished(ax, f"Nothing is above rank {rank} with {resolution}³", COSTS[cost], RATES["tar"])
+    return _finished(fig, f"Nothing is above rank {rank} with {resolution}³", COSTS[cost], RATES["tar"])
 
 
 def loss_bands(cells: pd.DataFrame) -> Figure:
@@ -293,21 +268,20 @@ def loss_bands(cells: pd.DataFrame) -> Figure:
     losses["epoch"] = losses.groupby(level=0).cumcount() + 1
     found = summary(losses, ["rank", "epoch"], "train_loss").fillna({"half": 0})
     fig, ax = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
-    for i, (rank, rows) in enumerate(found.groupby(level="rank")):
-        rows = rows.droplevel("rank")
+    for i, rank in enumerate(found.index.unique("rank")):
+        rows = found.loc[rank]
         low, high = rows["mean"] - rows["half"], rows["mean"] + rows["half"]
         ax.fill_between(rows.index, low, high, color=COLOURS[i], alpha=0.25, linewidth=0)
         style = {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 4, "linestyle": LINES[i % 4]}
         ax.plot(rows.index, rows["mean"], label=f"{rank:g}", **style)
-    best, _ = found.xs(found.index.levels[1][-1], level="epoch", drop_level=False)["mean"].idxmin()
-    return _finished(ax, f"LoRA rank {best:g} fits the training people best", "epoch", "training loss", "LoRA rank")
+    best = found["mean"].unstack("rank").iloc[-1].idxmin()
+    return _finished(fig, f"LoRA rank {best:g} fits the training people best", "epoch", "training loss", "LoRA rank")
 
 
 def retention(cells: pd.DataFrame) -> Figure:
     """What is kept below 45° against what is gained beyond, for each weight of the prior."""
-    kept, gained = (
-        summary(cells, ["lambda_prior"], f"test_tar_{where}").fillna({"half": 0}) for where in (KEPT, GAINED)
-    )
+    sides = (summary(cells, ["lambda_prior"], f"test_tar_{side}") for side in (KEPT, GAINED))
+    kept, gained = (side.fillna({"half": 0}) for side in sides)
     fig, ax = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
     for i, weight in enumerate(kept.index):
         (x, x_half), (y, y_half) = gained.loc[weight], kept.loc[weight]
@@ -316,7 +290,7 @@ def retention(cells: pd.DataFrame) -> Figure:
     more = paired(cells, ["lambda_prior"], high, low, f"test_tar_{KEPT}")
     words = f"keeps {more:+.3f} more" if told_apart([more])[0] else "keeps as much, as far as is seen,"
     labels = f"{RATES['tar']}, |yaw| ≥ 45° (adapted)", f"{RATES['tar']}, |yaw| < 45° (kept)"
-    return _finished(ax, f"Lambda {high:g} {words} than {low:g}", *labels, "weight of the prior, lambda")
+    return _finished(fig, f"Lambda {high:g} {words} than {low:g}", *labels, "weight of the prior, lambda")
 
 
 def write_all(cells: pd.DataFrame, folder: Path) -> dict[str, Figure]:
@@ -339,12 +313,7 @@ def write_all(cells: pd.DataFrame, folder: Path) -> dict[str, Figure]:
 
 
 def forgetting_figure(found: pd.DataFrame, note: str = "") -> Figure:
-    """What is kept below 45 degrees (up) against what is gained beyond (right), a point per method and lambda.
-
-    Args:
-        found: of `studies.forgetting.changes`.
-        note: below the picture.
-    """
+    """What is kept below 45° (up) against what is gained beyond (right); found: of `studies.forgetting.changes`."""
     fig, axes = plt.subplots(1, len(RATES), figsize=(10, 4), layout="constrained")
     weights = sorted(found["weight"].unique())
     for ax, (rate, words) in zip(axes, RATES.items(), strict=True):
@@ -360,8 +329,10 @@ def forgetting_figure(found: pd.DataFrame, note: str = "") -> Figure:
         ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.set_title(words, loc="left", fontsize=10)
     methods, _ = axes[0].get_legend_handles_labels()
-    grey = {"color": "0.4", "linestyle": ""}
-    shapes = [Line2D([], [], marker=MARKERS[i], label=f"lambda {x:g}", **grey) for i, x in enumerate(weights)]
+    shapes = [
+        Line2D([], [], color="0.4", linestyle="", marker=marker, label=f"lambda {weight:g}")
+        for marker, weight in zip(MARKERS, weights, strict=False)
+    ]
     fig.legend(handles=[*methods, *shapes], loc="outside right center", **LEGEND)
     if note:
         fig.supxlabel(note, fontsize=7.5, color="0.35", x=0.01, ha="left")
@@ -374,10 +345,11 @@ def _points(ax: Axes, i: int, x: Any, y: Any, half: Any, **style: Any) -> None:
     ax.errorbar(x, y, half, marker=MARKERS[i], **{"color": COLOURS[i]} | style)
 
 
-def _finished(ax: Axes, title: str, xlabel: str, ylabel: str, legend: str | None = None) -> Figure:
+def _finished(fig: Figure, title: str, xlabel: str, ylabel: str, legend: str | None = None) -> Figure:
+    ax = fig.axes[0]
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.set_title(title, loc="left", fontsize=10)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(title=legend, **LEGEND)
-    sns.despine(ax.figure)
-    return ax.figure
+    sns.despine(fig)
+    return fig

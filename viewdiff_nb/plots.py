@@ -76,12 +76,7 @@ def recognition_curves(found: pd.DataFrame, rate: str, title: str) -> Figure:
 
 
 def learning_curves(history: pd.DataFrame, fig: Figure | None = None) -> Figure:
-    """Loss and recognition over epochs.
-
-    Args:
-        history: of `training.result.TrainResult`, or a part of it.
-        fig: to draw on anew; a new one if None.
-    """
+    """Loss and recognition over epochs of a `TrainResult`'s history, or of a part of it; drawn anew on fig, if any."""
     fig = fig or plt.figure(figsize=(9, 3.2), layout="constrained")
     fig.clear()
     panels = {
@@ -105,10 +100,7 @@ def learning_curves(history: pd.DataFrame, fig: Figure | None = None) -> Figure:
 
 
 class LiveCurves:
-    """`learning_curves` of a run under way, one picture in a notebook that is drawn anew after every epoch.
-
-    Give it to `train(..., on_epoch=LiveCurves())`.
-    """
+    """For `train(..., on_epoch=LiveCurves())`: `learning_curves` as one picture, drawn anew after every epoch."""
 
     def __init__(self) -> None:
         self.fig: Figure | None = None
@@ -185,7 +177,8 @@ def spectra_figure(spectrum: pd.DataFrame, rank: int) -> Figure:
 
 def projection_steps(model: EnhancedTransformerDecoderOnly3D, view: FaceViews, yaws: tuple[float, ...]) -> Figure:
     """The 3-D projection of one side view, step by step, a row for each yaw (degrees) that it is rendered at."""
-    fig, axes = plt.subplots(len(yaws), 5, squeeze=False, figsize=(11, 2.1 * len(yaws)), layout="compressed")
+    fig = plt.figure(figsize=(11, 2.1 * len(yaws)), layout="compressed")
+    axes = fig.subplots(len(yaws), 5, squeeze=False, subplot_kw={"xticks": (), "yticks": ()})
     target = torch.tensor([[0.0, yaw, 0.0] for yaw in yaws]).deg2rad()
     rows = torch.zeros(len(yaws), dtype=torch.long)  # the one view for each yaw
     with evaluation_mode(model):
@@ -199,14 +192,13 @@ def projection_steps(model: EnhancedTransformerDecoderOnly3D, view: FaceViews, y
     for i, row in enumerate(axes):
         points = found.keypoints[i].numpy()
         row[0].scatter(points[:, 0], points[:, 1], c=COLOURS[: len(KEYPOINT_NAMES)], s=30)
-        row[0].set(xlim=(-1, 1), ylim=(1, -1), aspect="equal", xticks=(), yticks=())
+        row[0].set(xlim=(-1, 1), ylim=(1, -1), aspect="equal")
         row[0].set_ylabel(f"target yaw {yaws[i]:.0f}°", fontsize=9)
         for ax, (title, values) in zip(row[1:], steps.items(), strict=True):
             drawn = ax.imshow(values[i].numpy(), extent=(-1, 1, 1, -1))
             if title == "light stopped":
                 drawn.set_clim(0, 1)
             fig.colorbar(drawn, ax=ax, shrink=0.75, pad=0.02).ax.tick_params(labelsize=6)
-            ax.set(xticks=(), yticks=())
     for ax, title in zip(axes[0], ("keypoints, turned", *steps), strict=True):
         ax.set_title(title, fontsize=9)
     plt.close(fig)
@@ -220,10 +212,10 @@ def heat_map(cells: pd.DataFrame) -> Figure:
     means, words = (found[x].unstack("voxel_resolution").sort_index(ascending=False) for x in ("mean", "words"))
     fig, ax = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
     sns.heatmap(means, annot=words, fmt="", cmap="cividis", linewidths=1, ax=ax, cbar_kws={"label": RATES["tar"]})
-    chosen = recommend(cells)
-    corner = means.columns.get_loc(chosen.voxel_resolution), means.index.get_loc(chosen.rank)
+    rank, voxels = recommend(cells).chosen
+    corner = means.columns.get_loc(voxels), means.index.get_loc(rank)
     ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=3))
-    title = f"Rank {chosen.rank} with {chosen.voxel_resolution}³ voxels is enough"
+    title = f"Rank {rank} with {voxels}³ voxels is enough"
     return _finished(fig, title, "voxels along an edge of the grid", "LoRA rank")
 
 

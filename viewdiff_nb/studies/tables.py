@@ -1,6 +1,6 @@
 """The performance tables: the guide's three, measured, beside the guide's own figures, and recognition by yaw."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -81,35 +81,23 @@ def parameter_table(counts: dict[str, dict[str, int]]) -> pd.DataFrame:
     Args:
         counts: {configuration: `parameter_counts` of its model}.
     """
-    rows: dict[str, dict[str, str]] = {}
-    for name, count in counts.items():
-        saved = 1 - count["trainable"] / counts["full fine-tuning"]["trainable"]
-        total, trainable, lora, reduction = GUIDE_PARAMETERS.get(name, ("–",) * 4)
-        rows[name] = {
-            "total": _millions(count["parameters"]),
-            "guide: total": total,
-            "trainable": _millions(count["trainable"]),
-            "guide: trainable": trainable,
-            "LoRA": _millions(count["lora"]),
-            "guide: LoRA": lora,
-            "reduction": f"{saved:.1%}",
-            "guide: reduction": reduction,
-        }
-    return _frame(rows, "configuration")
+    found = pd.DataFrame.from_dict(counts, orient="index").rename_axis("configuration")
+    table = found[["parameters", "trainable", "lora"]].map(lambda count: f"{count / 1e6:.3f}M" if count else "0")
+    table.columns = ["total", "trainable", "LoRA"]
+    saved = 1 - found["trainable"] / found.loc["full fine-tuning", "trainable"]
+    table["reduction"] = saved.map("{:.1%}".format)
+    return _beside_guide(table, GUIDE_PARAMETERS, {head: head for head in table})
 
 
 def speed_table(measured: pd.DataFrame, batch_size: int, amp: bool) -> pd.DataFrame:
     """Guide's table 2 for one batch size and precision of `speed_and_memory`."""
     rows = measured[(measured["batch_size"] == batch_size) & (measured["amp"] == amp)].set_index("name")
-    guide = [GUIDE_SPEED.get(name, ("–", "–")) for name in rows.index]
     table = pd.DataFrame(index=rows.index.rename("configuration"))
     table["ms per step"] = [f"{row.ms:.0f} ({row.ms_low:.0f}–{row.ms_high:.0f})" for row in rows.itertuples()]
     table["speed"] = rows["speed"].map("{:.2f}x".format)
-    table["guide: speed"] = [speed for speed, _ in guide]
     table["MB"] = rows["memory_mb"].map("{:.0f}".format)
     table["memory"] = rows["memory"].map("{:.0%}".format)
-    table["guide: memory"] = [memory for _, memory in guide]
-    return table
+    return _beside_guide(table, GUIDE_SPEED, {"speed": "speed", "memory": "memory"})
 
 
 def quality_table(results: Results) -> pd.DataFrame:
@@ -117,19 +105,16 @@ def quality_table(results: Results) -> pd.DataFrame:
     seconds = {name: [r["train_seconds"] for r in found] for name, found in by_name(results).items()}
     rows = {}
     for name in ("base", *GUIDE_QUALITY):
-        loss, cosine, time = GUIDE_QUALITY.get(name, ("–",) * 3)
-        mse = rate_estimate(results, name, "mse", part="val")
+        mse, cosine, rank1 = (rate_estimate(results, name, rate, part="val") for rate in ("mse", "cosine", "rank1"))
         share = [s / full for s, full in zip(seconds[name], seconds["full fine-tuning"], strict=True)]
         rows[name] = {
             "MSE x 1000": f"{1e3 * mse.mean:.3f} ± {1e3 * mse.half:.3f}",
-            "guide: loss": loss,
-            "cosine": str(rate_estimate(results, name, "cosine", part="val")),
-            "guide: cosine": cosine,
+            "cosine": str(cosine),
             "training time": "–" if name == "base" else f"{over_seeds(share):.0%}",
-            "guide: time": time,
-            "rank-1": str(rate_estimate(results, name, "rank1", part="val")),
+            "rank-1": str(rank1),
         }
-    return _frame(rows, "model")
+    heads = {"MSE x 1000": "loss", "cosine": "cosine", "training time": "time"}
+    return _beside_guide(_frame(rows, "model"), GUIDE_QUALITY, heads)
 
 
 def recognition_table(results: Results, rate: str, part: str = "test") -> pd.DataFrame:
@@ -147,13 +132,10 @@ def comparison_table(
 
     The p-values are corrected for all cells of the table at once, see `significance.holm`.
     """
-    found = {
-        (other, where): difference(results, name, other, rate, where, part) for other, where in product(others, bins)
-    }
-    rows: dict[str, dict[str, str]] = {}
-    for (other, where), words in judged(found).items():
-        rows.setdefault(other, {})[where] = words
-    return _frame(rows, f"{name} against ({correction(len(found))})")
+    pairs = list(product(others, bins))
+    found = {(other, where): difference(results, name, other, rate, where, part) for other, where in pairs}
+    table = pd.Series(judged(found), index=pd.MultiIndex.from_tuples(pairs)).unstack(sort=False)
+    return table.rename_axis(f"{name} against ({correction(len(found))})")
 
 
 def verdicts(results: Results, comparisons: Sequence[tuple[str, str, str, str]]) -> list[str]:
@@ -237,9 +219,13 @@ def _listed(lines: Iterable[str]) -> list[str]:
     return [f"- {line}." for line in lines]
 
 
+def _beside_guide(table: pd.DataFrame, guide: Mapping[str, Sequence[str]], heads: dict[str, str]) -> pd.DataFrame:
+    """Adds the guide's figures: behind each column of heads one that is named after the guide's word for it."""
+    for i, (head, word) in enumerate(heads.items()):
+        cells = [guide[name][i] if name in guide else "–" for name in table.index]
+        table.insert(table.columns.get_loc(head) + 1, f"guide: {word}", cells)
+    return table
+
+
 def _frame(rows: dict[str, dict[str, str]], index: str) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(index)
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.3f}M" if count else "0"

@@ -41,7 +41,7 @@ def test_hand_made_case():
     gallery = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]])
     probes = torch.tensor([[2.0, 0.2], [5.0, 1.0], [-1.0, 0.1]])  # persons 0, 1 (mistaken for 0), 2
     scores = similarity_scores(probes, gallery, torch.tensor([0, 1, 2]))
-    assert scores.place.tolist() == [0, 1, 0]
+    assert scores.rank.tolist() == [1, 2, 1]
     assert [rank_rate(scores, k) for k in (1, 2)] == [pytest.approx(2 / 3), 1.0]
     torch.testing.assert_close(scores.genuine[1], torch.tensor(1 / 26**0.5))
     # genuine .995, .196, .995 against impostor .0995, -.995, .981, -.981, -.995, .0995: 6 + 5 + 6 of 18 pairs
@@ -74,7 +74,7 @@ def test_a_large_gallery_is_counted_in_pieces(monkeypatch):
     whole = similarity_scores(*people)
     monkeypatch.setattr(metrics, "PIECE", 70)  # two probes at a time
     pieces = similarity_scores(*people)
-    assert torch.equal(whole.place, pieces.place)
+    assert torch.equal(whole.rank, pieces.rank)
     assert torch.equal(whole.genuine_counts, pieces.genuine_counts)
     # another shape of the product may change a similarity's last bit, and with it one cell
     assert (whole.impostor_counts - pieces.impostor_counts).abs().sum() <= 4
@@ -97,7 +97,7 @@ def test_ties_are_not_recognised_to_the_last_bit(monkeypatch):
         gallery = torch.randn(people, width).repeat(2, 1)
         person = torch.randint(2 * people, (150,))
         scores = similarity_scores(gallery[person] + torch.randn(150, width), gallery, person)
-        assert rank_rate(scores) == 0 and (scores.place > 0).all(), (width, people, piece)
+        assert rank_rate(scores) == 0 and (scores.rank > 1).all(), (width, people, piece)
 
 
 @pytest.mark.parametrize("piece", [40, 2**22])
@@ -113,7 +113,7 @@ def test_ties_are_those_of_a_search_in_float64(piece, monkeypatch):
     ]
     similarity = np.array([[(p * f).sum() for f in unit[1]] for p in unit[0]])  # equal pairs give equal sums
     own = similarity[np.arange(120), person]
-    assert scores.place.tolist() == ((similarity >= own[:, None]).sum(1) - 1).tolist()
+    assert scores.rank.tolist() == (similarity >= own[:, None]).sum(1).tolist()
     truth = np.arange(20) == person.numpy()[:, None]
     assert one(roc_auc, scores) == pytest.approx(roc_auc_score(truth.ravel(), similarity.ravel()), abs=1e-9)
     far, tar, _ = roc_curve(truth.ravel(), similarity.ravel(), drop_intermediate=False)
@@ -132,7 +132,7 @@ def test_the_length_of_an_embedding_does_not_matter(length):
     predicted, gallery, person = random_people()
     expected = similarity_scores(predicted, gallery, person)
     found = similarity_scores(length * predicted, gallery / length, person)
-    assert torch.equal(found.place, expected.place)
+    assert torch.equal(found.rank, expected.rank)
     torch.testing.assert_close(found.genuine, expected.genuine)
 
 

@@ -11,16 +11,7 @@ from matplotlib.figure import Figure
 from viewdiff_nb.faces.turntable import load_turntable
 from viewdiff_nb.modules.lora import evaluation_mode
 from viewdiff_nb.modules.transformer import MEMORY_TOKENS, EnhancedTransformerDecoderOnly3D
-from viewdiff_nb.widgets.explorer import (
-    Explorer,
-    LiveFigure,
-    Stage,
-    choice,
-    drag_moves,
-    png_bytes,
-    pose_sliders,
-    pose_text,
-)
+from viewdiff_nb.widgets.explorer import Explorer, LiveFigure, Stage, choice, png, pose_sliders, pose_text
 from viewdiff_nb.widgets.pose import People
 
 DPI = 100  # a large picture: half the pixels are half the time
@@ -81,15 +72,12 @@ class AttentionExplorer(Explorer):
         self.model, self.people = model, people or load_turntable()
         self.person = choice("person", self.people.names, person)
         grid = self.people.pitches, self.people.yaws
-        self.pitch_a, self.yaw_a, self.roll_a = pose_sliders(*grid, (0, yaws[0], 0), "A: ")
-        self.pitch_b, self.yaw_b, self.roll_b = pose_sliders(*grid, (0, yaws[1], 0), "B: ")
+        self._sliders = [pose_sliders(*grid, (0, yaw, 0), f"{name}: ") for name, yaw in zip("AB", yaws, strict=True)]
+        (self.pitch_a, self.yaw_a, self.roll_a), (self.pitch_b, self.yaw_b, self.roll_b) = a, b = self._sliders
         self.head_a = Stage(width=130, turnable=True, label="pose A", caption="A: drag to turn")
         self.head_b = Stage(width=130, turnable=True, label="pose B", caption="B: drag to turn")
-        self.maps = Stage(
-            width=900,
-            label="attention weights, heads against tokens",
-            caption="Point at a cell for its value. The weights of a head sum to 1.",
-        )
+        self.maps = Stage(width=900, label="attention weights, heads against tokens")
+        self.maps.caption = "Point at a cell for its value. The weights of a head sum to 1."
         self.columns: dict[str, Sequence[str]] = {  # title: tokens
             f"layer {i}": ("self", *MEMORY_TOKENS) for i in range(1, len(model.blocks) + 1)
         }
@@ -100,27 +88,24 @@ class AttentionExplorer(Explorer):
         fig = Figure((9.4, 4.9), DPI, layout="constrained")
         self._images = draw_maps(fig, self.columns, self.weights())
         self._live = LiveFigure(list(self._images.flat))
-        a, b = [self.yaw_a, self.pitch_a, self.roll_a], [self.yaw_b, self.pitch_b, self.roll_b]
-        left, right = widgets.VBox([self.person, *a]), widgets.VBox([widgets.HTML("&nbsp;"), *b])
+        left = widgets.VBox([self.person, self.yaw_a, self.pitch_a, self.roll_a])
+        right = widgets.VBox([widgets.HTML("&nbsp;"), self.yaw_b, self.pitch_b, self.roll_b])
         super().__init__([[left, self.head_a, right, self.head_b], [self.maps]], [self.person, *a, *b])
-        drag_moves(self.head_a, self.yaw_a, self.pitch_a, self)
-        drag_moves(self.head_b, self.yaw_b, self.pitch_b, self)
+        self.drag(self.head_a, self.yaw_a, self.pitch_a)
+        self.drag(self.head_b, self.yaw_b, self.pitch_b)
         self.redraw()
 
-    def poses(self) -> list[tuple[float, float, float]]:
+    def poses(self) -> list[list[float]]:
         """Pitch, yaw and roll of A and of B in degrees, as the sliders say."""
-        return [
-            (self.pitch_a.value, self.yaw_a.value, self.roll_a.value),
-            (self.pitch_b.value, self.yaw_b.value, self.roll_b.value),
-        ]
+        return [[slider.value for slider in sliders] for sliders in self._sliders]
 
     def weights(self) -> list[list[np.ndarray]]:
         """Of A, of B and of their difference: (heads, tokens) of every column."""
-        a, b = (self._last_weights(self.person.value, *pose) for pose in self.poses())
+        a, b = (self._last_weights(self.person.index, *pose) for pose in self.poses())
         return [a, b, [after - before for before, after in zip(a, b, strict=True)]]
 
-    def _weights_at(self, name: str, pitch: float, yaw: float, roll: float) -> list[np.ndarray]:
-        model, person = self.model, self.people.names.index(name)
+    def _weights_at(self, person: int, pitch: float, yaw: float, roll: float) -> list[np.ndarray]:
+        model = self.model
         row, at = self.people.row(person, pitch, roll), self.people.closest(person, pitch, yaw, roll)
         others = model.n_views - 1 if model.cross_view else 0
         index = torch.tensor([at, *np.linspace(0, len(row) - 1, others).round().astype(int)])  # the view, the others
@@ -149,11 +134,10 @@ class AttentionExplorer(Explorer):
                 ]
                 grids.append(self._live.grid(image, texts))
         self.maps.picture, self.maps.grids = self._live.png(), grids
-        person = self.people.names.index(self.person.value)
         for stage, pose in zip((self.head_a, self.head_b), self.poses(), strict=True):
-            picture = self.people.picture(person, *pose)
+            picture = self.people.picture(self.person.index, *pose)
             if picture is not None:
-                stage.picture = png_bytes(picture)
+                stage.picture = png(picture)
 
     def figure(self) -> Figure:
         fig = Figure((9.4, 4.9), 110, layout="constrained")

@@ -92,8 +92,23 @@ class Explorer(widgets.VBox):
                     raise AttributeError(f"{type(self).__name__} has no control named {name!r}")
                 control.value = values[name]
 
+    def drag(self, stage: Stage, right: widgets.FloatSlider, up: widgets.FloatSlider) -> None:
+        """Let dragging a stage move two sliders. What does not yet make a step of a slider counts the next time."""
+        wanted = {slider: slider.value for slider in (right, up)}  # not rounded to steps
+
+        def move(change: dict) -> None:
+            to_right, down = np.subtract(change["new"], change["old"]).tolist()
+            with self.together():
+                for slider, degrees in ((right, to_right), (up, -down)):
+                    if abs(slider.value - wanted[slider]) > slider.step / 2 + 1e-9:  # more than rounding: moved by hand
+                        wanted[slider] = slider.value
+                    wanted[slider] = min(max(wanted[slider] + degrees, slider.min), slider.max)
+                    slider.value = slider.min + round((wanted[slider] - slider.min) / slider.step) * slider.step
+
+        stage.observe(move, "turned")
+
     def _repr_mimebundle_(self, **options: object) -> dict:
-        static = {"image/png": base64.b64encode(figure_png(self.figure())).decode(), "text/plain": repr(self)}
+        static = {"image/png": base64.b64encode(png(self.figure())).decode(), "text/plain": repr(self)}
         return static if os.environ.get(STATIC) else super()._repr_mimebundle_(**options) | static
 
     def __repr__(self) -> str:
@@ -133,28 +148,8 @@ def pose_sliders(
 
 
 def pose_text(pitch: float, yaw: float, roll: float) -> str:
-    """A pose in degrees.
-
-    >>> pose_text(10.0, -45.0, 0.0)
-    'pitch 10°, yaw -45°, roll 0°'
-    """
+    """Of a pose in degrees."""
     return f"pitch {pitch:.0f}°, yaw {yaw:.0f}°, roll {roll:.0f}°"
-
-
-def drag_moves(stage: Stage, right: widgets.FloatSlider, up: widgets.FloatSlider, explorer: Explorer) -> None:
-    """Let dragging a stage move two sliders. What does not yet make a step of a slider counts the next time."""
-    wanted = {slider: slider.value for slider in (right, up)}  # not rounded to steps
-
-    def move(change: dict) -> None:
-        to_right, down = np.subtract(change["new"], change["old"]).tolist()
-        with explorer.together():
-            for slider, degrees in ((right, to_right), (up, -down)):
-                if abs(slider.value - wanted[slider]) > slider.step / 2 + 1e-9:  # more than rounding: moved by hand
-                    wanted[slider] = slider.value
-                wanted[slider] = min(max(wanted[slider] + degrees, slider.min), slider.max)
-                slider.value = slider.min + round((wanted[slider] - slider.min) / slider.step) * slider.step
-
-    stage.observe(move, "turned")
 
 
 class LiveFigure:
@@ -193,7 +188,7 @@ class LiveFigure:
             )
             cells = Image.fromarray(colours)
             picture.paste(cells.resize((right - left, bottom - top), Image.Resampling.NEAREST), (left, top))
-        return png_bytes(picture)
+        return png(picture)
 
     def box(self, ax: Axes) -> list[float]:
         """Where axes lie in the picture: [left, top, right, bottom] in 0..1 from the top left corner."""
@@ -206,15 +201,11 @@ class LiveFigure:
         return {"box": self.box(image.axes), "rows": rows, "columns": columns, "texts": texts}
 
 
-def png_bytes(picture: Image.Image) -> bytes:
-    """Encoded for the front end: quickly rather than tightly."""
+def png(picture: Image.Image | Figure) -> bytes:
+    """A figure at its own resolution, or a picture, which is encoded quickly rather than tightly."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
-
-
-def figure_png(fig: Figure) -> bytes:
-    """A whole figure as a PNG, at its own resolution."""
-    buffer = io.BytesIO()
-    FigureCanvasAgg(fig).print_png(buffer)
+    if isinstance(picture, Figure):
+        FigureCanvasAgg(picture).print_png(buffer)
+    else:
+        picture.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

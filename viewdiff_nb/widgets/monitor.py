@@ -15,7 +15,7 @@ from viewdiff_nb.training.config import TrainConfig
 from viewdiff_nb.training.devices import OwnRandomness
 from viewdiff_nb.training.loop import train
 from viewdiff_nb.training.result import StopRequest, TrainResult
-from viewdiff_nb.widgets.explorer import DPI, LOOK, Explorer, Stage, figure_png
+from viewdiff_nb.widgets.explorer import DPI, LOOK, Explorer, Stage, png
 
 
 class TrainingMonitor(Explorer):
@@ -129,7 +129,7 @@ class TrainingMonitor(Explorer):
         self.start_button.description = "Go on" if stopped else "Start"
 
     def _draw(self) -> None:
-        self.curves.picture = figure_png(self.figure(DPI))
+        self.curves.picture = png(self.figure(DPI))
 
     def figure(self, dpi: int = 110) -> Figure:
         return learning_curves(self.history, Figure((9, 3.2), dpi, layout="constrained"))

@@ -20,19 +20,7 @@ from viewdiff_nb.faces.turntable import RecordedPeople, Turntable, load_turntabl
 from viewdiff_nb.faces.views import FaceViews
 from viewdiff_nb.files import TURNTABLE
 from viewdiff_nb.training.evaluation import predict
-from viewdiff_nb.widgets.explorer import (
-    DPI,
-    LOOK,
-    Explorer,
-    LiveFigure,
-    Stage,
-    choice,
-    drag_moves,
-    figure_png,
-    png_bytes,
-    pose_sliders,
-    pose_text,
-)
+from viewdiff_nb.widgets.explorer import DPI, LOOK, Explorer, LiveFigure, Stage, choice, png, pose_sliders, pose_text
 
 People = Turntable | RecordedPeople
 RAW, PREDICTED = sns.color_palette("colorblind")[:2]
@@ -41,19 +29,13 @@ EDGES = ((0, 1), (0, 2), (1, 2), (2, 3), (2, 4), (3, 4))  # of the face that fiv
 
 @dataclass(frozen=True)
 class Search:
-    """A person's Y views searched in a gallery. Two rows: raw, and predicted.
+    """A person's Y views searched in a gallery; two rows: raw embeddings, and predicted ones."""
 
-    own: (2, Y) cosine with the right person's front.
-    rank: (2, Y) of the right person; 1 is recognised, and a tie counts as a miss.
-    best: (2, Y) cosine with the most similar other person; other: (2, Y) whose row in the gallery that is.
-    yaw: (Y,) degrees, rising.
-    """
-
-    own: np.ndarray
-    rank: np.ndarray
-    best: np.ndarray
-    other: np.ndarray
-    yaw: np.ndarray
+    yaw: np.ndarray  # (Y,) degrees, rising
+    own: np.ndarray  # (2, Y) cosine with the right person's front
+    rank: np.ndarray  # (2, Y) of the right person from 1; a tie counts as a miss
+    best: np.ndarray  # (2, Y) cosine with the most similar other person
+    other: np.ndarray  # (2, Y) that person's row in the gallery
 
 
 def search(model: nn.Module, views: FaceViews, gallery: torch.Tensor, person: int) -> Search:
@@ -68,7 +50,7 @@ def search(model: nn.Module, views: FaceViews, gallery: torch.Tensor, person: in
     cosine[..., person] = -2
     best, other = cosine.max(-1)
     rank = 1 + (cosine >= own[..., None]).sum(-1)
-    return Search(*(values.numpy() for values in (own, rank, best, other, views.angles[:, 1].rad2deg())))
+    return Search(*(values.numpy() for values in (views.angles[:, 1].rad2deg(), own, rank, best, other)))
 
 
 def draw_curves(ax: Axes, found: Search, at: int, people: int) -> None:
@@ -87,8 +69,7 @@ def draw_curves(ax: Axes, found: Search, at: int, people: int) -> None:
         ):
             ax.plot([], [], style, color=colour, linewidth=width, label=label)
         ax.plot([], [], "o", color="0.15", markersize=6)
-        ax.set(xlim=(-92, 92), ylim=(-0.32, 1.02), xlabel="yaw, degrees", ylabel="cosine")
-        ax.set_xticks(range(-90, 91, 30))
+        ax.set(xlim=(-92, 92), ylim=(-0.32, 1.02), xticks=range(-90, 91, 30), xlabel="yaw, degrees", ylabel="cosine")
         ax.set_title(f"Similarity with {people} frontal embeddings", loc="left", fontsize=10)
         ax.legend(frameon=False, fontsize=7.5, loc="lower center", ncols=2)
         sns.despine(ax=ax)
@@ -157,7 +138,7 @@ class PoseExplorer(Explorer):
         controls = [self.person, self.yaw, self.pitch, self.roll, self.keypoints]
         heads = [self.head, self.side, self.front] if isinstance(self.people, Turntable) else [self.head]
         super().__init__([[widgets.VBox(controls), *heads], [self.curves, self.readout]], controls)
-        drag_moves(self.head, self.yaw, self.pitch, self)
+        self.drag(self.head, self.yaw, self.pitch)
         self.redraw()
 
     @property
@@ -169,7 +150,7 @@ class PoseExplorer(Explorer):
 
     def _view(self) -> tuple[int, float, float, float]:
         """The person's row, and pitch, yaw and roll as the sliders say."""
-        return self.people.names.index(self.person.value), self.pitch.value, self.yaw.value, self.roll.value
+        return self.person.index, self.pitch.value, self.yaw.value, self.roll.value
 
     def _search(self) -> tuple[Search, int]:
         """The search of the person's views over yaw, and which of them is looked at."""
@@ -198,11 +179,11 @@ class PoseExplorer(Explorer):
         self.head.label, self.side.label = f"the head at {where}", f"the aligned crop at {where}"
         if isinstance(self.people, Turntable):  # the head at once; what the model makes of it takes longer
             for stage, picture in zip((self.head, self.side, self.front), self._pictures(self.people), strict=True):
-                stage.picture = png_bytes(picture)
+                stage.picture = png(picture)
         else:
             face = Figure((2.5, 2.5), DPI, layout="constrained")
             self._draw_face(face.add_subplot())
-            self.head.picture = figure_png(face)
+            self.head.picture = png(face)
         draw_curves(self._axes, *self._search(), len(self.gallery.names))
         self.curves.picture = self._live.png()
         self.readout.value = self._table()

@@ -18,17 +18,7 @@ from viewdiff_nb.faces.turntable import load_turntable
 from viewdiff_nb.modules.lora import evaluation_mode
 from viewdiff_nb.modules.projection import FaceVolume, rotate, voxel_centres
 from viewdiff_nb.modules.transformer import EnhancedTransformerDecoderOnly3D
-from viewdiff_nb.widgets.explorer import (
-    DPI,
-    LOOK,
-    Explorer,
-    LiveFigure,
-    Stage,
-    choice,
-    png_bytes,
-    pose_sliders,
-    pose_text,
-)
+from viewdiff_nb.widgets.explorer import DPI, LOOK, Explorer, LiveFigure, Stage, choice, png, pose_sliders
 from viewdiff_nb.widgets.pose import People
 
 PLANES = {  # what a slice is taken across: the axis of a volume, and what runs along the slice's x and y
@@ -111,24 +101,13 @@ class VoxelExplorer(Explorer):
         sizes = sorted({4, 8, 16, 32, own, resolution or own})
         self.resolution = choice("voxels per edge", [(f"{n}³", n) for n in sizes], resolution or own)
         self.quantity = choice("quantity", [self.DENSITY, self.WEIGHT, self.FEATURES, self.OCCUPANCY, *self.SHARES])
-        self.threshold = widgets.FloatSlider(
-            0.35,
-            min=0,
-            max=1,
-            step=0.05,
-            description="threshold (0–1)",
-            tooltip="voxels below this share of the way from the least to the largest value are not drawn",
-            **LOOK,
-        )
+        self.threshold = widgets.FloatSlider(0.35, min=0, max=1, step=0.05, description="threshold (0–1)", **LOOK)
+        self.threshold.tooltip = "voxels below this share of the way from the least to the largest value are not drawn"
         self.plane = choice("slice across", list(PLANES))
         self.cut = widgets.Checkbox(True, description="cut open at the slice", **LOOK)
         self.layer = widgets.IntSlider(own // 2, 1, own, description="slice (number)", **LOOK)
-        self.cubes = Stage(
-            width=380,
-            turnable=True,
-            label="the voxel grid",
-            caption="drag to look from elsewhere, or use the arrow keys",
-        )
+        self.cubes = Stage(width=380, turnable=True, label="the voxel grid")
+        self.cubes.caption = "drag to look from elsewhere, or use the arrow keys"
         self.pictures = Stage(width=620, label="a slice of the grid, and the rendering")
         self._last_volume = lru_cache(maxsize=1)(self._volume)
         self._axes = Figure((6.6, 2.9), DPI, layout="constrained").subplots(1, 3)
@@ -147,9 +126,8 @@ class VoxelExplorer(Explorer):
     def _fit_layer(self, _: dict | None = None) -> None:
         """The middle layer, when the resolution changes."""
         with self.together():
-            self.layer.max = max(self.layer.max, self.resolution.value)
-            self.layer.value = self.resolution.value // 2
             self.layer.max = self.resolution.value
+            self.layer.value = self.resolution.value // 2
 
     def _target(self) -> tuple[float, float, float]:
         """Pitch, yaw and roll to render at, degrees."""
@@ -157,11 +135,10 @@ class VoxelExplorer(Explorer):
 
     def volume(self) -> FaceVolume:
         """The grid as the controls say, of one view; on the CPU."""
-        return self._last_volume(self.person.value, self.yaw.value, self._target(), self.resolution.value)
+        return self._last_volume(self.person.index, self.yaw.value, self._target(), self.resolution.value)
 
-    def _volume(self, name: str, yaw: float, target: tuple[float, float, float], resolution: int) -> FaceVolume:
-        person, device = self.people.names.index(name), self.model.input.weight.device
-        row, at = self.people.row(person), self.people.closest(person, 0, yaw)
+    def _volume(self, person: int, yaw: float, target: tuple[float, float, float], resolution: int) -> FaceVolume:
+        device, row, at = self.model.input.weight.device, self.people.row(person), self.people.closest(person, 0, yaw)
         src, angles, points = (v[at][None].to(device) for v in (row.src, row.angles, row.keypoints_3d))
         pose = torch.tensor([target], device=device).deg2rad()
         with evaluation_mode(self.model):
@@ -214,7 +191,7 @@ class VoxelExplorer(Explorer):
         return draw_cubes(self.shown(), colours, right - 30, min(90, max(-90, 20 + down)), size, points)
 
     def _draw_cubes(self) -> None:
-        self.cubes.picture = png_bytes(self._cubes(600))
+        self.cubes.picture = png(self._cubes(600))
 
     def _draw_slices(self, axes: Sequence[Axes]) -> None:
         """A slice, the rendered features and the light stopped on three axes."""

@@ -162,7 +162,9 @@ class LiveFigure:
     """
 
     def __init__(self, moving: Sequence[Artist]) -> None:
-        self.fig = fig = moving[0].get_figure(root=True)
+        fig = moving[0].get_figure(root=True)
+        assert fig is not None  # artists of a figure
+        self.fig = fig
         self.images = [artist for artist in moving if isinstance(artist, AxesImage)]
         self.others = [artist for artist in moving if not isinstance(artist, AxesImage)]
         self.canvas = FigureCanvasAgg(fig)
@@ -197,7 +199,7 @@ class LiveFigure:
 
     def grid(self, image: AxesImage, texts: list[str]) -> dict:
         """An entry of `Stage.grids` for an image, with the texts of its cells row by row."""
-        rows, columns = np.shape(image.get_array())[:2]
+        rows, columns = np.asarray(image.get_array()).shape[:2]
         return {"box": self.box(image.axes), "rows": rows, "columns": columns, "texts": texts}
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import ipywidgets as widgets
-import matplotlib
 import numpy as np
 import seaborn as sns
 import torch
@@ -24,7 +23,7 @@ from viewdiff_nb.widgets.explorer import DPI, LOOK, Explorer, LiveFigure, Stage,
 
 People = Turntable | RecordedPeople
 RAW, PREDICTED = sns.color_palette("colorblind")[:2]
-EDGES = ((0, 1), (0, 2), (1, 2), (2, 3), (2, 4), (3, 4))  # of the face that five keypoints outline
+EDGES = ([0, 1], [0, 2], [1, 2], [2, 3], [2, 4], [3, 4])  # of the face that five keypoints outline
 
 
 @dataclass(frozen=True)
@@ -80,15 +79,6 @@ def draw_curves(ax: Axes, found: Search, at: int, people: int) -> None:
     dots.set_data([found.yaw[at]] * 2, found.own[:, at])
 
 
-def draw_face(ax: Axes, keypoints: torch.Tensor) -> None:
-    """(5, 3) keypoints as the camera sees them, joined to a face; the nearer one is, the larger its mark."""
-    points = normalise_keypoints(keypoints).numpy()
-    for edge in EDGES:
-        ax.plot(*points[list(edge), :2].T, color="0.6", linewidth=1.5)
-    ax.scatter(*points[:, :2].T, s=70 * np.exp(points[:, 2]), color=sns.color_palette("colorblind", 5), zorder=3)
-    ax.set(xlim=(-1.8, 1.8), ylim=(1.8, -1.8), aspect="equal", xticks=[], yticks=[])
-
-
 class PoseExplorer(Explorer):
     """Turn a head and see at once who is recognised, before and after the model.
 
@@ -114,14 +104,12 @@ class PoseExplorer(Explorer):
         roll: float = 0.0,
     ) -> None:
         self.model, self.gallery, self.people = model, gallery, people or people_of(gallery)
-        width = self.people.row(0).feature_dim
-        if gallery.feature_dim != width:
+        wanted, width = gallery.feature_dim, self.people.row(0).feature_dim
+        if width != wanted:
+            raise ValueError(f"the gallery's embeddings have {wanted} numbers, those of the people {width}")
+        if missing := sorted(set(self.people.names) - set(gallery.names)):
             raise ValueError(
-                f"the gallery's embeddings have {gallery.feature_dim} numbers, those of the people {width}"
-            )
-        if missing := set(self.people.names) - set(gallery.names):
-            raise ValueError(
-                f"{len(missing)} people are not in the gallery, e.g. {min(missing)!r}; give one that holds their fronts"
+                f"{len(missing)} people are not in the gallery, e.g. {missing[0]!r}; it must hold their fronts"
             )
         self.person = choice("person", self.people.names, person)
         self.pitch, self.yaw, self.roll = pose_sliders(self.people.pitches, self.people.yaws, (pitch, yaw, roll))
@@ -166,13 +154,20 @@ class PoseExplorer(Explorer):
         view = self._view()
         head = people.picture(*view)
         if self.keypoints.value:
-            head = with_points(head, people.picture_keypoints(*view))
+            draw, colours = ImageDraw.Draw(head), sns.color_palette("tab10").as_hex()
+            for (x, y), colour in zip(people.picture_keypoints(*view), colours, strict=False):
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour, outline="white")
         return [head, people.crop(*view), people.crop(view[0], 0, 0)]
 
     def _draw_face(self, ax: Axes) -> None:
-        """What there is to see of people without pictures."""
+        """For people without pictures: the keypoints, joined to a face; the nearer one is, the larger its mark."""
         view = self._view()
-        draw_face(ax, self.people.row(view[0]).keypoints_3d[self.people.closest(*view)])
+        keypoints = self.people.row(view[0]).keypoints_3d[self.people.closest(*view)]
+        x, y, z = normalise_keypoints(keypoints).T.numpy()
+        for edge in EDGES:
+            ax.plot(x[edge], y[edge], color="0.6", linewidth=1.5)
+        ax.scatter(x, y, 70 * np.exp(z), color=sns.color_palette("colorblind", 5), zorder=3)
+        ax.set(xlim=(-1.8, 1.8), ylim=(1.8, -1.8), aspect="equal", xticks=[], yticks=[])
 
     def _draw(self) -> None:
         where = pose_text(*self.pose)
@@ -190,8 +185,8 @@ class PoseExplorer(Explorer):
 
     def _table(self) -> str:
         found, at = self._search()
-        lines = [f"<th></th><th>cosine with own front</th><th>rank among {len(self.gallery.names)}</th>"]
-        lines[0] += "<th>most similar other</th>"
+        names = "", "cosine with own front", f"rank among {len(self.gallery.names)}", "most similar other"
+        lines = ["".join(f"<th>{name}</th>" for name in names)]
         for i, name in enumerate(("raw side view", "predicted")):
             rank, best = found.rank[i, at], html.escape(self.gallery.names[found.other[i, at]])
             word = "right" if rank == 1 else "wrong"
@@ -204,7 +199,7 @@ class PoseExplorer(Explorer):
     def figure(self) -> Figure:
         found, at = self._search()
         fig = Figure((9.5, 5.4), 110, layout="constrained")
-        top, bottom = fig.subfigures(2, height_ratios=(1, 1.15)).tolist()
+        top, bottom = fig.subfigures(2, 1, squeeze=False, height_ratios=(1, 1.15)).flat
         titles = f"{self.person.value}: {pose_text(*self.pose)}", self.side.caption, self.front.caption
         if isinstance(self.people, Turntable):
             for ax, picture in zip(top.subplots(1, 3), self._pictures(self.people), strict=True):
@@ -233,12 +228,3 @@ def people_of(gallery: FaceViews) -> People:
     if TURNTABLE.is_dir() and (turntable := load_turntable()).shows(gallery):
         return turntable
     return RecordedPeople(gallery)
-
-
-def with_points(picture: Image.Image, pixels: np.ndarray) -> Image.Image:
-    """A copy of a picture with (K, 2) points drawn into it."""
-    picture = picture.copy()
-    draw = ImageDraw.Draw(picture)
-    for (x, y), colour in zip(pixels, matplotlib.color_sequences["tab10"], strict=False):
-        draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=tuple(int(255 * c) for c in colour), outline="white")
-    return picture

@@ -1,6 +1,6 @@
 """Look into the voxel grid of the 3-D projection."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import combinations, product
 from pathlib import Path
@@ -46,22 +46,15 @@ def draw_image(ax: Axes, values: np.ndarray) -> None:
 
 
 def draw_slice(ax: Axes, volume: np.ndarray, plane: str, index: int, name: str) -> None:
-    """One layer of a grid.
-
-    Args:
-        volume: (R, R, R) over (depth, y, x), drawn by `colour_scale`; or (R, R, R, 3) RGB in 0..1.
-        plane: a name of `PLANES`; index: which layer.
-        name: of what the volume holds.
-    """
+    """Layer `index` of a grid: (R, R, R) over (depth, y, x), drawn by `colour_scale`; or (R, R, R, 3) RGB in 0..1."""
     axis, xlabel, ylabel = PLANES[plane]
     draw_image(ax, np.take(volume, index, axis))
     if volume.ndim == 3:
         cmap, low, high = colour_scale(volume)
         ax.images[0].set(cmap=cmap, clim=(low, high))
     title = f"{name}, {plane} {index + 1} of {len(volume)}\n{volume.min():.3g} to {volume.max():.3g}"
-    ax.set_title(title, fontsize=8)
-    ax.set_xlabel(xlabel, fontsize=8)
-    ax.set_ylabel(ylabel, fontsize=8)
+    for label, text in ((ax.title, title), (ax.xaxis.label, xlabel), (ax.yaxis.label, ylabel)):
+        label.set(text=text, fontsize=8)
     ax.set(xticks=(-1, 0, 1), yticks=(-1, 0, 1))
     ax.tick_params(labelsize=7)
 
@@ -161,16 +154,17 @@ class VoxelExplorer(Explorer):
             values = density if name == self.DENSITY else found.weights[0, 0].numpy()
         return values, values
 
-    def shown(self) -> np.ndarray:
-        """(R, R, R) bool: voxels over the threshold, of the half behind the slice if the grid is cut open."""
-        cut = self.values()[1]
-        shown = cut >= cut.min() + self.threshold.value * np.ptp(cut)
+    def scene(self) -> tuple[np.ndarray, np.ndarray]:
+        """(R, R, R) bool: voxels over the threshold, behind the slice if it cuts the grid; (R, R, R, 3) their RGB."""
+        colours, strength = self.values()
+        shown = strength >= strength.min() + self.threshold.value * np.ptp(strength)
         if self.cut.value:
-            axis, at = PLANES[self.plane.value][0], self.layer.value - 1
-            layers = np.arange(len(cut))
-            kept = layers <= at if self.plane.value == "width" else layers >= at  # away from the camera at first
-            shown &= np.expand_dims(kept, [other for other in range(3) if other != axis])
-        return shown
+            layer, at = np.indices(shown.shape)[PLANES[self.plane.value][0]], self.layer.value - 1
+            shown &= layer <= at if self.plane.value == "width" else layer >= at  # what is away from the first camera
+        if colours.ndim == 3:
+            name, low, high = colour_scale(colours)
+            colours = matplotlib.colormaps[name]((colours - low) / (high - low))[..., :3]
+        return shown, colours
 
     def _colours(self, features: torch.Tensor) -> np.ndarray:
         """(C, ...) features to (..., 3) RGB: principal components of what the grid holds, each scaled to its range."""
@@ -182,13 +176,9 @@ class VoxelExplorer(Explorer):
         return (0.5 + 0.5 * parts / scale).movedim(0, -1).numpy()
 
     def _cubes(self, size: int) -> Image.Image:
-        colours = self.values()[0]
-        if colours.ndim == 3:
-            name, low, high = colour_scale(colours)
-            colours = matplotlib.colormaps[name]((colours - low) / (high - low))[..., :3]
         right, down = self.cubes.turned
         points = self.volume().keypoints[0].double().numpy()
-        return draw_cubes(self.shown(), colours, right - 30, min(90, max(-90, 20 + down)), size, points)
+        return draw_cubes(*self.scene(), right - 30, min(90, max(-90, 20 + down)), size, points)
 
     def _draw_cubes(self) -> None:
         self.cubes.picture = png(self._cubes(600))
@@ -210,14 +200,15 @@ class VoxelExplorer(Explorer):
         self.pictures.picture = self._live.png()
         [image] = self._axes[0].images
         cells = np.asarray(image.get_array())
-        texts = [
-            ", ".join(f"{v:.2f}" for v in cell) if cells.ndim == 3 else f"{cell:.3g}" for row in cells for cell in row
-        ]
+        if cells.ndim == 2:
+            texts = [f"{value:.3g}" for value in cells.ravel()]
+        else:
+            texts = [", ".join(f"{v:.2f}" for v in rgb) for rgb in cells.reshape(-1, 3)]
         self.pictures.grids = [self._live.grid(image, texts)]
 
     def figure(self) -> Figure:
         fig = Figure((10.5, 4.6), 110, layout="constrained")
-        left, right = fig.subfigures(1, 2, width_ratios=(1, 1.25)).tolist()
+        left, right = fig.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.25)).flat
         ax = left.subplots()
         ax.imshow(self._cubes(700))
         ax.axis("off")
@@ -247,7 +238,7 @@ def draw_cubes(
     azimuth: float,
     elevation: float,
     size: int,
-    points: Sequence[np.ndarray] = (),
+    points: Iterable = (),
 ) -> Image.Image:
     """Draw some voxels of a grid.
 

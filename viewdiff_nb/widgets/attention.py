@@ -11,42 +11,43 @@ from matplotlib.figure import Figure
 from viewdiff_nb.faces.turntable import load_turntable
 from viewdiff_nb.modules.lora import evaluation_mode
 from viewdiff_nb.modules.transformer import MEMORY_TOKENS, EnhancedTransformerDecoderOnly3D
-from viewdiff_nb.widgets.explorer import Explorer, LiveFigure, Stage, choice, png, pose_sliders, pose_text
+from viewdiff_nb.widgets.explorer import LOOK, Explorer, LiveFigure, Stage, png, pose_sliders, pose_text
 from viewdiff_nb.widgets.pose import People
 
 DPI = 100  # a large picture: half the pixels are half the time
-ROWS = ("pose A", "pose B", "B − A")
+ROWS = (  # what a row shows, of what kind its values are, colour map and limits
+    ("pose A", "weight", "viridis", 0, 1),
+    ("pose B", "weight", "viridis", 0, 1),
+    ("B − A", "difference", "RdBu_r", -0.5, 0.5),
+)
 
 
 def draw_maps(fig: Figure, columns: dict[str, Sequence[str]], weights: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
     """Attention of one token, heads against the tokens it attends to: a column of panels a layer, a row a pose.
 
     Args:
-        columns: title and token names of each column.
-        weights: (heads, tokens) of every row and column; those of the last row are differences.
+        columns: title and token names of each column. weights: (heads, tokens) of every row and column.
 
     Returns:
         the images: array of objects (rows, columns).
     """
     images = np.empty((len(ROWS), len(columns)), object)
     axes = fig.subplots(*images.shape, squeeze=False)
-    for row, name in enumerate(ROWS):
-        difference = row == len(ROWS) - 1
-        cmap, low, high = ("RdBu_r", -0.5, 0.5) if difference else ("viridis", 0, 1)
-        for column, (title, tokens) in enumerate(columns.items()):
+    for row, (name, meaning, cmap, low, high) in enumerate(ROWS):
+        for column, tokens in enumerate(columns.values()):
             ax, values = axes[row, column], weights[row][column]
             images[row, column] = ax.imshow(values, cmap, vmin=low, vmax=high, aspect="auto")
-            ax.set_xticks(range(len(tokens)), tokens if difference else [], rotation=40, ha="right", fontsize=7)
-            heads = range(len(values))
-            ax.set_yticks(heads, [head + 1 for head in heads] if column == 0 else [], fontsize=7)
+            names = tokens if row == len(ROWS) - 1 else []
+            ax.set_xticks(range(len(tokens)), names, rotation=40, ha="right", fontsize=7)
+            numbers = range(1, len(values) + 1) if column == 0 else []
+            ax.set_yticks(range(len(values)), numbers, fontsize=7)
             ax.tick_params(length=2)
-            if row == 0:
-                ax.set_title(title, fontsize=9)
         axes[row, 0].set_ylabel(f"{name}\nhead", fontsize=8)
-    for row, meaning in enumerate(("weight", "weight", "difference")):
         bar = fig.colorbar(images[row, -1], ax=list(axes[row]), shrink=0.9, pad=0.01)
         bar.ax.tick_params(labelsize=7, length=2)
         bar.set_label(meaning, fontsize=7)
+    for ax, title in zip(axes[0], columns, strict=True):
+        ax.set_title(title, fontsize=9)
     return images
 
 
@@ -70,7 +71,8 @@ class AttentionExplorer(Explorer):
         yaws: tuple[float, float] = (0.0, 75.0),
     ) -> None:
         self.model, self.people = model, people or load_turntable()
-        self.person = choice("person", self.people.names, person)
+        names = self.people.names
+        self.person = widgets.Dropdown(options=names, value=person or names[0], description="person", **LOOK)
         grid = self.people.pitches, self.people.yaws
         self._sliders = [pose_sliders(*grid, (0, yaw, 0), f"{name}: ") for name, yaw in zip("AB", yaws, strict=True)]
         (self.pitch_a, self.yaw_a, self.roll_a), (self.pitch_b, self.yaw_b, self.roll_b) = a, b = self._sliders
@@ -123,9 +125,9 @@ class AttentionExplorer(Explorer):
 
     def _draw(self) -> None:
         grids = []
-        for row, of_row in enumerate(self.weights()):
-            sign = "+" if row == 2 else ""
-            for image, values, (title, tokens) in zip(self._images[row], of_row, self.columns.items(), strict=True):
+        for (_, meaning, *_), images, weights in zip(ROWS, self._images, self.weights(), strict=True):
+            sign = "+" if meaning == "difference" else ""
+            for image, values, (title, tokens) in zip(images, weights, self.columns.items(), strict=True):
                 image.set_data(values)
                 texts = [
                     f"{title}, head {head} → {token}: {value:{sign}.3f}"

@@ -115,14 +115,6 @@ class Explorer(widgets.VBox):
         return f"<{type(self).__name__}: run the cell to move its sliders>"
 
 
-def choice(name: str, options: Sequence, value: object = None) -> widgets.Dropdown:
-    """A list to choose from; the first by default."""
-    control = widgets.Dropdown(options=options, description=name, **LOOK)
-    if value is not None:
-        control.value = value
-    return control
-
-
 def pose_sliders(
     pitches: Sequence[float] | None, yaws: Sequence[float] | None, pose: tuple[float, float, float], prefix: str = ""
 ) -> list[widgets.FloatSlider]:

@@ -19,7 +19,7 @@ from viewdiff_nb.faces.turntable import RecordedPeople, Turntable, load_turntabl
 from viewdiff_nb.faces.views import FaceViews
 from viewdiff_nb.files import TURNTABLE
 from viewdiff_nb.training.evaluation import predict
-from viewdiff_nb.widgets.explorer import DPI, LOOK, Explorer, LiveFigure, Stage, choice, png, pose_sliders, pose_text
+from viewdiff_nb.widgets.explorer import DPI, LOOK, Explorer, LiveFigure, Stage, png, pose_sliders, pose_text
 
 People = Turntable | RecordedPeople
 RAW, PREDICTED = sns.color_palette("colorblind")[:2]
@@ -111,7 +111,8 @@ class PoseExplorer(Explorer):
             raise ValueError(
                 f"{len(missing)} people are not in the gallery, e.g. {missing[0]!r}; it must hold their fronts"
             )
-        self.person = choice("person", self.people.names, person)
+        names = self.people.names
+        self.person = widgets.Dropdown(options=names, value=person or names[0], description="person", **LOOK)
         self.pitch, self.yaw, self.roll = pose_sliders(self.people.pitches, self.people.yaws, (pitch, yaw, roll))
         self.keypoints = widgets.Checkbox(False, description="keypoints", **LOOK)
         self.head = Stage(width=250, turnable=True, label="the head", caption="drag the head, or use the arrow keys")
@@ -123,6 +124,9 @@ class PoseExplorer(Explorer):
         self._axes = Figure((5.2, 2.7), DPI, layout="constrained").add_subplot()
         draw_curves(self._axes, *self._search(), len(gallery.names))
         self._live = LiveFigure(self._axes.lines)
+        self._face = Figure((2.5, 2.5), DPI, layout="constrained").add_subplot()
+        self._draw_face(self._face)
+        self._live_face = LiveFigure([*self._face.lines, *self._face.collections])
         controls = [self.person, self.yaw, self.pitch, self.roll, self.keypoints]
         heads = [self.head, self.side, self.front] if isinstance(self.people, Turntable) else [self.head]
         super().__init__([[widgets.VBox(controls), *heads], [self.curves, self.readout]], controls)
@@ -164,10 +168,14 @@ class PoseExplorer(Explorer):
         view = self._view()
         keypoints = self.people.row(view[0]).keypoints_3d[self.people.closest(*view)]
         x, y, z = normalise_keypoints(keypoints).T.numpy()
-        for edge in EDGES:
-            ax.plot(x[edge], y[edge], color="0.6", linewidth=1.5)
-        ax.scatter(x, y, 70 * np.exp(z), color=sns.color_palette("colorblind", 5), zorder=3)
-        ax.set(xlim=(-1.8, 1.8), ylim=(1.8, -1.8), aspect="equal", xticks=[], yticks=[])
+        if not ax.lines:
+            ax.scatter(x, y, color=sns.color_palette("colorblind", 5), zorder=3)
+            for _ in EDGES:
+                ax.plot([], [], color="0.6", linewidth=1.5)
+            ax.set(xlim=(-1.8, 1.8), ylim=(1.8, -1.8), aspect="equal", xticks=[], yticks=[])
+        for line, edge in zip(ax.lines, EDGES, strict=True):
+            line.set_data(x[edge], y[edge])
+        ax.collections[0].set(offsets=np.column_stack((x, y)), sizes=70 * np.exp(z))
 
     def _draw(self) -> None:
         where = pose_text(*self.pose)
@@ -176,9 +184,8 @@ class PoseExplorer(Explorer):
             for stage, picture in zip((self.head, self.side, self.front), self._pictures(self.people), strict=True):
                 stage.picture = png(picture)
         else:
-            face = Figure((2.5, 2.5), DPI, layout="constrained")
-            self._draw_face(face.add_subplot())
-            self.head.picture = png(face)
+            self._draw_face(self._face)
+            self.head.picture = self._live_face.png()
         draw_curves(self._axes, *self._search(), len(self.gallery.names))
         self.curves.picture = self._live.png()
         self.readout.value = self._table()

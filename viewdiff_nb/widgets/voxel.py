@@ -18,7 +18,7 @@ from viewdiff_nb.faces.turntable import load_turntable
 from viewdiff_nb.modules.lora import evaluation_mode
 from viewdiff_nb.modules.projection import FaceVolume, rotate, voxel_centres
 from viewdiff_nb.modules.transformer import EnhancedTransformerDecoderOnly3D
-from viewdiff_nb.widgets.explorer import DPI, LOOK, Explorer, LiveFigure, Stage, choice, png, pose_sliders
+from viewdiff_nb.widgets.explorer import DPI, LOOK, Explorer, LiveFigure, Stage, png, pose_sliders
 from viewdiff_nb.widgets.pose import People
 
 PLANES = {  # what a slice is taken across: the axis of a volume, and what runs along the slice's x and y
@@ -88,15 +88,19 @@ class VoxelExplorer(Explorer):
             raise ValueError("this model has no projection layer; build it with use_projection_layer=True")
         self.model, self.people = model, people or load_turntable()
         own = model.projection.voxel_resolution
-        self.person = choice("person", self.people.names, person)
+        names = self.people.names
+        self.person = widgets.Dropdown(options=names, value=person or names[0], description="person", **LOOK)
         _, self.yaw, _ = pose_sliders(self.people.pitches, self.people.yaws, (0, yaw, 0), "source ")
         self.target_pitch, self.target_yaw, self.target_roll = pose_sliders(None, None, (0, 0, 0), "target ")
         sizes = sorted({4, 8, 16, 32, own, resolution or own})
-        self.resolution = choice("voxels per edge", [(f"{n}³", n) for n in sizes], resolution or own)
-        self.quantity = choice("quantity", [self.DENSITY, self.WEIGHT, self.FEATURES, self.OCCUPANCY, *self.SHARES])
+        self.resolution = widgets.Dropdown(
+            options=[(f"{n}³", n) for n in sizes], value=resolution or own, description="voxels per edge", **LOOK
+        )
+        quantities = [self.DENSITY, self.WEIGHT, self.FEATURES, self.OCCUPANCY, *self.SHARES]
+        self.quantity = widgets.Dropdown(options=quantities, description="quantity", **LOOK)
         self.threshold = widgets.FloatSlider(0.35, min=0, max=1, step=0.05, description="threshold (0–1)", **LOOK)
         self.threshold.tooltip = "voxels below this share of the way from the least to the largest value are not drawn"
-        self.plane = choice("slice across", list(PLANES))
+        self.plane = widgets.Dropdown(options=list(PLANES), description="slice across", **LOOK)
         self.cut = widgets.Checkbox(True, description="cut open at the slice", **LOOK)
         self.layer = widgets.IntSlider(own // 2, 1, own, description="slice (number)", **LOOK)
         self.cubes = Stage(width=380, turnable=True, label="the voxel grid")
@@ -106,7 +110,7 @@ class VoxelExplorer(Explorer):
         self._axes = Figure((6.6, 2.9), DPI, layout="constrained").subplots(1, 3)
         left = [self.person, self.yaw, self.target_yaw, self.target_pitch, self.target_roll]
         right = [self.resolution, self.quantity, self.threshold, self.plane, self.layer, self.cut]
-        # a new resolution moves the slice, which draws
+        # a new resolution is drawn by _fit_layer
         super().__init__([[widgets.VBox(left), widgets.VBox(right)], [self.cubes, self.pictures]], left + right[1:])
         self.resolution.observe(self._fit_layer, "value")
         self.cubes.observe(lambda _: self._draw_cubes(), "turned")

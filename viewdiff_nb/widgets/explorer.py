@@ -1,9 +1,9 @@
-"""What the explorers share: controls that redraw, dragging that moves sliders, and a static picture."""
+"""What the explorers share: controls that redraw, dragging that moves sliders, figures redrawn within milliseconds."""
 
 import base64
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,67 +18,53 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from PIL import Image
 
-HERE = Path(__file__).parent
+STATIC = "VIEWDIFF_NB_STATIC"  # environment variable, set while notebooks are executed for publication
+DPI = 144  # of live pictures; a page shows them smaller, so they are sharp on dense screens
+LOOK = {"layout": widgets.Layout(width="330px"), "style": {"description_width": "110px"}}  # of a control
 
 
 class Stage(anywidget.AnyWidget):
-    """Shows a picture that Python draws; says where it is dragged, and shows the values under the pointer.
-
-    A picture replaces the one before without flicker, when it is decoded; one that comes late is dropped. When the
-    kernel is gone the stage says so and what to do. Arrow keys do what dragging does.
+    """Shows a picture that Python draws, reports dragging and arrow keys, and shows the values under the pointer.
 
     Traits:
         picture: a PNG or WebP.
         width: of the picture on the page, CSS pixels.
         label: what the picture shows, for screen readers; caption: a line below it.
         turnable: whether it can be dragged.
-        turned: degrees dragged so far, [to the right, down]; grows, so that no step is lost when steps are merged.
-        grids: what can be read off: each {"box": [left, top, right, bottom] in 0..1 from the top left corner,
+        turned: degrees dragged so far, [to the right, down]; a sum, so that no step is lost when messages are merged.
+        grids: values to read off: each {"box": [left, top, right, bottom] in 0..1 from the top left corner,
             "rows": n, "columns": m, "texts": n m strings, row by row}.
     """
 
-    _esm = HERE / "stage.js"
-    _css = HERE / "stage.css"
+    _esm = Path(__file__).with_name("stage.js")
+    _css = Path(__file__).with_name("stage.css")
     picture = traitlets.Bytes(b"").tag(sync=True)
     width = traitlets.Int(240).tag(sync=True)
     label = traitlets.Unicode("").tag(sync=True)
     caption = traitlets.Unicode("").tag(sync=True)
     turnable = traitlets.Bool(False).tag(sync=True)
-    degrees_per_pixel = traitlets.Float(0.5).tag(sync=True)
-    degrees_per_key = traitlets.List([5.0, 10.0]).tag(sync=True)  # right and left, up and down
     turned = traitlets.List([0.0, 0.0]).tag(sync=True)
-    grids = traitlets.List([]).tag(sync=True)
-
-
-STATIC = "VIEWDIFF_NB_STATIC"  # set where nobody can move a slider, e.g. when notebooks are executed for publication
-SLIDER = widgets.Layout(width="330px")
-DPI = 144  # of live pictures; a page shows them smaller, so they are sharp on dense screens
-STYLE = {"description_width": "110px"}
+    grids: traitlets.List = traitlets.List([]).tag(sync=True)
 
 
 class Explorer(widgets.VBox):
     """Pictures that follow controls.
 
-    A subclass makes its controls, calls `follow` on them, and writes `_draw` and `figure`. A notebook shows the live
-    explorer, and keeps the picture of `figure` beside it for readers without a kernel.
+    A notebook shows the live explorer, and keeps the picture of `figure` beside it for readers without a kernel.
+
+    Args:
+        rows: widgets side by side, or below each other where the page is narrow.
+        controls: those of them that redraw the pictures when they change.
     """
 
-    FIRST: tuple[str, ...] = ()  # controls that limit others, for `set`
+    figure: Callable[[], Figure]  # a subclass's method: what is seen now, as a static figure
+    _draw: Callable[[], None]  # a subclass's method: sets the pictures of its stages
+    FIRST: tuple[str, ...] = ()  # controls that `set` moves before the others, because they limit them
 
-    def __init__(self, children: list[widgets.Widget]) -> None:
-        super().__init__(children)
+    def __init__(self, rows: Sequence[Sequence[widgets.Widget]], controls: Sequence[widgets.Widget] = ()) -> None:
+        super().__init__([widgets.HBox(row, layout=widgets.Layout(flex_flow="row wrap")) for row in rows])
         self.add_class("vd-explorer")
-        self._held = 0  # how many contexts hold the drawing back
-
-    def figure(self) -> Figure:
-        """What is seen now, as a static figure."""
-        raise NotImplementedError
-
-    def _draw(self) -> None:
-        raise NotImplementedError
-
-    def follow(self, *controls: widgets.Widget) -> None:
-        """Draw anew whenever one of these changes."""
+        self._held = 0  # how many contexts of `together` are open
         for control in controls:
             control.observe(lambda _: self.redraw(), "value")
 
@@ -97,7 +83,7 @@ class Explorer(widgets.VBox):
             self._held -= 1
         self.redraw()
 
-    def set(self, **values) -> None:
+    def set(self, **values: object) -> None:
         """Move controls by name, e.g. set(yaw=-60, pitch=10): what a user does by hand."""
         with self.together():
             for name in sorted(values, key=lambda name: name not in self.FIRST):
@@ -106,108 +92,75 @@ class Explorer(widgets.VBox):
                     raise AttributeError(f"{type(self).__name__} has no control named {name!r}")
                 control.value = values[name]
 
-    def _repr_mimebundle_(self, **options) -> dict:
-        static = {"image/png": base64.b64encode(figure_png(self.figure())).decode(), "text/plain": repr(self)}
-        if os.environ.get(STATIC):
-            return static
-        return super()._repr_mimebundle_(**options) | static
+    def drag(self, stage: Stage, right: widgets.FloatSlider, up: widgets.FloatSlider) -> None:
+        """Let dragging a stage move two sliders. What does not yet make a step of a slider counts the next time."""
+        wanted = {slider: slider.value for slider in (right, up)}  # not rounded to steps
+
+        def move(change: dict) -> None:
+            to_right, down = np.subtract(change["new"], change["old"]).tolist()
+            with self.together():
+                for slider, degrees in ((right, to_right), (up, -down)):
+                    if abs(slider.value - wanted[slider]) > slider.step / 2 + 1e-9:  # more than rounding: moved by hand
+                        wanted[slider] = slider.value
+                    wanted[slider] = min(max(wanted[slider] + degrees, slider.min), slider.max)
+                    slider.value = slider.min + round((wanted[slider] - slider.min) / slider.step) * slider.step
+
+        stage.observe(move, "turned")
+
+    def _repr_mimebundle_(self, **options: object) -> dict:
+        static = {"image/png": base64.b64encode(png(self.figure())).decode(), "text/plain": repr(self)}
+        return static if os.environ.get(STATIC) else super()._repr_mimebundle_(**options) | static
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: run the cell to move its sliders>"
 
 
-def slider(name: str, low: float, high: float, step: float, value: float, form: str = ".0f") -> widgets.FloatSlider:
-    """A slider that answers while it moves."""
-    return widgets.FloatSlider(
-        value, min=low, max=high, step=step, description=name, readout_format=form, layout=SLIDER, style=STYLE
-    )
-
-
-def side_by_side(*parts: widgets.Widget) -> widgets.HBox:
-    """In a row, or below each other where the page is narrow."""
-    return widgets.HBox(parts, layout=widgets.Layout(flex_flow="row wrap"))
-
-
-def choice(name: str, options, value=None) -> widgets.Dropdown:
-    """A list to choose from; the first by default."""
-    value = value if value is not None else widgets.Dropdown(options=options).value
-    return widgets.Dropdown(options=options, value=value, description=name, layout=SLIDER, style=STYLE)
-
-
 def pose_sliders(
-    pitches: tuple[float, ...] | None,
-    yaws: tuple[float, ...] | None,
-    pose: tuple[float, float, float],
-    prefix: str = "",
-) -> tuple[widgets.FloatSlider, ...]:
+    pitches: Sequence[float] | None, yaws: Sequence[float] | None, pose: tuple[float, float, float], prefix: str = ""
+) -> list[widgets.FloatSlider]:
     """Sliders for pitch, yaw and roll in degrees.
 
     Args:
         pitches, yaws: the poses there are, evenly spaced; None for any.
         pose: where they stand at first.
     """
-    made, limits = [], (40, 90, 30)
-    for name, values, limit, at in zip(("pitch", "yaw", "roll"), (pitches, yaws, None), limits, pose, strict=True):
-        low, high = (values[0], values[-1]) if values else (-limit, limit)
-        step = values[1] - values[0] if values and len(values) > 1 else 1
-        made.append(slider(f"{prefix}{name} (°)", low, high, step, at))
-    return tuple(made)
+    grids = {"pitch": pitches or range(-40, 41), "yaw": yaws or range(-90, 91), "roll": range(-30, 31)}
+    return [
+        widgets.FloatSlider(
+            value,
+            min=grid[0],
+            max=grid[-1],
+            step=grid[1] - grid[0] if len(grid) > 1 else 1,
+            description=f"{prefix}{name} (°)",
+            readout_format=".0f",
+            **LOOK,
+        )
+        for (name, grid), value in zip(grids.items(), pose, strict=True)
+    ]
 
 
-def drag_moves(
-    stage: Stage, right: widgets.FloatSlider, down: widgets.FloatSlider, explorer: Explorer, down_sign: float = -1.0
-) -> None:
-    """Let dragging a stage move two sliders: to the right, and down.
-
-    What was dragged but does not yet make a step of the slider is kept for the next time.
-    """
-    wanted = {control: control.value for control in (right, down)}
-    seen = list(stage.turned)
-
-    def forget(change: dict) -> None:
-        if abs(change["new"] - wanted[change["owner"]]) > change["owner"].step / 2 + 1e-9:  # rounding is at most that
-            wanted[change["owner"]] = change["new"]  # moved by hand
-
-    def moved(change: dict) -> None:
-        moves = [new - old for new, old in zip(change["new"], seen, strict=True)]
-        seen[:] = change["new"]
-        with explorer.together():
-            for control, move in zip((right, down), (moves[0], down_sign * moves[1]), strict=True):
-                wanted[control] = min(max(wanted[control] + move, control.min), control.max)
-                steps = round((wanted[control] - control.min) / control.step)
-                control.value = control.min + steps * control.step
-
-    for control in (right, down):
-        control.observe(forget, "value")
-    stage.observe(moved, "turned")
-
-
-def on_drag(stage: Stage, draw: Callable[[], None]) -> None:
-    """Call draw whenever a stage is dragged."""
-    stage.observe(lambda _: draw(), "turned")
-
-
-# ---- A picture in a notebook that can be turned by hand and asked for its values: the front end of the explorers.
-
-
-# ---- A matplotlib figure that is redrawn within milliseconds, because only what moves is drawn anew.
+def pose_text(pitch: float, yaw: float, roll: float) -> str:
+    """Of a pose in degrees."""
+    return f"pitch {pitch:.0f}°, yaw {yaw:.0f}°, roll {roll:.0f}°"
 
 
 class LiveFigure:
-    """Keeps what does not move as pixels.
+    """A matplotlib figure that is redrawn within milliseconds: what does not move is kept as pixels.
 
     Args:
-        fig: the figure, complete; its layout stays as it is now.
-        moving: artists whose data will change; the later ones lie on top. Images must fill their axes; they are copied
-            cell by cell, which is ten times faster than drawing them.
+        moving: artists whose data will change, of one figure, which is complete: its layout stays as it is now. The
+            later ones lie on top. Images must fill their axes; they are copied cell by cell, which is ten times faster
+            than drawing them.
     """
 
-    def __init__(self, fig: Figure, moving: list[Artist]) -> None:
+    def __init__(self, moving: Sequence[Artist]) -> None:
+        fig = moving[0].get_figure(root=True)
+        assert fig is not None  # artists of a figure
         self.fig = fig
         self.images = [artist for artist in moving if isinstance(artist, AxesImage)]
         self.others = [artist for artist in moving if not isinstance(artist, AxesImage)]
         self.canvas = FigureCanvasAgg(fig)
-        for _ in range(2):  # the layout leaves room for what moves; axes of equal aspect need a second look
+        for _ in range(2):  # the layout leaves room for what moves; axes of equal aspect settle in the second drawing
             self.canvas.draw()
         fig.set_layout_engine("none")
         for artist in moving:
@@ -220,38 +173,33 @@ class LiveFigure:
         self.canvas.restore_region(self.still)
         for artist in self.others:
             self.fig.draw_artist(artist)
-        pixels = np.array(np.asarray(self.canvas.buffer_rgba())[..., :3])
+        picture = Image.fromarray(np.asarray(self.canvas.buffer_rgba())[..., :3])
         for image in self.images:
-            self._copy(image, pixels)
-        return png_bytes(Image.fromarray(pixels))
+            left, top, right, bottom = np.multiply(self.box(image.axes), picture.size * 2).round().astype(int)
+            values = np.asarray(image.get_array())
+            colours = (
+                image.to_rgba(values, bytes=True)[..., :3] if values.ndim == 2 else (values * 255).astype(np.uint8)
+            )
+            cells = Image.fromarray(colours)
+            picture.paste(cells.resize((right - left, bottom - top), Image.Resampling.NEAREST), (left, top))
+        return png(picture)
 
     def box(self, ax: Axes) -> list[float]:
         """Where axes lie in the picture: [left, top, right, bottom] in 0..1 from the top left corner."""
-        place = ax.get_position()
-        return [place.x0, 1 - place.y1, place.x1, 1 - place.y0]
+        bounds = ax.get_position()
+        return [bounds.x0, 1 - bounds.y1, bounds.x1, 1 - bounds.y0]
 
-    def _copy(self, image: AxesImage, pixels: np.ndarray) -> None:
-        """Draw the cells of an image, the first row on top, into its axes' part of the picture."""
-        height, width = pixels.shape[:2]
-        left, top, right, bottom = self.box(image.axes)
-        x0, x1, y0, y1 = round(left * width), round(right * width), round(top * height), round(bottom * height)
-        values = image.get_array()
-        rgb = image.to_rgba(values, bytes=True)[..., :3] if values.ndim == 2 else (values * 255).astype(np.uint8)
-        rows, columns = (
-            (2 * np.arange(n) + 1) * cells // (2 * n) for n, cells in zip((y1 - y0, x1 - x0), rgb.shape, strict=False)
-        )
-        pixels[y0:y1, x0:x1] = rgb[rows[:, None], columns]
+    def grid(self, image: AxesImage, texts: list[str]) -> dict:
+        """An entry of `Stage.grids` for an image, with the texts of its cells row by row."""
+        rows, columns = np.asarray(image.get_array()).shape[:2]
+        return {"box": self.box(image.axes), "rows": rows, "columns": columns, "texts": texts}
 
 
-def png_bytes(picture: Image.Image) -> bytes:
-    """Encoded for the front end: quickly rather than tightly."""
+def png(picture: Image.Image | Figure) -> bytes:
+    """A figure at its own resolution, or a picture, which is encoded quickly rather than tightly."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
-
-
-def figure_png(fig: Figure) -> bytes:
-    """A whole figure as a PNG, at its own resolution."""
-    buffer = io.BytesIO()
-    FigureCanvasAgg(fig).print_png(buffer)
+    if isinstance(picture, Figure):
+        FigureCanvasAgg(picture).print_png(buffer)
+    else:
+        picture.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()

@@ -15,7 +15,7 @@ from viewdiff_nb.training.config import TrainConfig
 from viewdiff_nb.training.devices import OwnRandomness
 from viewdiff_nb.training.loop import train
 from viewdiff_nb.training.result import StopRequest, TrainResult
-from viewdiff_nb.widgets.explorer import DPI, SLIDER, STYLE, Explorer, Stage, figure_png, side_by_side
+from viewdiff_nb.widgets.explorer import DPI, LOOK, Explorer, Stage, png
 
 
 class TrainingMonitor(Explorer):
@@ -31,23 +31,24 @@ class TrainingMonitor(Explorer):
     `train(..., on_epoch=monitor.show)` shows a run that was started elsewhere.
 
     Args:
-        config: with a save_dir, or there is nothing to go on from. Its use_cuda_graph is left out.
+        config: with a save_dir, or there is nothing to go on from. Its use_cuda_graph is left out, because the
+            recording of a graph fails if another thread uses the GPU meanwhile.
     """
 
     def __init__(self, config: TrainConfig, train_faces: FaceViews, val_faces: FaceViews) -> None:
-        # the recording of a graph fails if another thread, a cell's say, uses the GPU meanwhile
         self.config, self.faces = replace(config, use_cuda_graph=False), (train_faces, val_faces)
         self.result: TrainResult | None = None
         self.error: BaseException | None = None
-        self.history, self._first = pd.DataFrame(), 0  # epochs that an earlier start has done
-        self._stop, self._thread, self._started, self._running = StopRequest(), None, 0.0, False
+        self.history = pd.DataFrame()
+        self._thread: threading.Thread | None = None
+        self._running, self._stop = False, StopRequest()
+        self._started, self._first = 0.0, 0  # when this thread's run began, and at which epoch
         self.start_button = widgets.Button(description="Start", icon="play", button_style="primary")
         self.stop_button = widgets.Button(description="Stop", icon="stop", disabled=True)
-        self.progress = widgets.IntProgress(0, 0, config.epochs, description="epochs", style=STYLE, layout=SLIDER)
+        self.progress = widgets.IntProgress(0, 0, config.epochs, description="epochs", **LOOK)
         self.status = widgets.HTML("not started")
         self.curves = Stage(width=760, label="loss, rank-1 and TAR over epochs")
-        self._fig = Figure((9, 3.2), DPI, layout="constrained")
-        super().__init__([side_by_side(self.start_button, self.stop_button, self.progress, self.status), self.curves])
+        super().__init__([[self.start_button, self.stop_button, self.progress, self.status], [self.curves]])
         self.start_button.on_click(self._pressed)
         self.stop_button.on_click(lambda _: self.stop())
         self.redraw()
@@ -65,8 +66,8 @@ class TrainingMonitor(Explorer):
             if self.result.checkpoint is None:
                 raise RuntimeError("the run was stopped and nothing was kept; give TrainConfig a save_dir")
             config, self._first = replace(config, resume=str(self.result.checkpoint)), self.progress.value
-        self._stop, self.error, self._started, self._running = StopRequest(), None, time.monotonic(), True
-        self._buttons()
+        self._stop, self.error, self._started = StopRequest(), None, time.monotonic()
+        self._set_running(True)
         self._thread = threading.Thread(target=self._run, args=(config,), daemon=True)
         self._thread.start()
         return self
@@ -92,14 +93,13 @@ class TrainingMonitor(Explorer):
             self._thread.join()
         if self.error is not None:
             raise self.error
+        assert self.result is not None  # a run ends with one of the two
         return self.result
 
     def show(self, history: pd.DataFrame) -> None:
         """Draw a run's history so far."""
-        self.history = history
-        epoch = int(history["epoch"].iloc[-1])
-        self.progress.value = epoch
-        left = ""
+        self.history, left = history, ""
+        epoch = self.progress.value = int(history["epoch"].iloc[-1])
         if self._running and epoch > self._first:
             spent = time.monotonic() - self._started
             left = f", about {spent / (epoch - self._first) * (self.config.epochs - epoch):.0f} s left"
@@ -114,23 +114,22 @@ class TrainingMonitor(Explorer):
 
     def _run(self, config: TrainConfig) -> None:
         try:
-            with OwnRandomness():  # cells draw meanwhile
-                result = train(config, *self.faces, on_epoch=self.show, progress=False, stop=self._stop)
-            said = f"{result.stopped} after {result.steps} steps, {result.train_seconds:.0f} s of training"
-            self.result = result
-        except BaseException as error:  # told here, and raised again by wait()
-            self.error, said = error, f"<b>{type(error).__name__}</b>: {html.escape(str(error))}"
-        self._running = False
-        self._buttons()
-        self.status.value = said
+            with OwnRandomness():
+                self.result = result = train(config, *self.faces, on_epoch=self.show, progress=False, stop=self._stop)
+            ended = f"{result.stopped} after {result.steps} steps, {result.train_seconds:.0f} s of training"
+        except BaseException as error:  # shown here, and raised again by wait()
+            self.error, ended = error, f"<b>{type(error).__name__}</b>: {html.escape(str(error))}"
+        self._set_running(False)
+        self.status.value = ended
 
-    def _buttons(self) -> None:
-        self.start_button.disabled, self.stop_button.disabled = self._running, not self._running
+    def _set_running(self, running: bool) -> None:
+        self._running = self.start_button.disabled = running
+        self.stop_button.disabled = not running
         stopped = self.result is not None and self.result.stopped == "interrupted"
         self.start_button.description = "Go on" if stopped else "Start"
 
     def _draw(self) -> None:
-        self.curves.picture = figure_png(learning_curves(self.history, self._fig))
+        self.curves.picture = png(self.figure(DPI))
 
-    def figure(self) -> Figure:
-        return learning_curves(self.history, Figure((9, 3.2), 110, layout="constrained"))
+    def figure(self, dpi: int = 110) -> Figure:
+        return learning_curves(self.history, Figure((9, 3.2), dpi, layout="constrained"))

@@ -1,6 +1,7 @@
-// A picture that can be dragged and asked for its values; see Stage in stage.py.
+// A picture that can be dragged and asked for its values; see Stage in explorer.py.
 
-const KEYS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+const DEGREES_PER_PIXEL = 0.5;
+const KEYS = { ArrowLeft: [-5, 0], ArrowRight: [5, 0], ArrowUp: [0, -10], ArrowDown: [0, 10] }; // degrees right, down
 
 function node(tag, className, parent) {
   const element = document.createElement(tag);
@@ -82,8 +83,7 @@ function render({ model, el }) {
   });
   frame.addEventListener("pointermove", (event) => {
     if (held) {
-      const scale = model.get("degrees_per_pixel");
-      turn((event.clientX - held[0]) * scale, (event.clientY - held[1]) * scale);
+      turn((event.clientX - held[0]) * DEGREES_PER_PIXEL, (event.clientY - held[1]) * DEGREES_PER_PIXEL);
       held = [event.clientX, event.clientY];
     } else {
       showValue(event);
@@ -92,9 +92,7 @@ function render({ model, el }) {
   for (const end of ["pointerup", "pointercancel"]) frame.addEventListener(end, () => (held = null));
   frame.addEventListener("keydown", (event) => {
     if (!model.get("turnable") || !(event.key in KEYS)) return;
-    const [right, down] = KEYS[event.key];
-    const step = model.get("degrees_per_key");
-    turn(right * step[0], down * step[1]);
+    turn(...KEYS[event.key]);
     event.preventDefault();
     event.stopPropagation();
   });

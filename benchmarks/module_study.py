@@ -35,7 +35,6 @@ from viewdiff_nb.studies.adaptation import (
 from viewdiff_nb.studies.benchmark import machine
 from viewdiff_nb.studies.significance import correction, judged, over_seeds
 from viewdiff_nb.studies.store import Store
-from viewdiff_nb.studies.tables import with_interval
 from viewdiff_nb.training.batches import view_groups
 from viewdiff_nb.training.checkpoint import save_checkpoint
 from viewdiff_nb.training.config import TrainConfig
@@ -92,7 +91,9 @@ def module_table(results: dict[tuple[str, int], dict], part: str) -> pd.DataFram
     rows = {}
     for name in ("base", *MODULES):
         found = [results[name, seed] for seed in seeds]
-        rates = {head: with_interval(r[part][where][rate] for r in found) for head, (rate, where) in columns.items()}
+        rates = {
+            head: f"{over_seeds(r[part][where][rate] for r in found):.3f}" for head, (rate, where) in columns.items()
+        }
         rows[name] = {"trainable": f"{found[0]['trainable'] / 1e6:.3f}M"} | rates
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("adapted by")
 
@@ -221,9 +222,9 @@ def multi_view_table(results: dict[tuple[str, int], dict], part: str) -> pd.Data
                         "views": views,
                         "of": "any yaw" if kind == "all" else "|yaw| ≥ 45°",
                         "rate": rate,
-                        "one view": with_interval(results["average", s][part][kind]["1"][rate] for s in seeds),
-                        "average": with_interval(average),
-                        "cross-view": with_interval(crossed),
+                        "one view": f"{over_seeds(results['average', s][part][kind]['1'][rate] for s in seeds):.3f}",
+                        "average": f"{over_seeds(average):.3f}",
+                        "cross-view": f"{over_seeds(crossed):.3f}",
                         "gain": f"{gain:+.3f}",
                     }
                 )

@@ -140,20 +140,6 @@ def test_the_best_model_is_chosen_on_validation_people(results):
     assert tables.best_on_validation(results, ["base", "liked by test people", "good"]) == "good"
 
 
-def test_goals_are_checked_not_claimed(results):
-    for seed in (0, 1):
-        results["best", seed] = result(0.94)
-    words = tables.goals(results, "best", ["raw side view", "MLP"])
-    assert "rank1 (all): 0.940 ± 0.028, goal 0.93: reached" in words
-    assert "tar (all): 0.840 ± 0.028 against 0.400 ± 0.028 of the best baseline" in words
-    assert "**" not in words
-    results["best", 0] = results["best", 1] = result(0.45)
-    words = tables.goals(results, "best", ["raw side view", "MLP"])
-    assert (
-        "goal 0.93: **missed**" in words and "**the intervals overlap**" in words and "**something is lost**" in words
-    )
-
-
 def test_parameter_table_has_the_guide_beside_it():
     counts = {
         "full fine-tuning": {"parameters": 9000, "trainable": 9000, "lora": 0},

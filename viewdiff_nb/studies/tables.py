@@ -30,12 +30,6 @@ GUIDE_QUALITY = {  # validation loss, cosine, training time
     "LoRA r=8": ("0.0125", "0.984", "40%"),
     "LoRA r=8 + 3-D projection": ("0.0118", "0.987", "60%"),
 }
-GOALS = {("rank1", "all"): 0.93, ("rank1", "60-75"): 0.88, ("rank1", "75-90"): 0.70, ("tar", "all"): 0.83}
-
-
-def with_interval(values: Iterable[float], digits: int = 3) -> str:
-    """Mean ± half of its interval over seeds, e.g. '0.912 ± 0.004'."""
-    return f"{over_seeds(values):.{digits}f}"
 
 
 def by_name(results: Results) -> dict[str, list[dict]]:
@@ -161,25 +155,6 @@ def claims(results: Results) -> str:
     comparisons += [(lora, full, "rank1", "0-45"), (adapted, full, "rank1", "0-45"), (adapted, full, "tar", "0-45")]
     comparisons += [(prior, lora, "tar", "0-45"), (prior, lora, "rank1", "45-90")]
     return "\n".join([*_listed(verdicts(results, comparisons)), f"- ({correction(len(comparisons))})"])
-
-
-def goals(results: Results, name: str, others: Iterable[str]) -> str:
-    """Whether the model reaches `GOALS`, is apart from all others, and loses nothing near the front, in words."""
-    lines = []
-    for (rate, where), goal in GOALS.items():
-        found = rate_estimate(results, name, rate, where)
-        lines.append(f"{rate} ({where}): {found}, goal {goal:.2f}: {'reached' if found.mean >= goal else '**missed**'}")
-    for rate in ("rank1", "tar"):
-        for where in ("all", "45-60", "60-75", "75-90"):
-            ours = rate_estimate(results, name, rate, where)
-            baselines = {other: rate_estimate(results, other, rate, where) for other in others}
-            near = max(baselines, key=lambda other: baselines[other].mean)
-            apart = "the intervals do not overlap" if ours.low > baselines[near].high else "**the intervals overlap**"
-            lines.append(f"{rate} ({where}): {ours} against {baselines[near]} of the best baseline, {near}: {apart}")
-        front = difference(results, name, "raw side view", rate, "0-30")
-        kept = "nothing is lost" if front.high >= 0 else "**something is lost**"
-        lines.append(f"{rate} (0-30): {front:+.3f} against the raw side view: {kept}")
-    return "\n".join(_listed(lines))
 
 
 def speed_findings(measured: pd.DataFrame) -> str:

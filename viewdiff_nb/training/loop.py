@@ -5,7 +5,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Literal
 
 import pandas as pd
@@ -38,14 +37,7 @@ from viewdiff_nb.training.result import (
     find_cause,
     memory_advice,
 )
-from viewdiff_nb.training.run_state import (
-    TRACE,
-    RunFolder,
-    TrainingLog,
-    TrainingState,
-    data_fingerprint,
-    file_fingerprint,
-)
+from viewdiff_nb.training.run_state import RunFolder, TrainingLog, TrainingState, data_fingerprint, file_fingerprint
 
 logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_CHECKS = 1.0  # of the loss; each waits for the device
@@ -62,13 +54,11 @@ def train(
 ) -> TrainResult:
     """Train as config says.
 
-    An interrupt (Ctrl-C, a notebook's stop button) ends the run after the step it is in, with a checkpoint if there
-    is a save_dir. In a notebook the result says so, and resume goes on from there; in a program, whose next line would
-    take the model for a trained one, it is raised.
+    An interrupt (Ctrl-C, a notebook's stop button) ends the run after the step it is in, with a checkpoint in save_dir.
+    In a notebook the result says so, and resume goes on from there; in a program it is raised.
 
     Args:
-        train_faces, val_faces: different people; of train_faces the views within the config's yaw
-            range are used. They lie on the device as a whole if they fit (see `move_if_it_fits`).
+        train_faces, val_faces: different people; of train_faces the views within the config's yaw range are used.
         model: to train instead of the one that config describes (a baseline, say).
         on_epoch: called with the history so far after every epoch, by the first process.
         stop: set its `asked` from another thread to interrupt the run; with one process only.
@@ -83,16 +73,14 @@ def train(
     """
     check_people(config, train_faces, val_faces, model)
     if model is not None and (config.base_model_path or config.use_prior_preservation):
-        raise ValueError(
-            "a model given to train() is trained as it is: base_model_path and prior preservation are for models that "
-            "the config builds"
-        )
+        raise ValueError("a given model is trained as it is: leave out base_model_path and use_prior_preservation")
     with memory_advice(config):
         run = _Run(config, train_faces, val_faces, model, on_epoch, progress, stop or StopRequest())
         try:
             result = run.run()
         finally:
-            run.graph = run.state.optimizer.found_inf = None  # graph and run refer to each other, and hold GPU memory
+            run.graph = None  # it and the run refer to each other, and hold memory of the GPU; so does
+            run.state.optimizer.found_inf = None  # type: ignore[attr-defined] # which is set for fused AdamW
     if result.stopped in ("finished", "early"):
         result.advice = advice(result.history, config)
     for sentence in result.advice:
@@ -150,15 +138,14 @@ class _Run:
             prior_faces = prior_faces.in_memory().to(self.device)
         front = self.faces.front.to(self.device)
         self.objective = Objective(config, self.forward, front, self.device, base, prior_faces)
-        self.graph = GraphedFunction(self._learn, self.device) if config.use_cuda_graph else None
-        data = {
-            "train": data_fingerprint(self.faces),
-            "val": data_fingerprint(self.val_faces),
-            "base": file_fingerprint(config.base_model_path),
-        }
+        self.graph = None
+        if config.use_cuda_graph:
+            self.graph = GraphedFunction(lambda *t: self._learn(FaceBatch(*t[:4]), *t[4:]), self.device)
+        data = {"train": data_fingerprint(self.faces), "val": data_fingerprint(self.val_faces)}
+        data["base"] = file_fingerprint(config.base_model_path)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.objective.amp_dtype is torch.float16)
         generator = torch.Generator().manual_seed(config.seed)
-        trace = torch.zeros(self.batches, len(TRACE), device=self.device)
+        trace = torch.zeros(self.batches, 3, device=self.device)  # loss, gradient norm and prior loss of each batch
         self.state = TrainingState(config, data, model, optimizer, scaler, generator, trace)
 
     def _resume(self) -> None:
@@ -187,9 +174,8 @@ class _Run:
             TrainingLog(log_dir, config.epochs, self.batches, done, self.progress) as self.log,
             self.stop,
         ):
-            state.best, state.stale = self.processes.from_first(
-                (state.best, state.stale)
-            )  # the folder may have no best
+            # the first process's: its folder may not have the best model, which is then looked for anew
+            state.best, state.stale = self.processes.from_first((state.best, state.stale))
             if config.base_model_path and not state.history and config.val_every <= config.epochs:
                 state.history.append({"epoch": 0} | self._validate(0))  # where the adaptation starts from
                 self._report(state.history[0])
@@ -242,13 +228,12 @@ class _Run:
     def _draw(self) -> None:
         """Indices and mixing weights of all batches of the epoch; the same again if it is resumed."""
         state, now = self.state, self.state.generator.get_state()
-        if state.batch:
-            state.generator.set_state(state.order)
-        else:
-            state.order = now
+        start = now if state.order is None else state.order
+        state.generator.set_state(start)
         self.rows, self.weights = draw_epoch(self.faces, self.config, self.mixup, state.generator)
-        if state.batch:
+        if state.order is not None:
             state.generator.set_state(now)
+        state.order = start
 
     def _step(self, batches: Iterator[FaceBatch]) -> None:
         """A window of batches, and the update at its end."""
@@ -256,9 +241,12 @@ class _Run:
         count = min(self.window, self.batches - first)  # the last window may be shorter
         set_rates(state.optimizer, self.rates, self.schedule(state.epoch * self.windows + first // self.window))
         for i in range(first, first + count):
-            learn = self.graph or partial(self._learn, count=count, is_last=i + 1 == first + count)
             batch = next(batches)
-            state.trace[i] = learn(*batch, *self._companions(i, batch))
+            weight, kept = self._companions(i, batch)
+            if self.graph is not None:
+                state.trace[i] = self.graph(*batch, weight, kept)
+            else:
+                state.trace[i] = self._learn(batch, weight, kept, count, is_last=i + 1 == first + count)
         state.steps += 1
         state.batch += count
         self.log.batch(state.epoch + 1, count)
@@ -269,31 +257,30 @@ class _Run:
         count = len(batch.person if weight is None else weight)
         return weight, self.objective.draw(count, self.state.generator)
 
-    def _learn(self, *tensors: Tensor, count: int = 1, is_last: bool = True) -> Tensor:
-        """A batch forward and backward, and after the last one of a window of count batches the update.
-
-        Args:
-            tensors: those of the batch, and its `_companions`.
+    def _learn(
+        self, batch: FaceBatch, weight: Tensor | None, kept: Tensor | None, count: int = 1, is_last: bool = True
+    ) -> Tensor:
+        """A batch forward and backward, and after the last one of a window of count the update.
 
         Returns:
             (3,) its row of the trace.
         """
-        *fields, weight, kept = tensors
         with self.processes.accumulating(self.forward, more=not is_last):
-            cost = self.objective(FaceBatch(*fields), weight, kept)
+            cost = self.objective(batch, weight, kept)
             self.state.scaler.scale(cost.loss / count).backward()
         loss = cost.loss.detach()
         nothing = torch.zeros_like(loss)
-        norm = self._update() if is_last else nothing
-        return torch.stack((loss, norm, nothing if cost.prior is None else cost.prior))
+        return torch.stack(
+            (loss, self._update() if is_last else nothing, nothing if cost.prior is None else cost.prior)
+        )
 
     def _update(self) -> Tensor:
         """Clip the gradient and update; returns its norm before. A gradient that is not finite changes nothing."""
         state = self.state
         state.scaler.unscale_(state.optimizer)
         norm = nn.utils.clip_grad_norm_(self.trainable, self.config.clip_norm)
-        if not state.scaler.is_enabled():  # which says the same to the optimiser
-            state.optimizer.found_inf = (~norm.isfinite()).float()  # read by fused AdamW, on the device
+        if not state.scaler.is_enabled():  # which would do this itself
+            state.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined] # fused AdamW reads it
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)

@@ -60,8 +60,9 @@ def views_to_train(faces: FaceViews, config: TrainConfig) -> FaceViews:
         raise ValueError(
             f"training needs views of at least 2 people, got {people}; add some, or widen min_yaw, max_yaw"
         )
-    for name, embeddings in (("front", kept.front), ("src", kept.front[:0] if kept.on_disk else kept.src)):
-        norms = embeddings.norm(dim=1)  # those on disk were checked when they were loaded
+    checked = {"front": kept.front} | ({"src": kept.src} if isinstance(kept.src, Tensor) else {})
+    for name, embeddings in checked.items():  # those on disk were checked when they were loaded
+        norms = embeddings.norm(dim=1)
         if (odd := (norms < NORMS[0]) | (norms > NORMS[1])).any():
             raise ValueError(
                 f"{name}: an embedding has length {norms[odd][0].item():.3g}; float32 calculates with "
@@ -72,6 +73,7 @@ def views_to_train(faces: FaceViews, config: TrainConfig) -> FaceViews:
 
 def take(faces: FaceViews, index: Tensor | np.ndarray) -> FaceBatch:
     """The side views in index, (B,)."""
+    index = torch.as_tensor(index)
     return FaceBatch(faces.src[index], faces.angles[index], faces.keypoints_3d[index], faces.person[index])
 
 
@@ -87,8 +89,8 @@ def feed(
         for index in index_batches:
             yield take(faces, index)
         return
-    loader = DataLoader(
-        [index.cpu().numpy() for index in index_batches],  # a tensor would cost a worker a file handle
+    loader: DataLoader[FaceBatch] = DataLoader(
+        [index.cpu().numpy() for index in index_batches],  # type: ignore[arg-type] # arrays: tensors cost file handles
         batch_size=None,
         collate_fn=partial(take, faces),  # in the worker
         num_workers=num_workers,
@@ -158,7 +160,7 @@ class Mixup:
 
         x = w x_i + (1 - w) x_j,    loss = w loss(person i) + (1 - w) loss(person j),    w uniform in [0, 1]
 
-    Zhang et al. 2018, arXiv:1710.09412, eq. 1. The mean of a left and a right view is the view of nobody, so a partner is
+    Zhang et al. 2018, arXiv:1710.09412, eq. 1. The mean of a left and a right view is nobody's view, so a partner is
     one of the next views in the order of yaw; where that is of the same person, the next view of somebody else.
 
     Raises:

@@ -41,7 +41,7 @@ def views_fused(model: nn.Module | TrainConfig) -> int:
     """How many views of a person make one prediction that is scored: several with cross-view attention."""
     if isinstance(model, TrainConfig):
         return model.n_views if model.use_cross_view else 1
-    return 1 if getattr(model, "cross_view", None) is None else model.n_views
+    return 1 if getattr(model, "cross_view", None) is None else int(getattr(model, "n_views", 1))
 
 
 def probes_to_score(model: nn.Module | TrainConfig, faces: FaceViews) -> int:

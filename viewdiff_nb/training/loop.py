@@ -369,4 +369,5 @@ class _Run:
 
     def _result(self, stopped: Literal["finished", "early", "interrupted", "diverged"]) -> TrainResult:
         state, history = self.state, pd.DataFrame(self.state.history)
-        return TrainResult(state.model, history, state.seconds, state.steps, stopped, self.folder.newest)
+        numbers = history, state.seconds, state.steps
+        return TrainResult(state.model, *numbers, stopped, self.folder.newest)  # type: ignore[arg-type] # or a baseline

@@ -1,7 +1,4 @@
-"""Task losses between predicted and true frontal embeddings, and what of them is minimised, with which rates.
-
-Which loss recognises people best was measured on validation people; see docs/recipe.md.
-"""
+"""What is minimised, and how: losses of predicted frontal embeddings (docs/recipe.md compares them), and AdamW."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +11,7 @@ from torch import Tensor, nn
 
 from viewdiff_nb.faces.views import FaceViews
 from viewdiff_nb.modules.prior import EnhancedTransformerWithPrior, PriorPreservationDataset, PriorPreservationLoss
-from viewdiff_nb.modules.transformer import fuse_views
+from viewdiff_nb.modules.transformer import EnhancedTransformerDecoderOnly3D, fuse_views
 from viewdiff_nb.training.batches import FaceBatch, mix
 from viewdiff_nb.training.config import TrainConfig
 
@@ -145,7 +142,8 @@ class Objective:
         self.task = self.prior = None
         if base is not None and prior_faces is not None:
             self.task = EnhancedTransformerWithPrior(model, base, config.lambda_prior, PriorPreservationLoss(front))
-            self.prior = PriorPreservationDataset(base, prior_faces.src, prior_faces.conditions())
+            src, conditions = prior_faces.src, prior_faces.conditions()
+            self.prior = PriorPreservationDataset(base, src, conditions)  # type: ignore[arg-type] # rows on disk serve, too
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor | None:
         """Rows of the prior samples that go with count samples; None without prior preservation."""
@@ -182,7 +180,7 @@ def amp_dtype_for(device: torch.device) -> torch.dtype:
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with one group per role: LoRA and projection at lora_lr, base and cross-view attention at lr."""
-    if hasattr(model, "parameter_groups"):
+    if isinstance(model, EnhancedTransformerDecoderOnly3D):
         roles = model.parameter_groups()
     else:
         roles = {"base": [p for p in model.parameters() if p.requires_grad]}

@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from viewdiff_nb.modules.transformer import EnhancedTransformerDecoderOnly3D
 from viewdiff_nb.training.batches import FaceBatch
 from viewdiff_nb.training.config import TrainConfig
 
@@ -30,7 +31,7 @@ class TrainResult:
     advice: what the history suggests to try, in sentences; also given as warnings.
     """
 
-    model: nn.Module
+    model: EnhancedTransformerDecoderOnly3D
     history: pd.DataFrame
     train_seconds: float
     steps: int
@@ -144,13 +145,13 @@ def find_cause(model: nn.Module, batch: FaceBatch, loss_of: Callable[[FaceBatch]
 
 
 def divergence_advice(config: TrainConfig) -> str:
-    has_fast_role = config.use_lora_attention or config.use_projection_layer
-    return (
-        f"lower lr ({config.lr:g})"
-        + (f" or lora_lr ({config.lora_lr:g})" if has_fast_role else "")
-        + f", or clip_norm ({config.clip_norm:g})"
-        + (", switch use_amp off" if config.use_amp else "")
-    )
+    tries = {
+        f"lower lr ({config.lr:g})": True,
+        f"lora_lr ({config.lora_lr:g})": config.use_lora_attention or config.use_projection_layer,
+        f"clip_norm ({config.clip_norm:g})": True,
+        "switch use_amp off": config.use_amp,
+    }
+    return _join(", or ", tries)
 
 
 @contextmanager
@@ -161,17 +162,16 @@ def memory_advice(config: TrainConfig) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        coarser, smaller = max(4, config.voxel_resolution // 2), max(1, config.batch_size // 2)
+        coarser, voxels = max(4, config.voxel_resolution // 2), config.voxel_resolution
+        windows = 2 * config.gradient_accumulation_steps
         no_graph = " and --no-use_cuda_graph" if config.use_cuda_graph else ""
         tries = {
-            f"voxel_resolution {coarser} instead of {config.voxel_resolution}": (
-                config.use_projection_layer and config.voxel_resolution > 4
-            ),
-            f"batch_size {smaller} with gradient_accumulation_steps {2 * config.gradient_accumulation_steps}{no_graph}, "
+            f"voxel_resolution {coarser} instead of {voxels}": config.use_projection_layer and voxels > 4,
+            f"batch_size {max(1, config.batch_size // 2)} with gradient_accumulation_steps {windows}{no_graph}, "
             "which is the same to the optimiser": True,
             "use_amp": not config.use_amp,
         }
-        raise MemoryError(f"a training step does not fit in memory; try {_join(tries, ', or ')} ({error})") from error
+        raise MemoryError(f"a training step does not fit in memory; try {_join(', or ', tries)} ({error})") from error
 
 
 def advice(history: pd.DataFrame, config: TrainConfig) -> list[str]:
@@ -180,54 +180,49 @@ def advice(history: pd.DataFrame, config: TrainConfig) -> list[str]:
     Args:
         history: of the run, with a row for epoch 0, before training, if a base was adapted.
     """
-    sentences = [_lora_advice(history, config), _prior_advice(history[history["epoch"] > 0], config)]
-    return [sentence for sentence in sentences if sentence]
+    return [*_lora_advice(history, config), *_prior_advice(history[history["epoch"] > 0], config)]
 
 
-def _lora_advice(history: pd.DataFrame, config: TrainConfig) -> str | None:
+def _lora_advice(history: pd.DataFrame, config: TrainConfig) -> Iterator[str]:
     start, end = history.iloc[0], history.iloc[-1]
     adapted = config.use_lora_attention and config.base_model_path and start["epoch"] == 0
-    if not adapted or end.get("val_rank1", 1.0) >= start["val_rank1"]:
-        return None
-    tries = {
-        f"raise rank from {config.rank} to 8 or 16": config.rank < 8,
-        f"raise lora_alpha from {config.lora_alpha:g} to the rank, {config.rank}": config.lora_alpha < config.rank,
-        f"raise lora_lr from {config.lora_lr:g} to 1e-3 or more": config.lora_lr < 1e-3,
-        f"lower lora_lr from {config.lora_lr:g} to 1e-2 or less": config.lora_lr > 1e-2,
-        f"a loss that tells people apart instead of {config.loss}, e.g. two-way": config.loss in ("mse", "cosine"),
-        f"train for more than {config.epochs} epochs": True,
-    }
-    return (
-        f"after LoRA training rank-1 is {end['val_rank1']:.3f} on validation people, below the base model's "
-        f"{start['val_rank1']:.3f}; {_join(tries, '; ')}"
-    )
+    if adapted and end.get("val_rank1", 1.0) < start["val_rank1"]:
+        tries = {
+            f"raise rank from {config.rank} to 8 or 16": config.rank < 8,
+            f"raise lora_alpha from {config.lora_alpha:g} to the rank, {config.rank}": config.lora_alpha < config.rank,
+            f"raise lora_lr from {config.lora_lr:g} to 1e-3 or more": config.lora_lr < 1e-3,
+            f"lower lora_lr from {config.lora_lr:g} to 1e-2 or less": config.lora_lr > 1e-2,
+            f"a loss that tells people apart instead of {config.loss}, e.g. two-way": config.loss in ("mse", "cosine"),
+            f"train for more than {config.epochs} epochs": True,
+        }
+        yield (
+            f"after LoRA training rank-1 is {end['val_rank1']:.3f} on validation people, below the base model's "
+            f"{start['val_rank1']:.3f}; {_join('; ', tries)}"
+        )
 
 
-def _prior_advice(trained: pd.DataFrame, config: TrainConfig) -> str | None:
+def _prior_advice(trained: pd.DataFrame, config: TrainConfig) -> Iterator[str]:
     if not config.use_prior_preservation or len(trained) < 2:
-        return None
-    first, last = trained["prior_loss"].iloc[0], trained["prior_loss"].iloc[-1]
-    task = (trained["train_loss"] - config.lambda_prior * trained["prior_loss"]).tolist()
+        return
+    first, last, weight = trained["prior_loss"].iloc[0], trained["prior_loss"].iloc[-1], config.lambda_prior
+    task = (trained["train_loss"] - weight * trained["prior_loss"]).tolist()
     if min(task[1:]) >= task[0]:
         tries = {
-            f"lambda_prior={config.lambda_prior:g} holds the model at its base, lower it to 0.05-0.1": (
-                config.lambda_prior > 0.1
-            ),
-            f"raise lora_lr ({config.lora_lr:g}) or epochs ({config.epochs}), and check that base_model_path is the model "
-            "you mean to keep": True,
+            f"lambda_prior={weight:g} holds the model at its base, lower it to 0.05-0.1": weight > 0.1,
+            f"raise lora_lr ({config.lora_lr:g}) or epochs ({config.epochs})": True,
+            "check that base_model_path is the model you mean to keep": True,
         }
-        return (
+        yield (
             f"the task loss did not fall ({task[0]:.3g} to {task[-1]:.3g}) beside a prior loss of {last:.3g}: "
-            f"{_join(tries, '; ')}"
+            f"{_join('; ', tries)}"
         )
-    if last > max(first, MUCH_PRIOR_LOSS):
-        return (
-            f"the prior loss rose from {first:.3g} to {last:.3g}: it starts near 0, because the model starts as its base, "
-            f"and rises while the model learns something else; raise lambda_prior ({config.lambda_prior:g}) to keep more"
+    elif last > max(first, MUCH_PRIOR_LOSS):
+        yield (
+            f"the prior loss rose from {first:.3g} to {last:.3g}: it starts near 0, because the model starts as its "
+            f"base, and rises while it learns something else; raise lambda_prior ({weight:g}) to keep more"
         )
-    return None
 
 
-def _join(tries: dict[str, bool], separator: str) -> str:
-    """Those that apply."""
+def _join(separator: str, tries: dict[str, bool]) -> str:
+    """What is worth trying."""
     return separator.join(text for text, applies in tries.items() if applies)

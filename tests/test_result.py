@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -20,7 +21,7 @@ from viewdiff_nb.training.result import (
     TrainingInterrupted,
     TrainResult,
     advice,
-    divergence_advice,
+    diverged,
     find_cause,
 )
 
@@ -95,8 +96,12 @@ def test_several_bad_samples_are_counted():
         ),
     ],
 )
-def test_advice_on_divergence_names_what_the_run_has(changes, wanted):
-    assert divergence_advice(replace(CONFIG, **changes)) == wanted
+def test_what_to_try_after_a_divergence_is_what_the_run_has(changes, wanted):
+    config = replace(CONFIG, **changes)
+    error = diverged("the loss is inf", config, 3, replace(RESULT, checkpoint=Path("last.pth")))
+    good = "The model is again what it was after epoch 3"
+    assert str(error) == f"the loss is inf. Try: {wanted}. {good}; last.pth is the last checkpoint"
+    assert str(diverged("x", config, 3, RESULT)).endswith(good) and error.result.steps == 15
 
 
 @pytest.mark.parametrize(

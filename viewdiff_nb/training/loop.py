@@ -3,7 +3,6 @@
 import logging
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -28,19 +27,18 @@ from viewdiff_nb.training.evaluation import check_people, evaluate
 from viewdiff_nb.training.losses import LOSSES, Objective, build_optimizer, set_rates, warmup_cosine
 from viewdiff_nb.training.result import (
     StopRequest,
-    TrainingAdvice,
     TrainingDiverged,
     TrainingInterrupted,
     TrainResult,
-    advice,
-    divergence_advice,
+    advise,
+    diverged,
     find_cause,
     memory_advice,
 )
 from viewdiff_nb.training.run_state import RunFolder, TrainingLog, TrainingState, data_fingerprint, file_fingerprint
 
 logger = logging.getLogger(__name__)
-SECONDS_BETWEEN_CHECKS = 1.0  # of the loss; each waits for the device
+CHECK_EVERY = 1.0  # seconds; a check of the loss waits for the device
 
 
 def train(
@@ -64,12 +62,11 @@ def train(
         stop: set its `asked` from another thread to interrupt the run; with one process only.
 
     Raises:
+        ValueError, CheckpointError, OSError: before the first step, if data and config disagree, the checkpoint cannot
+            be resumed, or a folder cannot be written to or its disk is too full.
         TrainingDiverged: if the loss is not finite; its result has the model at its last good state.
-        ValueError: if there is nothing to train, or data and config disagree.
-        CheckpointError: if config.resume cannot be resumed.
         TrainingInterrupted: a KeyboardInterrupt, with the result so far.
         MemoryError: if a step does not fit in memory, with what to try.
-        OSError: if a folder cannot be written to, or its disk is too full.
     """
     check_people(config, train_faces, val_faces, model)
     if model is not None and (config.base_model_path or config.use_prior_preservation):
@@ -79,12 +76,8 @@ def train(
         try:
             result = run.run()
         finally:
-            run.graph = None  # it and the run refer to each other, and hold memory of the GPU; so does
-            run.state.optimizer.found_inf = None  # type: ignore[attr-defined] # which is set for fused AdamW
-    if result.stopped in ("finished", "early"):
-        result.advice = advice(result.history, config)
-    for sentence in result.advice:
-        warnings.warn(sentence, TrainingAdvice, stacklevel=2)
+            run.graph = run.state.optimizer.found_inf = None  # type: ignore[attr-defined] # free the GPU's memory
+    advise(result, config)
     return result
 
 
@@ -105,7 +98,6 @@ class _Run:
         self.processes = connect(config)
         self.device, self.is_first = self.processes.device, self.processes.rank == 0
         self.progress = progress and self.is_first
-
         self.all_faces = move_if_it_fits(train_faces, self.device)
         self.faces = views_to_train(self.all_faces, config)
         self.val_faces = move_if_it_fits(val_faces, self.device)
@@ -118,7 +110,7 @@ class _Run:
         self._resume()
         self.state.optimizer.zero_grad(set_to_none=True)  # what a model that was given may have of earlier steps
         self.good = [p.detach().clone() for p in self.trainable]  # after the last epoch that ended well
-        self.saved_at = self.checked_at = time.monotonic()
+        self.save_at, self.check_at = time.monotonic() + 60 * config.save_minutes, time.monotonic() + CHECK_EVERY
 
     def _build(self, model: nn.Module | None) -> None:
         """What learns: the model, its objective and its optimiser, in their first state."""
@@ -167,7 +159,8 @@ class _Run:
     def run(self) -> TrainResult:
         """Epochs, until they are done or something else ends the run."""
         state, config = self.state, self.config
-        log_dir, done = config.log_dir if self.is_first else None, state.epoch * self.batches + state.batch
+        log_dir = config.log_dir if self.is_first else None
+        done = state.epoch * self.batches + state.batch
         self.processes.wait()  # until all have read the checkpoint: the first may move files now
         with (
             self.folder,
@@ -213,12 +206,12 @@ class _Run:
             self._step(batches)
             if processes.count > 1:
                 continue  # they check, save and stop together, when the epoch ends
-            if time.monotonic() - self.checked_at >= SECONDS_BETWEEN_CHECKS:
+            if time.monotonic() >= self.check_at:
                 self._check()
                 self.log.show(loss=state.trace[state.batch - 1, 0].item())
             if self.stop.asked:
                 break
-            if self._is_due() and state.batch < self.batches:
+            if time.monotonic() >= self.save_at and state.batch < self.batches:
                 self._check()
                 state.seconds, started = state.seconds + time.perf_counter() - started, time.perf_counter()
                 self._save_last()
@@ -260,11 +253,7 @@ class _Run:
     def _learn(
         self, batch: FaceBatch, weight: Tensor | None, kept: Tensor | None, count: int = 1, is_last: bool = True
     ) -> Tensor:
-        """A batch forward and backward, and after the last one of a window of count the update.
-
-        Returns:
-            (3,) its row of the trace.
-        """
+        """Gradients of a batch, and after the last one of a window of count the update: (3,), its row of the trace."""
         with self.processes.accumulating(self.forward, more=not is_last):
             cost = self.objective(batch, weight, kept)
             self.state.scaler.scale(cost.loss / count).backward()
@@ -287,11 +276,8 @@ class _Run:
         return norm
 
     def _check(self) -> None:
-        """
-        Raises:
-            TrainingDiverged: if a batch of this epoch had no finite loss or gradient.
-        """
-        state, self.checked_at = self.state, time.monotonic()
+        """Raise TrainingDiverged if a batch of this epoch had no finite loss or gradient."""
+        state, self.check_at = self.state, time.monotonic() + CHECK_EVERY
         trace = state.trace[:, :1] if state.scaler.is_enabled() else state.trace[:, :2]  # fp16 overflows now and then
         bad = ~trace.isfinite().all(1)
         if not bad.any():
@@ -309,11 +295,7 @@ class _Run:
     def _diverged(self, what: str) -> TrainingDiverged:
         """The error, with the model as it was when all was well."""
         torch._foreach_copy_(self.trainable, self.good)
-        tries = divergence_advice(self.config)
-        message = f"{what}. Try: {tries}. The model is again what it was after epoch {self.state.epoch}"
-        if self.folder.newest:
-            message += f"; {self.folder.newest} is the last checkpoint"
-        return TrainingDiverged(message, self._result("diverged"))
+        return diverged(what, self.config, self.state.epoch, self._result("diverged"))
 
     def _validate(self, epoch: int) -> dict[str, float]:
         """What the model is worth after an epoch; 0: before the first."""
@@ -342,15 +324,15 @@ class _Run:
             row |= self._validate(epoch)
             is_best = state.judge(row)
         torch._foreach_copy_(self.good, self.trainable)
-        rates_of_batches = [rates[i // self.window] for i in range(self.batches)]
-        self.log.losses(state.epoch * self.batches, state.trace[:, 0].tolist(), rates_of_batches)
+        losses, rates = state.trace[:, 0].tolist(), [rates[i // self.window] for i in range(self.batches)]
+        self.log.losses(state.epoch * self.batches, losses, rates)
         state.finish_epoch()
         state.history.append(row)
         if is_best:
             self.folder.save_best()
         if epoch % config.save_every == 0 or epoch == config.epochs:
             self.folder.save(PERIODIC.format(epoch))
-        if self._is_due():
+        if time.monotonic() >= self.save_at:
             self._save_last()
         self._report(row)
 
@@ -359,13 +341,9 @@ class _Run:
         if self.on_epoch and self.is_first:
             self.on_epoch(pd.DataFrame(self.state.history))
 
-    def _is_due(self) -> bool:
-        """Whether the state is to be kept, so that no more work can be lost than was allowed."""
-        return time.monotonic() - self.saved_at >= 60 * self.config.save_minutes
-
     def _save_last(self) -> None:
-        self.saved_at = time.monotonic()
         self.folder.save_last()
+        self.save_at = time.monotonic() + 60 * self.config.save_minutes
 
     def _result(self, stopped: Literal["finished", "early", "interrupted", "diverged"]) -> TrainResult:
         state, history = self.state, pd.DataFrame(self.state.history)

@@ -3,6 +3,7 @@
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -144,14 +145,17 @@ def find_cause(model: nn.Module, batch: FaceBatch, loss_of: Callable[[FaceBatch]
     return "; ".join(found)
 
 
-def divergence_advice(config: TrainConfig) -> str:
+def diverged(what: str, config: TrainConfig, epoch: int, result: TrainResult) -> TrainingDiverged:
+    """The error that says what is not finite, what to try, and that the model is at the end of an epoch again."""
     tries = {
         f"lower lr ({config.lr:g})": True,
         f"lora_lr ({config.lora_lr:g})": config.use_lora_attention or config.use_projection_layer,
         f"clip_norm ({config.clip_norm:g})": True,
         "switch use_amp off": config.use_amp,
     }
-    return _join(", or ", tries)
+    kept = f"; {result.checkpoint} is the last checkpoint" if result.checkpoint else ""
+    good = f"The model is again what it was after epoch {epoch}{kept}"
+    return TrainingDiverged(f"{what}. Try: {_join(', or ', tries)}. {good}", result)
 
 
 @contextmanager
@@ -172,6 +176,14 @@ def memory_advice(config: TrainConfig) -> Iterator[None]:
             "use_amp": not config.use_amp,
         }
         raise MemoryError(f"a training step does not fit in memory; try {_join(', or ', tries)} ({error})") from error
+
+
+def advise(result: TrainResult, config: TrainConfig) -> None:
+    """Give the advice of a run that ended as it should, as warnings of the line that called `train`, too."""
+    if result.stopped in ("finished", "early"):
+        result.advice = advice(result.history, config)
+    for sentence in result.advice:
+        warnings.warn(sentence, TrainingAdvice, stacklevel=3)
 
 
 def advice(history: pd.DataFrame, config: TrainConfig) -> list[str]:

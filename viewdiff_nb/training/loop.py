@@ -162,13 +162,9 @@ class _Run:
         log_dir = config.log_dir if self.is_first else None
         done = state.epoch * self.batches + state.batch
         self.processes.wait()  # until all have read the checkpoint: the first may move files now
-        with (
-            self.folder,
-            TrainingLog(log_dir, config.epochs, self.batches, done, self.progress) as self.log,
-            self.stop,
-        ):
-            # the first process's: its folder may not have the best model, which is then looked for anew
-            state.best, state.stale = self.processes.from_first((state.best, state.stale))
+        with self.folder, TrainingLog(log_dir, config.epochs, self.batches, done, self.progress) as self.log, self.stop:
+            best = state.best, state.stale  # forgotten if the first process finds no best model in the folder
+            state.best, state.stale = self.processes.from_first(best)
             if config.base_model_path and not state.history and config.val_every <= config.epochs:
                 state.history.append({"epoch": 0} | self._validate(0))  # where the adaptation starts from
                 self._report(state.history[0])
@@ -232,7 +228,8 @@ class _Run:
         """A window of batches, and the update at its end."""
         state, first = self.state, self.state.batch
         count = min(self.window, self.batches - first)  # the last window may be shorter
-        set_rates(state.optimizer, self.rates, self.schedule(state.epoch * self.windows + first // self.window))
+        factor = self.schedule(state.epoch * self.windows + first // self.window)
+        set_rates(state.optimizer, [factor * rate for rate in self.rates])
         for i in range(first, first + count):
             batch = next(batches)
             weight, kept = self._companions(i, batch)
@@ -257,11 +254,8 @@ class _Run:
         with self.processes.accumulating(self.forward, more=not is_last):
             cost = self.objective(batch, weight, kept)
             self.state.scaler.scale(cost.loss / count).backward()
-        loss = cost.loss.detach()
-        nothing = torch.zeros_like(loss)
-        return torch.stack(
-            (loss, self._update() if is_last else nothing, nothing if cost.prior is None else cost.prior)
-        )
+        norm = self._update() if is_last else torch.zeros_like(cost.prior)
+        return torch.stack((cost.loss.detach(), norm, cost.prior))
 
     def _update(self) -> Tensor:
         """Clip the gradient and update; returns its norm before. A gradient that is not finite changes nothing."""
@@ -302,7 +296,7 @@ class _Run:
         try:
             return self.processes.from_first(evaluate(self.state.model, self.val_faces, LOSSES[self.config.loss]))
         except TrainingDiverged as error:
-            raise self._diverged(f"after epoch {epoch} {error}, though every loss and gradient was") from error
+            raise self._diverged(f"after epoch {epoch} {error}") from error
 
     @torch.no_grad()
     def _finish_epoch(self) -> None:

@@ -19,7 +19,6 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 TEMPERATURE = 0.05  # of the softmax over people; cosines differ by a few tenths
 MARGIN = 0.1  # of the cosine
 FINAL_LR = 0.01  # of the learning rate, at the end of the cosine
-FAST_ROLES = ("lora", "projection")  # trained with lora_lr
 
 
 def mse(predicted: Tensor, gallery: Tensor, person: Tensor) -> Tensor:
@@ -112,10 +111,10 @@ def mean_loss(
 
 
 class Cost(NamedTuple):
-    """loss: what is minimised, a scalar. prior: of it the prior loss, before lambda_prior, detached; or None."""
+    """loss: what is minimised, a scalar. prior: of it the prior loss, before lambda_prior, detached; 0 without."""
 
     loss: Tensor
-    prior: Tensor | None
+    prior: Tensor
 
 
 class Objective:
@@ -168,7 +167,8 @@ class Objective:
             predicted = self.model(batch.src, **conditions, return_residual=False)
             if self.config.use_cross_view:  # several views, one frontal embedding
                 predicted, person = fuse_views(predicted, self.config.n_views), person[:: self.config.n_views]
-            return Cost(loss_of(predicted, person), None)
+            loss = loss_of(predicted, person)
+            return Cost(loss, torch.zeros_like(loss))
 
 
 def amp_dtype_for(device: torch.device) -> torch.dtype:
@@ -186,7 +186,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         roles = {"base": [p for p in model.parameters() if p.requires_grad]}
     if not roles:
         raise ValueError("the model has no trainable parameter: its base is frozen and nothing was added")
-    rates = {role: config.lora_lr if role in FAST_ROLES else config.lr for role in roles}
+    rates = dict.fromkeys(roles, config.lr) | {"lora": config.lora_lr, "projection": config.lora_lr}
     groups = [{"params": params, "lr": rates[role], "role": role} for role, params in roles.items()]
     return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
 
@@ -204,10 +204,10 @@ def warmup_cosine(warmup: float, steps: int) -> Callable[[int], float]:
     return factor
 
 
-def set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float], factor: float) -> None:
-    """Learning rates factor * rates, one a group; written into tensors where a CUDA graph reads them."""
+def set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
+    """Learning rates, one a group; written into tensors where a CUDA graph reads them."""
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         if torch.is_tensor(group["lr"]):
-            group["lr"].fill_(factor * rate)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = factor * rate
+            group["lr"] = rate

@@ -70,7 +70,7 @@ from viewdiff_nb.training.losses import LOSSES
         ({"paired_views": True, "batch_size": 15}, "even batch_size, got 15"),
         (
             {"use_cuda_graph": True, "gradient_accumulation_steps": 2},
-            "accumulation_steps is 2: give --no-use_cuda_graph",
+            "accumulation_steps is 2; give --no-use_cuda_graph",
         ),
     ],
 )

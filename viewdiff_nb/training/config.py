@@ -176,20 +176,20 @@ class TrainConfig(Architecture):
             f"rank must not exceed {narrowest}, the width of the narrowest adapted layer, got {self.rank}": (
                 self.use_lora_attention and self.rank > narrowest
             ),
-            "use_lora_attention adapts nothing: name attention or feed_forward in lora_targets": (
+            "use_lora_attention adapts nothing; name attention or feed_forward in lora_targets": (
                 self.use_lora_attention and not self.lora_targets
             ),
             f"min_yaw must be below max_yaw, got {self.min_yaw} and {self.max_yaw}": self.min_yaw >= self.max_yaw,
-            "resume auto looks in save_dir: give save_dir": self.resume == "auto" and not self.save_dir,
-            "prior preservation needs the base model that is to be preserved: give base_model_path": (
+            "resume auto looks in save_dir; give save_dir": self.resume == "auto" and not self.save_dir,
+            "prior preservation needs the base model that is to be preserved; give base_model_path": (
                 self.use_prior_preservation and not self.base_model_path
             ),
-            "freeze_base would freeze random weights: give base_model_path": (
+            "freeze_base would freeze random weights; give base_model_path": (
                 bool(self.freeze_base) and not self.base_model_path
             ),
             "prior samples are single views and cannot stand in a batch of n_views views of a person; "
             "use either use_prior_preservation or use_cross_view": self.use_prior_preservation and self.use_cross_view,
-            "mixup mixes single views, not groups of n_views: use either mixup or use_cross_view": (
+            "mixup mixes single views, not groups of n_views; use either mixup or use_cross_view": (
                 self.mixup and self.use_cross_view
             ),
             f"batch_size must be a multiple of n_views={self.n_views} (批次大小必须是n_views的倍数), "
@@ -198,7 +198,7 @@ class TrainConfig(Architecture):
             and self.batch_size % 2 > 0,
             "use either paired_views or use_cross_view, which has n_views of each": self.paired_views
             and self.use_cross_view,
-            f"use_cuda_graph records one batch, and gradient_accumulation_steps is {self.gradient_accumulation_steps}: "
+            f"use_cuda_graph records one batch, and gradient_accumulation_steps is {self.gradient_accumulation_steps}; "
             "give --no-use_cuda_graph": self.use_cuda_graph and self.gradient_accumulation_steps > 1,
         }
 

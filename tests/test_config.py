@@ -5,9 +5,19 @@ import pytest
 import torch
 from conftest import CONFIG
 
+from viewdiff_nb.modules import transformer
 from viewdiff_nb.training.checkpoint import build_model
-from viewdiff_nb.training.config import ARCHITECTURE, LIMITS, TrainConfig
+from viewdiff_nb.training.config import (
+    ARCHITECTURE,
+    LIMITS,
+    LORA_TARGETS,
+    LOSS_NAMES,
+    MONITORED,
+    Monitored,
+    TrainConfig,
+)
 from viewdiff_nb.training.devices import choose_device
+from viewdiff_nb.training.losses import LOSSES
 
 
 @pytest.mark.parametrize(
@@ -50,11 +60,18 @@ from viewdiff_nb.training.devices import choose_device
         ({"batch_size": 2**70}, "batch_size must be from 1"),
         ({"epochs": 10**30}, "epochs must be from 1"),
         ({"seed": -1}, "seed must be from 0 to"),
-        ({"resume": ""}, "resume must be a name or a path, got ''"),
+        ({"resume": ""}, "resume must be a name or a path .*, got ''"),
         ({"save_dir": ""}, "save_dir must be a name or a path"),
         ({"lora_targets": ("atention",)}, "lora_targets must be of attention, feed_forward"),
         ({"val_people": 1}, "val_people must be from 2"),
         ({"use_amp": "no"}, "use_amp must be true or false, got 'no'"),
+        ({"mixup": True, "use_cross_view": True, "n_views": 4}, "either mixup or use_cross_view"),
+        ({"paired_views": True, "use_cross_view": True, "n_views": 4}, "either paired_views or use_cross_view"),
+        ({"paired_views": True, "batch_size": 15}, "even batch_size, got 15"),
+        (
+            {"use_cuda_graph": True, "gradient_accumulation_steps": 2},
+            "accumulation_steps is 2; give --no-use_cuda_graph",
+        ),
     ],
 )
 def test_contradictory_configs_are_refused(bad, message):
@@ -70,9 +87,16 @@ def test_paths_and_lists_are_taken(tmp_path):
 
 def test_every_number_has_limits():
     """So that no flag reaches torch, which would not name it."""
-    free = {"max_yaw", "prior_max_yaw", "pose_dim"}  # any number is an angle; pose_dim is 0 or 3
+    free = {"max_yaw", "prior_max_yaw"}  # any number is an angle
+    named = {"loss", "monitor", "lora_targets"}
     numbers = {f.name for f in fields(TrainConfig) if {int, float} & {f.type, *get_args(f.type)}}
-    assert numbers - free == set(LIMITS)
+    assert numbers - free | named == set(LIMITS)
+
+
+def test_names_are_those_of_the_parts_that_they_choose():
+    assert set(LOSS_NAMES) == set(LOSSES)
+    assert LORA_TARGETS == transformer.LORA_TARGETS
+    assert set(get_args(Monitored)) == set(MONITORED)
 
 
 def test_every_size_of_the_model_comes_from_the_config():

@@ -220,7 +220,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
     original = trainer._Run._update
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer._Run, "_update", lambda run: (original(run), seen.append(model.scale.weight.clone()))[0])
-        patch.setattr(trainer, "LOOK", 1e9)
+        patch.setattr(trainer, "CHECK_EVERY", 1e9)
         with pytest.raises(TrainingDiverged, match="batch 3 of epoch 1"):
             run(model=model)
     assert len(seen) == 15 and not torch.equal(seen[1], seen[2])

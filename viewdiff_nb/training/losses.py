@@ -1,7 +1,4 @@
-"""Task losses between predicted and true frontal embeddings, one value per sample.
-
-Which one recognises people best was measured on validation people; see docs/recipe.md.
-"""
+"""What is minimised, and how: losses of predicted frontal embeddings (docs/recipe.md compares them), and AdamW."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,13 +11,14 @@ from torch import Tensor, nn
 
 from viewdiff_nb.faces.views import FaceViews
 from viewdiff_nb.modules.prior import EnhancedTransformerWithPrior, PriorPreservationDataset, PriorPreservationLoss
-from viewdiff_nb.modules.transformer import fuse_views
+from viewdiff_nb.modules.transformer import EnhancedTransformerDecoderOnly3D, fuse_views
 from viewdiff_nb.training.batches import FaceBatch, mix
 from viewdiff_nb.training.config import TrainConfig
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 TEMPERATURE = 0.05  # of the softmax over people; cosines differ by a few tenths
 MARGIN = 0.1  # of the cosine
+FINAL_LR = 0.01  # of the learning rate, at the end of the cosine
 
 
 def mse(predicted: Tensor, gallery: Tensor, person: Tensor) -> Tensor:
@@ -39,23 +37,20 @@ def identity(predicted: Tensor, gallery: Tensor, person: Tensor) -> Tensor:
 
 
 def identity_cosine(predicted: Tensor, gallery: Tensor, person: Tensor) -> Tensor:
-    """identity + 0.2 cosine."""
     return identity(predicted, gallery, person) + 0.2 * cosine(predicted, gallery, person)
 
 
 def identity_margin(predicted: Tensor, gallery: Tensor, person: Tensor) -> Tensor:
     """identity, the right person's cosine lowered by a margin (CosFace, Wang et al. 2018, arXiv:1801.09414, eq. 4)."""
-    cosines = _cosines(predicted, gallery)
-    cosines = cosines - MARGIN * F.one_hot(person, len(gallery))
+    cosines = _cosines(predicted, gallery) - MARGIN * F.one_hot(person, len(gallery))
     return F.cross_entropy(cosines / TEMPERATURE, person, reduction="none")
 
 
 def two_way(predicted: Tensor, gallery: Tensor, person: Tensor) -> Tensor:
     """identity, plus the way back: telling for each sample's front which prediction of the batch is its own.
 
-    The way back makes similarities comparable between gallery people, which one threshold for all needs.
-    Both directions as in CLIP (Radford et al. 2021, arXiv:2103.00020); other predictions of the same person
-    count neither as right nor as wrong.
+    The way back makes similarities comparable between people, which one threshold for all needs. Both directions as in
+    CLIP (Radford et al. 2021, arXiv:2103.00020); other predictions of the same person count neither way.
     """
     scaled = _cosines(predicted, gallery) / TEMPERATURE  # (B, P)
     back = scaled[:, person].T  # (B, B): the front of sample i against prediction j
@@ -74,22 +69,6 @@ def two_way_pairs(predicted: Tensor, gallery: Tensor, person: Tensor) -> Tensor:
     partners = _partners(person)
     pairs = -(log_share * partners).sum(1) / partners.sum(1).clamp_min(1)
     return two_way(predicted, gallery, person) + 0.5 * pairs
-
-
-def mean_loss(
-    loss: Loss,
-    gallery: Tensor,
-    predicted: Tensor,
-    person: Tensor,
-    partner: Tensor | None = None,
-    weight: Tensor | None = None,
-) -> Tensor:
-    """Mean of a loss over a batch; with mix-up, of weight * loss(person) + (1 - weight) * loss(partner)."""
-    predicted = predicted.float()
-    values = loss(predicted, gallery, person)
-    if partner is not None:
-        values = torch.lerp(loss(predicted, gallery, partner), values, weight)
-    return values.mean()
 
 
 def _partners(person: Tensor) -> Tensor:
@@ -115,26 +94,37 @@ LOSSES: dict[str, Loss] = {
 """Each takes predicted (B, D), the training people's frontal embeddings (P, D) and person (B,), and returns (B,)."""
 
 
-# ---- What a batch costs: the task loss, with mix-up, fused views or prior preservation where the config says so.
+def mean_loss(
+    loss: Loss,
+    gallery: Tensor,
+    predicted: Tensor,
+    person: Tensor,
+    partner: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Mean of a loss over a batch; with mix-up, of weight * loss(person) + (1 - weight) * loss(partner)."""
+    predicted = predicted.float()
+    values = loss(predicted, gallery, person)
+    if partner is not None and weight is not None:
+        values = torch.lerp(loss(predicted, gallery, partner), values, weight)
+    return values.mean()
 
 
 class Cost(NamedTuple):
-    """loss: what is minimised, a scalar. prior: of it the prior loss, before lambda_prior, detached; or None."""
+    """loss: what is minimised, a scalar. prior: of it the prior loss, before lambda_prior, detached; 0 without."""
 
     loss: Tensor
-    prior: Tensor | None
+    prior: Tensor
 
 
 class Objective:
-    """The loss of batches in training mode.
+    """The loss of batches in training mode: the task loss, with mix-up, fused views or prior preservation.
 
     Args:
-        config: of the run.
         model: predicts frontal embeddings.
-        front: (P, D) frontal embeddings of the training people.
-        device: where all of it lies.
-        base: the teacher of prior preservation, and
-        prior_faces: the views whose base predictions are preserved; None without it.
+        front: (P, D) frontal embeddings of the training people, on the device.
+        base: the teacher of prior preservation; None without it.
+        prior_faces: the views whose base predictions are preserved.
     """
 
     def __init__(
@@ -149,9 +139,10 @@ class Objective:
         self.config, self.model, self.front, self.device = config, model, front, device
         self.amp_dtype = amp_dtype_for(device) if config.use_amp else None
         self.task = self.prior = None
-        if base is not None:
+        if base is not None and prior_faces is not None:
             self.task = EnhancedTransformerWithPrior(model, base, config.lambda_prior, PriorPreservationLoss(front))
-            self.prior = PriorPreservationDataset(base, prior_faces.src, prior_faces.conditions())
+            src, conditions = prior_faces.src, prior_faces.conditions()
+            self.prior = PriorPreservationDataset(base, src, conditions)  # type: ignore[arg-type] # rows on disk serve, too
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor | None:
         """Rows of the prior samples that go with count samples; None without prior preservation."""
@@ -160,25 +151,24 @@ class Objective:
     def __call__(self, batch: FaceBatch, weight: Tensor | None = None, kept: Tensor | None = None) -> Cost:
         """
         Args:
-            batch: of B samples, or of 2 B with
-            weight: (B,) of their first half, for mix-up.
+            batch: of B samples, or for mix-up of 2 B.
+            weight: (B,) of the first half, for mix-up.
             kept: the prior samples' rows, from `draw`.
         """
         partner = None
         if weight is not None:
             batch, partner = mix(batch, weight)
-        person = batch.person
+        person, conditions = batch.person, batch.conditions()
         loss_of = partial(mean_loss, LOSSES[self.config.loss], self.front, partner=partner, weight=weight)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            if self.task is not None:
-                loss, terms = self.task.compute_loss(
-                    batch.src, batch.conditions(), person, loss_of, prior=self.prior[kept]
-                )
+            if self.task is not None and self.prior is not None:
+                loss, terms = self.task.compute_loss(batch.src, conditions, person, loss_of, prior=self.prior[kept])
                 return Cost(loss, terms["prior_loss"])
-            predicted = self.model(batch.src, **batch.conditions(), return_residual=False)
+            predicted = self.model(batch.src, **conditions, return_residual=False)
             if self.config.use_cross_view:  # several views, one frontal embedding
                 predicted, person = fuse_views(predicted, self.config.n_views), person[:: self.config.n_views]
-            return Cost(loss_of(predicted, person), None)
+            loss = loss_of(predicted, person)
+            return Cost(loss, torch.zeros_like(loss))
 
 
 def amp_dtype_for(device: torch.device) -> torch.dtype:
@@ -188,25 +178,16 @@ def amp_dtype_for(device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
-# ---- AdamW with a learning rate per role, and its schedule.
-
-
-FINAL_LR = 0.01  # of the learning rate, at the end of the cosine
-FAST_ROLES = ("lora", "projection")  # trained with lora_lr
-
-
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with one group per role: LoRA and projection at lora_lr, base and cross-view attention at lr."""
-    if hasattr(model, "parameter_groups"):
+    if isinstance(model, EnhancedTransformerDecoderOnly3D):
         roles = model.parameter_groups()
     else:
         roles = {"base": [p for p in model.parameters() if p.requires_grad]}
     if not roles:
         raise ValueError("the model has no trainable parameter: its base is frozen and nothing was added")
-    groups = [
-        {"params": params, "lr": config.lora_lr if role in FAST_ROLES else config.lr, "role": role}
-        for role, params in roles.items()
-    ]
+    rates = dict.fromkeys(roles, config.lr) | {"lora": config.lora_lr, "projection": config.lora_lr}
+    groups = [{"params": params, "lr": rates[role], "role": role} for role, params in roles.items()]
     return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
 
 
@@ -223,10 +204,10 @@ def warmup_cosine(warmup: float, steps: int) -> Callable[[int], float]:
     return factor
 
 
-def set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float], factor: float) -> None:
-    """Learning rates factor * rates, one a group; written into tensors where a CUDA graph reads them."""
+def set_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
+    """Learning rates, one a group; written into tensors where a CUDA graph reads them."""
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         if torch.is_tensor(group["lr"]):
-            group["lr"].fill_(factor * rate)
+            group["lr"].fill_(rate)
         else:
-            group["lr"] = factor * rate
+            group["lr"] = rate

@@ -1,19 +1,16 @@
-"""Stopping between two steps, so that the notebook, or the next run, can go on from there."""
+"""What a training run gives back, how it is stopped, and what it says of itself when something went wrong."""
 
 import signal
 import sys
 import threading
-from types import FrameType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from types import FrameType
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -22,6 +19,9 @@ from torch import Tensor, nn
 from viewdiff_nb.modules.transformer import EnhancedTransformerDecoderOnly3D
 from viewdiff_nb.training.batches import FaceBatch
 from viewdiff_nb.training.config import TrainConfig
+
+SHOWN = 3  # offenders that a message names
+MUCH_PRIOR_LOSS = 0.1  # where preserved predictions have moved by about a tenth of their length
 
 
 @dataclass
@@ -41,29 +41,37 @@ class TrainResult:
     advice: list[str] = field(default_factory=list)
 
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    pass
-
-
 class TrainingInterrupted(KeyboardInterrupt):
     """An interrupt ended a run that a program had started: its next line must not take the model for a trained one.
 
     result: of the run so far.
     """
 
-    def __init__(self, result: "TrainResult") -> None:
+    def __init__(self, result: TrainResult) -> None:
         super().__init__(f"training was interrupted; the last checkpoint is {result.checkpoint}")
         self.result = result
 
-    def __reduce__(self) -> tuple:  # between processes
+    def __reduce__(self) -> tuple:  # pickles between processes
         return TrainingInterrupted, (self.result,)
 
 
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer a number; the message says where, why and what to try.
+
+    result: of the run so far, its model at the last state that was good.
+    """
+
+    def __init__(self, message: str, result: TrainResult | None = None) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+class TrainingAdvice(UserWarning):
+    """A run ended in a way that the guide's questions know, and something else is worth trying."""
+
+
 class StopRequest:
-    """Within this context an interrupt is a wish, and `asked` becomes true: Ctrl-C, the kernel's stop button, SIGTERM,
-    and where there is such a thing the end of the terminal (SIGHUP).
+    """Within this context an interrupt only sets `asked`: Ctrl-C, the kernel's stop button, SIGTERM, and SIGHUP.
 
     A second one is an interrupt as usual. Outside the main thread, where signals cannot be caught, nothing changes.
     """
@@ -73,18 +81,20 @@ class StopRequest:
     def __init__(self) -> None:
         self.asked = False
         self.to_end = False  # the process, not only the run
-        self._before: dict = {}
+        self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            wanted = [number for number in self.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # as nohup
-            self._before = {number: signal.signal(number, self._ask) for number in wanted}
+            heeded = [
+                number for number in self.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN
+            ]  # as by nohup
+            self._handlers = {number: signal.signal(number, self._ask) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._handlers = {}
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
@@ -97,79 +107,55 @@ def at_prompt() -> bool:
     return hasattr(sys, "ps1")
 
 
-# ---- What went wrong in a training run, and what to try: the guide's questions, asked by the run itself.
-
-
-SHOWN = 3  # offenders that a message names
-MUCH_PRIOR_LOSS = 0.1  # where preserved predictions have moved by about a tenth of their length
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer a number; the message says where, why and what to try.
-
-    result: of the run so far, its model at the last state that was good.
-    """
-
-    def __init__(self, message: str, result: "TrainResult | None" = None) -> None:
-        super().__init__(message)
-        self.result = result
-
-
-class TrainingAdvice(UserWarning):
-    """A run ended in a way that the guide's questions know, and something else is worth trying."""
-
-
 def find_cause(model: nn.Module, batch: FaceBatch, loss_of: Callable[[FaceBatch], Tensor]) -> str:
     """Why a batch has no finite loss, or gradient: its data, or the first module whose output is not finite.
 
     Runs the batch forward and backward once more; leaves no gradient behind.
     """
-    for name, values in zip(FaceBatch._fields, batch, strict=True):
-        bad = ~values.flatten(1).isfinite().all(1) if values.is_floating_point() else torch.zeros(1)
+    for name, values in batch._asdict().items():
+        bad = ~values.reshape(len(values), -1).isfinite().all(1)
         if bad.any():
-            return (
-                f"its data: {name} is not finite in {int(bad.sum())} of {len(bad)} samples, e.g. sample "
-                f"{int(bad.nonzero()[0])}"
-            )
-    found: list[str] = []
+            example = int(bad.nonzero()[0])
+            return f"its data: {name} is not finite in {int(bad.sum())} of {len(bad)} samples, e.g. sample {example}"
+    not_finite: list[str] = []
 
-    def look(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple, output: object) -> None:
-            if not found and isinstance(output, Tensor) and not output.isfinite().all():
-                found.append(name)
+    def watch(name: str, module: nn.Module, inputs: tuple, output: object) -> None:
+        if isinstance(output, Tensor) and not output.isfinite().all():
+            not_finite.append(name)
 
-        return hook
-
-    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if name:
+                hooks.enter_context(module.register_forward_hook(partial(watch, name)))
         loss = loss_of(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    where = [f"the output of {found[0]} is the first that is not finite"] if found else []
-    if not where and not loss.isfinite():
-        where = ["all modules' outputs are finite, the loss of them is not"]
+    found = []
+    if not_finite:
+        found.append(f"the output of {not_finite[0]} is the first that is not finite")
+    elif not loss.isfinite():
+        found.append("all modules' outputs are finite, the loss of them is not")
     loss.backward()
     norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    bad = [name for name, norm in norms.items() if not norm < float("inf")]
-    if bad:
-        named = f"{', '.join(bad[:SHOWN])}{' ...' * (len(bad) > SHOWN)}"
-        where.append(f"no finite gradient in {len(bad)} of {len(norms)} parameters: {named}")
+    if lost := [name for name, norm in norms.items() if not norm < float("inf")]:
+        named = ", ".join(lost[:SHOWN]) + (" ..." if len(lost) > SHOWN else "")
+        found.append(f"no finite gradient in {len(lost)} of {len(norms)} parameters: {named}")
     elif norms:
-        largest = max(norms, key=norms.get)
-        where.append(f"the largest gradient is {norms[largest]:.2g} in {largest}")
-    return "; ".join(where)
+        norm, name = max((norm, name) for name, norm in norms.items())
+        found.append(f"the largest gradient is {norm:.2g} in {name}")
+    return "; ".join(found)
 
 
-def divergence_advice(config: TrainConfig) -> str:
-    rates = f"lower lr ({config.lr:g})"
-    if config.use_lora_attention or config.use_projection_layer:
-        rates += f" or lora_lr ({config.lora_lr:g})"
-    tries = [rates, f"or clip_norm ({config.clip_norm:g})"]
-    if config.use_amp:
-        tries.append("switch use_amp off")
-    return ", ".join(tries)
+def diverged(what: str, config: TrainConfig, epoch: int, result: TrainResult) -> TrainingDiverged:
+    """The error that says what is not finite, what to try, and that the model is at the end of an epoch again."""
+    tries = {
+        f"lower lr ({config.lr:g})": True,
+        f"lora_lr ({config.lora_lr:g})": config.use_lora_attention or config.use_projection_layer,
+        f"clip_norm ({config.clip_norm:g})": True,
+        "switch use_amp off": config.use_amp,
+    }
+    kept = f"; {result.checkpoint} is the last checkpoint" if result.checkpoint else ""
+    good = f"The model is again what it was after epoch {epoch}{kept}"
+    return TrainingDiverged(f"{what}. Try: {_join(', or ', tries)}. {good}", result)
 
 
 @contextmanager
@@ -180,67 +166,75 @@ def memory_advice(config: TrainConfig) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        tries = []
-        if config.use_projection_layer and config.voxel_resolution > 4:
-            smaller = max(4, config.voxel_resolution // 2)
-            tries.append(f"voxel_resolution {smaller} instead of {config.voxel_resolution}")
+        coarser, voxels = max(4, config.voxel_resolution // 2), config.voxel_resolution
         windows = 2 * config.gradient_accumulation_steps
-        without = " and --no-use_cuda_graph" if config.use_cuda_graph else ""
-        smaller = max(1, config.batch_size // 2)
-        tries.append(
-            f"batch_size {smaller} with gradient_accumulation_steps {windows}{without}, "
-            "which is the same to the optimiser"
-        )
-        if not config.use_amp:
-            tries.append("use_amp")
-        raise MemoryError(f"a training step does not fit in memory; try {', or '.join(tries)} ({error})") from error
+        no_graph = " and --no-use_cuda_graph" if config.use_cuda_graph else ""
+        tries = {
+            f"voxel_resolution {coarser} instead of {voxels}": config.use_projection_layer and voxels > 4,
+            f"batch_size {max(1, config.batch_size // 2)} with gradient_accumulation_steps {windows}{no_graph}, "
+            "which is the same to the optimiser": True,
+            "use_amp": not config.use_amp,
+        }
+        raise MemoryError(f"a training step does not fit in memory; try {_join(', or ', tries)} ({error})") from error
 
 
-def advice(history: "pd.DataFrame", config: TrainConfig) -> list[str]:
+def advise(result: TrainResult, config: TrainConfig) -> None:
+    """Give the advice of a run that ended as it should, as warnings of the line that called `train`, too."""
+    if result.stopped in ("finished", "early"):
+        result.advice = advice(result.history, config)
+    for sentence in result.advice:
+        warnings.warn(sentence, TrainingAdvice, stacklevel=3)
+
+
+def advice(history: pd.DataFrame, config: TrainConfig) -> list[str]:
     """What the history of a finished run suggests, in sentences; nothing if all is well.
 
     Args:
         history: of the run, with a row for epoch 0, before training, if a base was adapted.
     """
-    said = []
-    began, ended = history.iloc[0], history.iloc[-1]
-    adapted = config.use_lora_attention and config.base_model_path is not None
-    if adapted and began["epoch"] == 0 and ended.get("val_rank1", 1.0) < began["val_rank1"]:
-        tries = []
-        if config.rank < 8:
-            tries.append(f"raise rank from {config.rank} to 8 or 16")
-        if config.lora_alpha < config.rank:
-            tries.append(f"raise lora_alpha from {config.lora_alpha:g} to the rank, {config.rank}")
-        if config.lora_lr < 1e-3:
-            tries.append(f"raise lora_lr from {config.lora_lr:g} to 1e-3 or more")
-        elif config.lora_lr > 1e-2:
-            tries.append(f"lower lora_lr from {config.lora_lr:g} to 1e-2 or less")
-        if config.loss in ("mse", "cosine"):
-            tries.append(f"a loss that tells people apart instead of {config.loss}, e.g. two-way")
-        tries.append(f"train for more than {config.epochs} epochs")
-        said.append(
-            f"after LoRA training rank-1 is {ended['val_rank1']:.3f} on validation people, below the base "
-            f"model's {began['val_rank1']:.3f}; {'; '.join(tries)}"
+    return [*_lora_advice(history, config), *_prior_advice(history[history["epoch"] > 0], config)]
+
+
+def _lora_advice(history: pd.DataFrame, config: TrainConfig) -> Iterator[str]:
+    start, end = history.iloc[0], history.iloc[-1]
+    adapted = config.use_lora_attention and config.base_model_path and start["epoch"] == 0
+    if adapted and end.get("val_rank1", 1.0) < start["val_rank1"]:
+        tries = {
+            f"raise rank from {config.rank} to 8 or 16": config.rank < 8,
+            f"raise lora_alpha from {config.lora_alpha:g} to the rank, {config.rank}": config.lora_alpha < config.rank,
+            f"raise lora_lr from {config.lora_lr:g} to 1e-3 or more": config.lora_lr < 1e-3,
+            f"lower lora_lr from {config.lora_lr:g} to 1e-2 or less": config.lora_lr > 1e-2,
+            f"a loss that tells people apart instead of {config.loss}, e.g. two-way": config.loss in ("mse", "cosine"),
+            f"train for more than {config.epochs} epochs": True,
+        }
+        yield (
+            f"after LoRA training rank-1 is {end['val_rank1']:.3f} on validation people, below the base model's "
+            f"{start['val_rank1']:.3f}; {_join('; ', tries)}"
         )
-    trained = history[history["epoch"] > 0]
-    if config.use_prior_preservation and len(trained) > 1:
-        first, last = trained.iloc[0], trained.iloc[-1]
-        task = (trained["train_loss"] - config.lambda_prior * trained["prior_loss"]).tolist()
-        if min(task[1:]) >= task[0]:
-            said.append(
-                f"the task loss did not fall ({task[0]:.3g} to {task[-1]:.3g}) beside a prior loss of "
-                f"{last['prior_loss']:.3g}: "
-                + (
-                    f"lambda_prior={config.lambda_prior:g} holds the model at its base, lower it to 0.05-0.1; "
-                    * (config.lambda_prior > 0.1)
-                )
-                + f"raise lora_lr ({config.lora_lr:g}) or epochs ({config.epochs}), and check that "
-                "base_model_path is the model you mean to keep"
-            )
-        elif last["prior_loss"] > max(first["prior_loss"], MUCH_PRIOR_LOSS):
-            said.append(
-                f"the prior loss rose from {first['prior_loss']:.3g} to {last['prior_loss']:.3g}: it starts "
-                "near 0, because the model starts as its base, and rises while the model learns something "
-                f"else; raise lambda_prior ({config.lambda_prior:g}) to keep more"
-            )
-    return said
+
+
+def _prior_advice(trained: pd.DataFrame, config: TrainConfig) -> Iterator[str]:
+    if not config.use_prior_preservation or len(trained) < 2:
+        return
+    first, last, weight = trained["prior_loss"].iloc[0], trained["prior_loss"].iloc[-1], config.lambda_prior
+    task = (trained["train_loss"] - weight * trained["prior_loss"]).tolist()
+    if min(task[1:]) >= task[0]:
+        tries = {
+            f"lambda_prior={weight:g} holds the model at its base, lower it to 0.05-0.1": weight > 0.1,
+            f"raise lora_lr ({config.lora_lr:g}) or epochs ({config.epochs})": True,
+            "check that base_model_path is the model you mean to keep": True,
+        }
+        yield (
+            f"the task loss did not fall ({task[0]:.3g} to {task[-1]:.3g}) beside a prior loss of {last:.3g}: "
+            f"{_join('; ', tries)}"
+        )
+    elif last > max(first, MUCH_PRIOR_LOSS):
+        yield (
+            f"the prior loss rose from {first:.3g} to {last:.3g}: it starts near 0, because the model starts as its "
+            f"base, and rises while it learns something else; raise lambda_prior ({weight:g}) to keep more"
+        )
+
+
+def _join(separator: str, tries: dict[str, bool]) -> str:
+    """What is worth trying."""
+    return separator.join(text for text, applies in tries.items() if applies)

@@ -404,12 +404,12 @@ class TrainingLog:
         progress: whether to show a bar.
     """
 
-    def __init__(self, log_dir: Path | None, epochs: int, batches: int, done: int, progress: bool) -> None:
+    def __init__(self, log_dir: str | None, epochs: int, batches: int, done: int, progress: bool) -> None:
         self.writer, self.batches, self.epochs = None, batches, epochs
         if log_dir is not None:
             from torch.utils.tensorboard import SummaryWriter  # here, for it takes a second
 
-            self.writer = SummaryWriter(str(log_dir))
+            self.writer = SummaryWriter(str(writable_folder(log_dir)))
         self.bar = tqdm(
             total=epochs * batches,
             initial=done,

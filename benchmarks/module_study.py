@@ -214,7 +214,6 @@ def multi_view_table(results: dict[tuple[str, int], dict], part: str) -> pd.Data
     for kind in ("all", "side"):
         for views in map(str, VIEW_COUNTS):
             for rate in ("rank1", "tar"):
-                single = [results["average", s][part][kind]["1"][rate] for s in seeds]
                 average = [results["average", s][part][kind][views][rate] for s in seeds]
                 crossed = [results[f"cross-view {views}", s][part][kind][views][rate] for s in seeds]
                 gain = over_seeds(c - a for c, a in zip(crossed, average, strict=True))

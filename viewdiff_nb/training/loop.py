@@ -29,8 +29,7 @@ from viewdiff_nb.training.checkpoint import PERIODIC, find_checkpoint, load_chec
 from viewdiff_nb.training.config import TrainConfig
 from viewdiff_nb.training.devices import (
     GraphedFunction,
-    OneProcess,
-    SeveralProcesses,
+    Processes,
     connect,
     manual_seed,
     set_capturable,
@@ -110,9 +109,8 @@ def train(
             "a model given to train() is trained as it is: base_model_path and prior preservation are "
             "for models that the config builds"
         )
-    result = connect(config).launch(
-        _train, config, train_faces, val_faces, model, on_epoch, progress, stop or StopRequest()
-    )
+    processes = connect(config)
+    result = _train(processes, config, train_faces, val_faces, model, on_epoch, progress, stop or StopRequest())
     if result.stopped in ("finished", "early"):
         result.advice = advice(result.history, config)
     for sentence in result.advice:
@@ -120,7 +118,7 @@ def train(
     return result
 
 
-def _train(machines: OneProcess | SeveralProcesses, config: TrainConfig, *arguments) -> TrainResult:
+def _train(machines: Processes, config: TrainConfig, *arguments) -> TrainResult:
     with memory_advice(config):
         run = _Run(machines, config, *arguments)
         try:
@@ -134,7 +132,7 @@ class _Run:
 
     def __init__(
         self,
-        machines: OneProcess | SeveralProcesses,
+        machines: Processes,
         config: TrainConfig,
         train_faces: FaceViews,
         val_faces: FaceViews,

@@ -197,7 +197,7 @@ class GraphedFunction:
     are changed in place. A result is to be read before the next call, which may write over it.
 
     Args:
-        function: of tensors, or None in their place, to a tensor or None.
+        function: of tensors, or None in their place, to a tensor.
         device: a GPU.
         warmup: calls before the recording.
 
@@ -205,14 +205,14 @@ class GraphedFunction:
         RuntimeError: from a call, if the function cannot be recorded.
     """
 
-    def __init__(self, function: Callable[..., Tensor | None], device: torch.device, warmup: int = WARMUP) -> None:
+    def __init__(self, function: Callable[..., Tensor], device: torch.device, warmup: int = WARMUP) -> None:
         self.function, self.warmup = function, warmup
         self.device = torch.device(device.type, torch.cuda.current_device() if device.index is None else device.index)
         self.pool = torch.cuda.graph_pool_handle()  # of all graphs: only one runs at a time
         self.calls: Counter[Hashable] = Counter()
-        self.recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, Sequence[Tensor | None], Tensor | None]] = {}
+        self.recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, Sequence[Tensor | None], Tensor]] = {}
 
-    def __call__(self, *arguments: Tensor | None) -> Tensor | None:
+    def __call__(self, *arguments: Tensor | None) -> Tensor:
         shapes = _shapes(arguments)
         if shapes not in self.recorded:
             self.calls[shapes] += 1
@@ -247,7 +247,7 @@ class GraphedFunction:
             ) from error
         self.recorded[_shapes(arguments)] = graph, buffers, result
 
-    def _unrecorded(self, arguments: Sequence[Tensor | None]) -> Tensor | None:
+    def _unrecorded(self, arguments: Sequence[Tensor | None]) -> Tensor:
         """The function itself, on the stream that records, to which the memory that it keeps must belong."""
         current, side = torch.cuda.current_stream(self.device), _side_stream(self.device)
         side.wait_stream(current)

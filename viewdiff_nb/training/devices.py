@@ -9,6 +9,7 @@ import atexit
 import os
 import sys
 import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -98,17 +99,20 @@ def connect(config: TrainConfig) -> Processes:
         ValueError: if torchrun did not start the processes, if a device is not there, or if a CUDA graph is wanted
             where there is none.
     """
-    if config.use_cuda_graph and (config.devices > 1 or started_by_torchrun()):
+    several = started_by_torchrun()
+    if config.use_cuda_graph and (several or config.devices > 1):
         raise ValueError("use_cuda_graph is for one process, and this run has several; give --no-use_cuda_graph")
-    if not started_by_torchrun():
-        if config.devices > 1:
-            raise ValueError(
-                f"devices={config.devices} needs {config.devices} processes, which torchrun starts: torchrun "
-                f"--nproc_per_node {config.devices} -m {COMMAND} ... (or your own program instead of it); "
-                f"python -m {COMMAND} --devices {config.devices} does so by itself"
-            )
-        return Processes(one_device(config))
+    if config.devices > 1 and not several:
+        raise ValueError(
+            f"devices={config.devices} needs {config.devices} processes, which torchrun starts: torchrun "
+            f"--nproc_per_node {config.devices} -m {COMMAND} ... (or your own program instead of it); "
+            f"python -m {COMMAND} --devices {config.devices} does so by itself"
+        )
     device = choose_device(config.device)
+    if config.use_cuda_graph and device.type != "cuda":
+        raise ValueError(f"use_cuda_graph needs a GPU, and this run is on device {device}; give --no-use_cuda_graph")
+    if not several:
+        return Processes(device)
     if device.type == "cuda":
         wanted, there = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
         if wanted > there:
@@ -118,7 +122,15 @@ def connect(config: TrainConfig) -> Processes:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     return Processes(device, dist.get_world_size(), dist.get_rank())
+
+
+def _end_with_parent(parent: int) -> None:
+    """torchrun ends its processes, but not when it is killed."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def relaunch(arguments: Sequence[str], count: int) -> NoReturn:
@@ -131,8 +143,8 @@ def relaunch(arguments: Sequence[str], count: int) -> NoReturn:
         run.main(["--standalone", "--nproc_per_node", str(count), "-m", COMMAND, *arguments])
     except SignalException:  # the processes have it, too, and have saved and ended
         sys.exit(130)
-    except ChildFailedError as error:  # a process failed, and has said why
-        sys.exit(min(failure.exitcode for failure in error.failures.values()))
+    except ChildFailedError:  # the one that failed has said why
+        sys.exit(1)
     sys.exit()
 
 
@@ -159,18 +171,6 @@ def choose_device(name: str = "auto") -> torch.device:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:NUMBER, got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {name!r} was asked for, but this torch sees no GPU; use --device cpu or auto")
-    return device
-
-
-def one_device(config: TrainConfig) -> torch.device:
-    """Where a run in one process trains.
-
-    Raises:
-        ValueError: if the device is not there, or a CUDA graph is wanted without a GPU.
-    """
-    device = choose_device(config.device)
-    if config.use_cuda_graph and device.type != "cuda":
-        raise ValueError(f"use_cuda_graph needs a GPU, and this run is on device {device}; give --no-use_cuda_graph")
     return device
 
 

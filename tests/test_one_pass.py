@@ -1,11 +1,25 @@
+"""Adapters side by side in one model, their optimiser, and runs that are trained in one pass."""
+
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import DEVICES
+from conftest import CONFIG, DEVICES, run, sets
 from torch import nn
 
 from viewdiff_nb import EnhancedTransformerDecoderOnly3D, PoseConditionedLoRAAttention
 from viewdiff_nb.modules.lora import disable_adapters, lora_layers
-from viewdiff_nb.training.one_pass import StackedAdamW, StackedAdapters, StackedAttention
+from viewdiff_nb.training.config import TrainConfig
+from viewdiff_nb.training.one_pass import (
+    MAY_DIFFER,
+    StackedAdamW,
+    StackedAttention,
+    refusal,
+    shared_part,
+    stack_adapters,
+    train_together,
+    unstack,
+)
 
 SIZES = {"d_model": 32, "nhead": 4, "num_layers": 2, "dim_feedforward": 48, "dropout": 0.0, "voxel_resolution": 4}
 
@@ -24,6 +38,10 @@ def models(options: dict, ranks=(2, 5, 3), device="cpu") -> list[EnhancedTransfo
                 nn.init.normal_(parameter, std=0.2)
         built.append(model.to(device))
     return built
+
+
+def trainable(stack: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in stack.named_parameters() if p.requires_grad}
 
 
 def inputs(count: int, batch: int, device="cpu") -> dict[str, torch.Tensor]:
@@ -48,7 +66,7 @@ def inputs(count: int, batch: int, device="cpu") -> dict[str, torch.Tensor]:
 )
 def test_predictions_and_gradients_are_those_of_the_models_one_by_one(options, device):
     built = models(options, device=device)
-    stacked, given = StackedAdapters(built), inputs(3, 4, device)
+    stacked, given = stack_adapters(built), inputs(3, 4, device)
     together = stacked(**given, return_residual=False)
     alone = [
         model(**{k: v[4 * i : 4 * i + 4] for k, v in given.items()}, return_residual=False)
@@ -57,7 +75,7 @@ def test_predictions_and_gradients_are_those_of_the_models_one_by_one(options, d
     loose = 10 if device == "cuda" and options["use_projection_layer"] else 1  # cuDNN convolves in TF32
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4 * loose, atol=1e-4 * loose)
     together.square().sum().backward()
-    stacks = {name: parameter.grad.clone() for name, parameter in stacked.trainable().items()}
+    stacks = {name: parameter.grad.clone() for name, parameter in trainable(stacked).items()}
     assert stacks and all(p.grad is None for model in built for p in model.parameters() if not p.requires_grad)
     for part in alone:
         part.square().sum().backward()
@@ -77,11 +95,12 @@ def test_predictions_and_gradients_are_those_of_the_models_one_by_one(options, d
 def test_adapters_travel_back_to_their_models():
     built = models({"use_projection_layer": True})
     before = [{n: p.clone() for n, p in model.named_parameters()} for model in built]
-    stacked = StackedAdapters(built)
+    stacked = stack_adapters(built)
     with torch.no_grad():
-        for parameter in stacked.trainable().values():
+        for parameter in trainable(stacked).values():
             parameter.mul_(2)
-    assert stacked.unstack() == built and "ranks=[2, 5, 3]" in repr(stacked)
+    unstack(stacked, built)
+    assert "ranks=[2, 5, 3]" in repr(stacked)
     for model, old in zip(built, before, strict=True):
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter, old[name] * (2 if parameter.requires_grad else 1))
@@ -90,7 +109,7 @@ def test_adapters_travel_back_to_their_models():
 def test_one_token_attention_shows_the_weights_of_each():
     built = models({"use_projection_layer": False})
     given = inputs(3, 2)
-    _, weights = StackedAdapters(built)(**given, return_attention=True)
+    _, weights = stack_adapters(built)(**given, return_attention=True)
     for i, model in enumerate(built):
         _, own = model(**{k: v[2 * i : 2 * i + 2] for k, v in given.items()}, return_attention=True)
         torch.testing.assert_close(weights[2 * i : 2 * i + 2], own)
@@ -98,16 +117,16 @@ def test_one_token_attention_shows_the_weights_of_each():
 
 def test_a_stack_offers_only_what_it_can_do():
     """It is no LoRA layer: it can be neither merged nor disabled."""
-    stacked = StackedAdapters(models({"use_projection_layer": False, "lora_targets": ("attention", "feed_forward")}))
+    stacked = stack_adapters(models({"use_projection_layer": False, "lora_targets": ("attention", "feed_forward")}))
     assert not lora_layers(stacked)
     kinds = {
         type(module).__name__: module for module in stacked.modules() if type(module).__name__.startswith("Stacked")
     }
-    assert set(kinds) == {"StackedAdapters", "StackedAttention", "StackedLoRALinear"}
+    assert set(kinds) == {"StackedAttention", "StackedLoRALinear"}
     for kind in kinds.values():
         assert not [name for name in ("merge", "unmerge", "adapter_enabled", "is_merged") if hasattr(kind, name)]
     with (
-        pytest.raises(ValueError, match=r"StackedAdapters has no LoRA layer to disable.*unstack\(\)"),
+        pytest.raises(ValueError, match=r"has no LoRA layer to disable.*unstack\(\)"),
         disable_adapters(stacked),
     ):
         pass
@@ -131,9 +150,9 @@ def test_scores_beyond_float16_before_they_are_scaled():
 def test_a_stack_leaves_its_models_alone():
     built = models({"use_projection_layer": True})
     before = [{name: p.clone() for name, p in model.named_parameters()} for model in built]
-    stacked = StackedAdapters(built)
+    stacked = stack_adapters(built)
     with torch.no_grad():
-        for parameter in stacked.trainable().values():
+        for parameter in trainable(stacked).values():
             parameter.add_(1)
     for model, old in zip(built, before, strict=True):
         assert all(torch.equal(p, old[name]) for name, p in model.named_parameters())
@@ -143,12 +162,12 @@ def test_what_cannot_be_stacked():
     built = models({"use_projection_layer": False})
     built[0].norm.weight.requires_grad_(True)
     with pytest.raises(ValueError, match=r"norm\.weight is trainable; freeze the base"):
-        StackedAdapters(built)
+        stack_adapters(built)
     crossed = EnhancedTransformerDecoderOnly3D(**SIZES, use_cross_view=True)
     with pytest.raises(ValueError, match="one model at a time"):
-        StackedAdapters([crossed])
+        stack_adapters([crossed])
     with pytest.raises(ValueError, match="no dropout of their own"):
-        StackedAdapters(models({"use_projection_layer": False, "lora_dropout": 0.1}))
+        stack_adapters(models({"use_projection_layer": False, "lora_dropout": 0.1}))
 
 
 LOSS = torch.tensor([1.0, 2.0])
@@ -213,3 +232,107 @@ def test_a_row_that_diverged_stays_where_it_was_to_the_bit(rates, where, bad):
         assert all(torch.equal(one[0], other[0]) for one, other in zip(seen[i], alone[i], strict=True))
         assert all(torch.equal(one[1], other[1]) for one, other in zip(seen[i], alone[min(i, 3)], strict=True))
     assert not torch.equal(alone[8][0][1], alone[3][0][1])
+
+
+EXACT = replace(CONFIG, use_lora_attention=True, dropout=0.0, min_yaw=45.0, epochs=7)  # 7 x 8 batches
+
+
+def cells(base_path: str, **changes) -> list[TrainConfig]:
+    config = replace(EXACT, base_model_path=base_path, **changes)
+    return [
+        replace(config, rank=2, lora_alpha=2.0, seed=3),
+        replace(config, rank=8, lora_alpha=4.0, lora_lr=5e-3),
+        replace(config, rank=4, lora_alpha=4.0, seed=1, lambda_prior=1.0),
+    ]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_projection_layer": True, "mixup": True},
+        {"use_prior_preservation": True, "loss": "identity"},
+        {
+            "use_prior_preservation": True,
+            "mixup": True,
+            "use_projection_layer": True,
+            "weight_decay": 0.5,
+            "lora_targets": ("attention", "feed_forward"),
+        },
+    ],
+    ids=str,
+)
+def test_adapters_are_those_of_separate_runs(base_path, changes, device):
+    configs = cells(base_path, device=device, **changes)
+    for config, result in zip(configs, train_together(configs, *sets()), strict=True):
+        alone = run(config)
+        assert alone.steps == result.steps >= 50 and result.stopped == "finished"
+        for (name, value), other in zip(
+            result.model.state_dict().items(), alone.model.state_dict().values(), strict=True
+        ):
+            assert (value - other).abs().max() <= 1e-4, name
+        assert result.history["train_loss"].tolist() == pytest.approx(
+            alone.history["train_loss"].tolist(), rel=1e-4, nan_ok=True
+        )
+        assert result.history["val_rank1"].iloc[-1] == pytest.approx(alone.history["val_rank1"].iloc[-1], abs=0.02)
+
+
+@pytest.mark.parametrize("mixup", [False, True])
+def test_mixed_precision_trains_to_about_the_same(base_path, mixup):
+    whole, mixed = (train_together(cells(base_path, use_amp=amp, mixup=mixup), *sets()) for amp in (False, True))
+    for a, b in zip(whole, mixed, strict=True):
+        assert b.history["train_loss"].iloc[-1] == pytest.approx(a.history["train_loss"].iloc[-1], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lora_alpha": 1e30, "lora_lr": 1e-3}, {"lora_lr": 1e20}], ids=["at once", "later"]
+)
+def test_one_diverged_run_stays_where_it_was_and_does_not_disturb_the_others(base_path, changes, monkeypatch):
+    configs = cells(base_path, loss="mse", weight_decay=0.5)
+    undisturbed = train_together(configs, *sets())
+    configs[1] = replace(configs[1], **changes)
+    steps: list[list[torch.Tensor]] = []
+    step = StackedAdamW.step
+
+    def recorded(self, loss):
+        before = [p.detach()[1].clone() for p in self.parameters]
+        step(self, loss)
+        if self.diverged[1]:
+            steps.append(before)
+
+    monkeypatch.setattr(StackedAdamW, "step", recorded)
+    results = train_together(configs, *sets())
+    assert [r.stopped for r in results] == ["finished", "diverged", "finished"]
+    for i in (0, 2):
+        for a, b in zip(undisturbed[i].model.parameters(), results[i].model.parameters(), strict=True):
+            assert torch.equal(a, b)
+    first, *_, last = steps  # before the step that had no finite gradient, and before the last one
+    assert len(steps) > 50 and all(map(torch.equal, first, last))
+    assert all(p.isfinite().all() for p in results[1].model.parameters())
+
+
+def test_what_is_shared(base_path):
+    first, second, _ = cells(base_path)
+    assert shared_part(first) == shared_part(second) != shared_part(replace(first, voxel_resolution=9))
+    assert set(MAY_DIFFER) == {"rank", "lora_alpha", "lora_lr", "lambda_prior", "seed"}
+    with pytest.raises(ValueError, match="may differ only in rank, lora_alpha"):
+        train_together([first, replace(second, epochs=9)], *sets())
+
+
+@pytest.mark.parametrize(
+    "changes,reason",
+    [
+        ({"use_lora_attention": False}, "only LoRA adapters of a frozen base"),
+        ({"freeze_base": False}, "only LoRA adapters"),
+        ({"use_cross_view": True, "n_views": 4}, "groups of views"),
+        ({"gradient_accumulation_steps": 2}, "accumulation"),
+        ({"save_dir": "x"}, "checkpoints"),
+        ({"devices": 2}, "several devices"),
+    ],
+)
+def test_what_is_trained_alone(base_path, changes, reason):
+    config = replace(cells(base_path)[0], **changes)
+    assert reason in refusal(config)
+    with pytest.raises(ValueError, match=reason):
+        train_together([config], *sets())

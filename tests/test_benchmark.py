@@ -1,10 +1,11 @@
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import pytest
 import torch
 from conftest import DEVICES, people
-from gpu.steps import CapturedStep, CountedStep
+from gpu.steps import CapturedStep, CountedStep, attempt_side_by_side
 from torch import nn
 
 from viewdiff_nb.studies import benchmark
@@ -82,16 +83,34 @@ def test_rows_and_ratios(monkeypatch):
     assert row["speed"] == pytest.approx(first[~first["amp"]]["ms"].iloc[0] / row["ms"])
 
 
+def test_steps_take_turns():
+    order: list[str] = []
+
+    class Step(TrainingStep):
+        def __init__(self, name):
+            self.name, self.device = name, torch.device("cpu")
+
+        def __call__(self):
+            order.append(self.name)
+
+        def memory(self):
+            return 7
+
+    found = side_by_side({name: partial(Step, name) for name in "ab"}, rounds=2, steps=3)
+    assert "".join(order) == "aaabbbaaabbb"
+    assert all(timing.memory == 7 and len(timing.seconds) == 2 for timing in found.values())
+
+
 def test_a_step_that_fails_is_an_error_and_the_others_go_on():
     def too_large():
         raise MemoryError("no room for 16384 samples\nand more")
 
     faces = people(8)
     makers = {"too large": too_large, "fits": lambda: TrainingStep(SMALL, faces, 8, amp=False)}
-    found = side_by_side(makers, rounds=4, steps=1)
+    found = attempt_side_by_side(makers, rounds=4)
     assert found["too large"].row() == {"error": "MemoryError: no room for 16384 samples"}
     assert len(found["fits"].seconds) == 4 and found["fits"].row()["ms"] > 0
-    assert len(side_by_side(makers, rounds=9, steps=1, seconds=0)["fits"].seconds) == 3
+    assert len(attempt_side_by_side(makers, rounds=9, seconds=0)["fits"].seconds) == 3
 
 
 def test_float16_comes_with_a_gradient_scaler_and_still_learns():

@@ -23,12 +23,12 @@ import pandas as pd
 import torch
 from peft import LoraConfig, get_peft_model
 from plain import PlainTransformer
-from steps import CapturedStep, CountedStep
+from steps import CapturedStep, CountedStep, attempt_side_by_side
 from torch import nn
 
 from viewdiff_nb.faces.views import FaceViews
 from viewdiff_nb.studies.adaptation import COMMON, FULL_PROFILE, load_split
-from viewdiff_nb.studies.benchmark import machine, side_by_side, step_config
+from viewdiff_nb.studies.benchmark import machine, step_config
 from viewdiff_nb.training.checkpoint import build_model
 from viewdiff_nb.training.devices import choose_device
 
@@ -147,7 +147,7 @@ def group(
     found = {}
     for part in [modes] if batch_size < ONE_BY_ONE else [[mode] for mode in modes]:
         makers = {cell: partial(timed, *cell) for cell in cells if cell[0] in part}
-        found |= side_by_side(makers, rounds, seconds=seconds)
+        found |= attempt_side_by_side(makers, rounds, seconds=seconds)
         _release()
     rows = []
     for (mode, name), timing in found.items():
@@ -215,7 +215,7 @@ def main() -> None:
     print(limits.drop(columns="machine").round(1).to_string(), flush=True)
     _release()
     for mode in set(arguments.modes) & {"eager", "graph"}:  # what is set up once should stand in no row
-        side_by_side({mode: partial(build, OURS[0], mode, faces, 32, "bf16")}, rounds=1)
+        attempt_side_by_side({mode: partial(build, OURS[0], mode, faces, 32, "bf16")}, rounds=1)
     for batch_size in arguments.batches:
         for precision in arguments.precisions:
             spent = time.perf_counter() - started

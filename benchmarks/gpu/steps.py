@@ -1,11 +1,15 @@
 """Training steps as the GPU benchmarks take them: compiled, as one CUDA graph, their operations and bytes counted."""
 
+import time
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from viewdiff_nb.faces.views import FaceViews
-from viewdiff_nb.studies.benchmark import TrainingStep, storage_bytes
+from viewdiff_nb.studies.benchmark import Timing, TrainingStep, seconds_of, storage_bytes
 from viewdiff_nb.training.config import TrainConfig
 from viewdiff_nb.training.devices import WARMUP, GraphedFunction, set_capturable
 
@@ -80,3 +84,52 @@ class CapturedStep:
     def memory(self) -> int:
         """Bytes: the peak that was allocated during the recording, beyond what was there before the step was built."""
         return self.peak
+
+
+class Attempt(Timing):
+    """What `attempt_side_by_side` found out about one step. error: why it has no times."""
+
+    error: str = ""
+
+    def row(self) -> dict:
+        return {"error": self.error} if self.error else super().row()
+
+
+def attempt_side_by_side(
+    makers: dict[Hashable, Callable[[], TrainingStep | CapturedStep]], rounds: int, seconds: float = float("inf")
+) -> dict[Hashable, Attempt]:
+    """As `side_by_side`, with as many steps in a round as take a thirtieth of a second.
+
+    A step that cannot be built or run, for want of memory say, has its error as its result; the others go on.
+
+    Args:
+        rounds: at most.
+        seconds: no further round begins after that, but the third.
+    """
+    runs: dict[Hashable, TrainingStep | CapturedStep] = {}
+    steps: dict[Hashable, int] = {}
+    found = {name: Attempt(memory=0) for name in makers}
+
+    @contextmanager
+    def errors_noted(name: Hashable) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            runs.pop(name, None)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # what the failed one held
+            found[name].error = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:200]
+
+    for name, make in makers.items():
+        with errors_noted(name):
+            runs[name] = make()
+            found[name].memory = runs[name].memory()
+            steps[name] = max(1, min(30, round(1 / 30 / seconds_of(runs[name], 1))))
+    started = time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - started > seconds:
+            break
+        for name in list(runs):
+            with errors_noted(name):
+                found[name].seconds.append(seconds_of(runs[name], steps[name]))
+    return found

@@ -3,8 +3,7 @@
 import os
 import platform
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -128,69 +127,37 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
 
 @dataclass
 class Timing:
-    """What `side_by_side` found out about one step.
+    """What `side_by_side` found out about one step. seconds: of a step, one mean per round. memory: bytes."""
 
-    seconds: of a step, one mean per round. memory: bytes. error: why there are none.
-    """
-
+    memory: int
     seconds: list[float] = field(default_factory=list)
-    memory: int = 0
-    error: str = ""
 
-    def row(self) -> dict[str, float | str]:
-        """ms (median over rounds), ms_low and ms_high (quartiles), memory_mb; without times if there is an error."""
-        if self.error:
-            return {"error": self.error}
+    def row(self) -> dict[str, float]:
+        """ms (median over rounds), ms_low and ms_high (quartiles), memory_mb."""
         low, median, high = (1e3 * torch.tensor(self.seconds)).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
         return {"ms": median, "ms_low": low, "ms_high": high, "memory_mb": self.memory / 1e6}
 
 
-def side_by_side(
-    makers: Mapping[Name, Callable[[], TrainingStep]],
-    rounds: int,
-    steps: int | None = None,
-    seconds: float = float("inf"),
-) -> dict[Name, Timing]:
+def side_by_side(makers: Mapping[Name, Callable[[], TrainingStep]], rounds: int, steps: int) -> dict[Name, Timing]:
     """Time of steps that take turns, so that a machine that gets slower for a while slows all of them.
-
-    A step that cannot be built or run, for want of memory say, has its error as its result; the others go on.
 
     Args:
         makers: each builds a step, on one and the same device.
-        rounds: at most.
-        steps: of a round; None for as many as take a thirtieth of a second.
-        seconds: no further round begins after that, but the third.
+        steps: of a round.
     """
     runs: dict[Name, TrainingStep] = {}
-    counts: dict[Name, int] = {}
-    found = {name: Timing() for name in makers}
-
-    @contextmanager
-    def errors_noted(name: Name) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            runs.pop(name, None)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()  # what the failed one held
-            found[name].error = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:200]
-
+    found: dict[Name, Timing] = {}
     for name, make in makers.items():
-        with errors_noted(name):
-            runs[name] = make()
-            found[name].memory = runs[name].memory()
-            counts[name] = steps or max(1, min(30, round(1 / 30 / _seconds(runs[name], 1))))
-    started = time.perf_counter()
-    for done in range(rounds):
-        if done >= 3 and time.perf_counter() - started > seconds:
-            break
-        for name in list(runs):
-            with errors_noted(name):
-                found[name].seconds.append(_seconds(runs[name], counts[name]))
+        runs[name] = make()
+        found[name] = Timing(runs[name].memory())
+    for _ in range(rounds):
+        for name, run in runs.items():
+            found[name].seconds.append(seconds_of(run, steps))
     return found
 
 
-def _seconds(run: TrainingStep, steps: int) -> float:
+def seconds_of(run: TrainingStep, steps: int) -> float:
+    """Mean time of a step."""
     wait = torch.cuda.synchronize if run.device.type == "cuda" else lambda: None
     wait()
     started = time.perf_counter()
@@ -221,9 +188,7 @@ def speed_and_memory(
         for use_amp in amp:
             makers = {name: partial(TrainingStep, step_config(name), faces, batch_size, use_amp) for name in names}
             for name, timing in side_by_side(makers, rounds, steps).items():
-                if timing.error:
-                    raise RuntimeError(f"{name}, batch {batch_size}: {timing.error}")
-                rows.append({"batch_size": batch_size, "amp": use_amp, "name": name} | timing.row())
+                rows.append({"batch_size": batch_size, "amp": use_amp, "name": name, **timing.row()})
     table = pd.DataFrame(rows)
     first = table.groupby(["batch_size", "amp"])[["ms", "memory_mb"]].transform("first")
     return table.assign(speed=first["ms"] / table["ms"], memory=table["memory_mb"] / first["memory_mb"])

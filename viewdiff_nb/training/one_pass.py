@@ -11,7 +11,7 @@ where both factors are zero neither gets a gradient, so the padding stays zero a
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -25,7 +25,6 @@ from torch.nn.utils.rnn import pad_sequence
 from viewdiff_nb.faces.views import FaceViews
 from viewdiff_nb.modules.attention import PoseConditionedLoRAAttention, pose_code, split_heads
 from viewdiff_nb.modules.lora import LoRALinearLayer
-from viewdiff_nb.modules.prior import PriorPreservationDataset, PriorPreservationLoss
 from viewdiff_nb.modules.projection import LightweightFaceProjectionLayer
 from viewdiff_nb.modules.transformer import EnhancedTransformerDecoderOnly3D
 from viewdiff_nb.training.batches import (
@@ -41,7 +40,7 @@ from viewdiff_nb.training.checkpoint import prepare_model
 from viewdiff_nb.training.config import TrainConfig
 from viewdiff_nb.training.devices import GraphedFunction, choose_device, connect
 from viewdiff_nb.training.evaluation import evaluate
-from viewdiff_nb.training.losses import LOSSES, amp_dtype_for, mean_loss, warmup_cosine
+from viewdiff_nb.training.losses import LOSSES, Objective, amp_dtype_for, mean_loss, warmup_cosine
 from viewdiff_nb.training.result import TrainResult
 
 MAY_DIFFER = ("rank", "lora_alpha", "lora_lr", "lambda_prior", "seed")  # between the runs of one pass
@@ -87,10 +86,9 @@ class _Pass:
 
     def __init__(self, configs: Sequence[TrainConfig], train_faces: FaceViews, val_faces: FaceViews) -> None:
         self.configs, config = configs, configs[0]
-        self.device = connect(config).device
+        self.device, self.loss = connect(config).device, LOSSES[config.loss]
         faces, self.val_faces = move_if_it_fits(train_faces, self.device), move_if_it_fits(val_faces, self.device)
         self.faces = views_to_train(faces, config)
-        self.front = self.faces.front.to(self.device)
         self.mixup = Mixup(self.faces) if config.mixup else None
         self.batches = count_batches(self.faces, config)
 
@@ -103,18 +101,19 @@ class _Pass:
         self.schedule = warmup_cosine(config.warmup, config.epochs * self.batches)
         self.generators = [torch.Generator().manual_seed(c.seed) for c in configs]
         self.lambdas = torch.tensor([c.lambda_prior for c in configs], device=self.device)
-        self.prior, self.prior_loss = None, PriorPreservationLoss(self.front)
+        base = prior_faces = None
         if bases[0] is not None:
-            kept = faces.where(faces.abs_yaw < config.prior_max_yaw).in_memory().to(self.device)
-            self.prior = PriorPreservationDataset(bases[0].to(self.device), kept.src, kept.conditions())
-        self.amp_dtype = amp_dtype_for(self.device) if config.use_amp else None
+            base = bases[0].to(self.device)
+            prior_faces = faces.where(faces.abs_yaw < config.prior_max_yaw).in_memory().to(self.device)
+        self.front = self.faces.front.to(self.device)
+        self.objective = Objective(config, self.stack, self.front, self.device, base, prior_faces)
 
     def run(self) -> list[TrainResult]:
         config, count = self.configs[0], len(self.configs)
         learn = GraphedFunction(self._learn, self.device) if config.use_cuda_graph else self._learn
         start = []
         if config.val_every <= config.epochs:  # as in `train`; before the first step all are their base
-            start = [{"epoch": 0} | evaluate(self.models[0], self.val_faces, LOSSES[config.loss])]
+            start = [{"epoch": 0} | evaluate(self.models[0], self.val_faces, self.loss)]
         histories: list[list[dict[str, float]]] = [list(start) for _ in self.configs]
         torch.manual_seed(config.seed)  # dropout
         seconds = 0.0
@@ -135,7 +134,7 @@ class _Pass:
                 diverged = self.optimiser.diverged.tolist()
                 for history, model, bad in zip(histories, self.models, diverged, strict=True):
                     if not bad:
-                        history[-1] |= evaluate(model, self.val_faces, LOSSES[config.loss])
+                        history[-1] |= evaluate(model, self.val_faces, self.loss)
         steps = config.epochs * self.batches
         return [
             TrainResult(model, pd.DataFrame(history), seconds / count, steps, "diverged" if bad else "finished", None)
@@ -153,21 +152,14 @@ class _Pass:
 
     def _draw_prior(self, rows: Tensor) -> Tensor | None:
         """For each run the rows (A, K) of the prior samples that go with a batch; None without prior preservation."""
-        if self.prior is None:
+        if self.objective.prior is None:
             return None
-        count = self.configs[0].prior_count(rows.shape[1] // (2 if self.mixup else 1))
-        return torch.stack([self.prior.draw(count, generator) for generator in self.generators])
+        size = rows.shape[1] // (2 if self.mixup else 1)
+        return torch.stack([self.objective.draw(size, generator) for generator in self.generators])
 
     def _learn(self, rows: Tensor, weight: Tensor | None, prior_rows: Tensor | None) -> Tensor:
         """One step of all runs; returns their losses (A,) before it."""
-        loss = self._losses(rows, weight, prior_rows)
-        loss.sum().backward()
-        self.optimiser.step(loss.detach())
-        return loss.detach()
-
-    def _losses(self, rows: Tensor, weight: Tensor | None, prior_rows: Tensor | None) -> Tensor:
-        """(A,) what is minimised by each run."""
-        runs = len(rows)
+        runs, objective = len(rows), self.objective
         mixing: tuple[Tensor, ...] = ()
         if weight is None:
             batch = take(self.faces, rows.flatten())
@@ -177,18 +169,20 @@ class _Pass:
             mixing = partner.view(runs, -1), weight
         src, conditions = batch.src, batch.conditions()
         size = len(src) // runs
-        if self.prior is not None:
-            prior = self.prior[prior_rows]
+        if objective.prior is not None:
+            prior = objective.prior[prior_rows]
             src = _join(src, prior["inputs"])
             conditions = {name: _join(value, prior["conditions"][name]) for name, value in conditions.items()}
-        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+        with torch.autocast(self.device.type, objective.amp_dtype, enabled=objective.amp_dtype is not None):
             predicted = self.stack(src, **conditions, return_residual=False).unflatten(0, (runs, -1))
-            task_loss = partial(mean_loss, LOSSES[self.configs[0].loss], self.front)
-            loss = vmap(task_loss)(predicted[:, :size], batch.person.view(runs, -1), *mixing)
-            if self.prior is not None:
-                preserved, _ = vmap(self.prior_loss)(predicted[:, size:], prior["outputs"])
-                loss = loss + self.lambdas * preserved
-        return loss
+            task_loss = partial(mean_loss, self.loss, self.front)
+            losses = vmap(task_loss)(predicted[:, :size], batch.person.view(runs, -1), *mixing)
+            if objective.task is not None:
+                prior_losses, _ = vmap(objective.task.prior_loss)(predicted[:, size:], prior["outputs"])
+                losses = losses + self.lambdas * prior_losses
+        losses.sum().backward()
+        self.optimiser.step(losses.detach())
+        return losses.detach()
 
 
 def _join(own: Tensor, prior: Tensor) -> Tensor:
@@ -243,10 +237,6 @@ class StackedLoRALinear(nn.Module):
         _, matrices = self.lora_down.split((self.in_features, self.pose_dim), 2)
         return pose.reshape(len(self.ranks), -1, self.pose_dim) @ matrices.transpose(1, 2)
 
-    def up_by_head(self, heads: int) -> Tensor:
-        """B_h: (A, H, out_features / H, R)."""
-        return self.lora_up.unflatten(1, (heads, -1))
-
 
 class StackedAttention(nn.Module):
     """A attentions over one frozen one, for a single feature token with a memory.
@@ -276,7 +266,7 @@ class StackedAttention(nn.Module):
         towards = q.transpose(0, 1) @ self.key.weight.unflatten(0, (heads, -1))  # (H, N, D)
         towards = towards.transpose(0, 1)
         scores = torch.cat((towards @ features.transpose(1, 2), towards @ memory.transpose(1, 2)), 2)  # (N, H, 1 + M)
-        low_q = q.unflatten(0, (runs, -1)).transpose(1, 2) @ self.key.up_by_head(heads)  # (A, H, B, R)
+        low_q = q.unflatten(0, (runs, -1)).transpose(1, 2) @ self.key.lora_up.unflatten(1, (heads, -1))  # (A, H, B, R)
         low_q = low_q.transpose(1, 2) * self.key.scale[:, None]  # (A, B, H, R)
         low_k = torch.cat((self.key.down(features), self.key.down(memory)), 2)  # (A, B, 1 + M, R)
         weights = (scores + (low_q @ low_k.transpose(2, 3)).flatten(0, 1)).softmax(-1)
@@ -288,7 +278,7 @@ class StackedAttention(nn.Module):
         if code is not None:
             low_v = low_v + self.value.down_pose(code)[:, :, None]
         low_v = (low_v * self.value.scale[:, None]).transpose(1, 2)  # (A, H, B, R)
-        update = (low_v @ self.value.up_by_head(heads).transpose(2, 3)).transpose(1, 2)  # (A, B, H, d)
+        update = (low_v @ self.value.lora_up.unflatten(1, (heads, -1)).transpose(2, 3)).transpose(1, 2)  # (A, B, H, d)
         attended = (attended.transpose(0, 1) + update.flatten(0, 1)).flatten(1) + self.value.bias
         output = self.out(attended[:, None])
         return (output, weights[:, :, None]) if return_attention else output
@@ -318,13 +308,6 @@ class StackedProjection(nn.Module):
         return functional_call(self.layer, parameters, (features, keypoints), {"source_pose": pose})
 
 
-STACKS: dict[type[nn.Module], Callable[..., nn.Module]] = {
-    PoseConditionedLoRAAttention: StackedAttention,
-    LoRALinearLayer: StackedLoRALinear,
-    LightweightFaceProjectionLayer: StackedProjection,
-}
-
-
 def stack_adapters(models: Sequence[EnhancedTransformerDecoderOnly3D]) -> EnhancedTransformerDecoderOnly3D:
     """A models that differ in their adapters only, as one: (A B, ...) samples to (A B, D) predictions.
 
@@ -335,24 +318,22 @@ def stack_adapters(models: Sequence[EnhancedTransformerDecoderOnly3D]) -> Enhanc
     Returns:
         a model whose trainable parameters are stacks, each (A, ...).
     """
-    if models[0].cross_view is not None:
+    first = models[0]
+    if first.cross_view is not None:
         raise ValueError("cross-view attention is trained one model at a time")
-    stack = copy.deepcopy(models[0])
-    _stack_children(stack, models)
-    stacked = tuple(f"{name}." for name, module in stack.named_modules() if type(module) in STACKS.values())
-    if left := [name for name, p in stack.named_parameters() if p.requires_grad and not name.startswith(stacked)]:
-        raise ValueError(f"only adapters are trained together, and {left[0]} is trainable; freeze the base")
+    roles = first.parameter_roles()
+    if base := [name for name, p in first.named_parameters() if p.requires_grad and roles[name] == "base"]:
+        raise ValueError(f"only adapters are trained together, and {base[0]} is trainable; freeze the base")
+    stack = copy.deepcopy(first)
+    for block, *originals in zip(stack.blocks, *(model.blocks for model in models), strict=True):
+        if block.attention.rank:
+            block.attention = StackedAttention([original.attention for original in originals])
+        if isinstance(block.linear1, LoRALinearLayer):
+            block.linear1 = StackedLoRALinear([original.linear1 for original in originals])
+            block.linear2 = StackedLoRALinear([original.linear2 for original in originals])
+    if projections := [model.projection for model in models if model.projection is not None]:
+        stack.projection = StackedProjection(projections)  # type: ignore[assignment]  # takes what the original takes
     return stack
-
-
-def _stack_children(parent: nn.Module, parents: Sequence[nn.Module]) -> None:
-    for name, child in parent.named_children():
-        children = [module.get_submodule(name) for module in parents]
-        kind = STACKS.get(type(child))
-        if kind is None or (kind is StackedAttention and not child.rank):
-            _stack_children(child, children)
-        else:
-            setattr(parent, name, kind(children))
 
 
 @torch.no_grad()

@@ -197,13 +197,13 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Within this context the model's LoRA layers compute the frozen W x + b only, merged or not.
 
     Raises:
-        ValueError: if the model has none; adapters that are trained together (`StackedAdapters`) cannot be disabled.
+        ValueError: if the model has none; adapters that are trained together (`stacked.py`) cannot be disabled.
     """
     layers = lora_layers(model)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no LoRA layer to disable; adapters that are trained together are "
-            "disabled in the models that unstack() gives"
+            "disabled in the models that unstack() fills"
         )
     before = {name: layer.adapter_enabled for name, layer in layers.items()}
     try:

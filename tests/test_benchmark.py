@@ -73,7 +73,7 @@ def test_frozen_weights_need_no_gradient_and_no_state():
 
 def test_rows_and_ratios(monkeypatch):
     monkeypatch.setattr(benchmark, "COMMON", replace(SMALL, batch_size=8))
-    table = speed_and_memory(people(8), batch_sizes=(8,), rounds=2, steps=1, device="cpu")
+    table = speed_and_memory(people(8), batch_sizes=(8,), rounds=2)
     assert (
         len(table) == 2 * len(ADAPTATIONS) and (table["ms"] > 0).all() and (table["ms_low"] <= table["ms_high"]).all()
     )

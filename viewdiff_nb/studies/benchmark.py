@@ -3,9 +3,10 @@
 import os
 import platform
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TypeVar
 
@@ -84,11 +85,8 @@ class TrainingStep:
         return loss.detach()
 
     def memory(self) -> int:
-        """Bytes of a training step.
-
-        On a GPU the peak that was allocated while it ran, beyond what was there before it was built. On a
-        CPU the tensors that must exist at once: weights, gradients, optimiser state, and activations kept
-        for the backward pass.
+        """Bytes. On a GPU the peak that was allocated, beyond what was there before the step was built. On a CPU the
+        tensors that must exist at once: weights, gradients, optimiser state, and what the backward pass needs.
         """
         self()  # so that the optimiser has its state
         if self.device.type == "cuda":
@@ -167,28 +165,19 @@ def seconds_of(run: TrainingStep, steps: int) -> float:
     return (time.perf_counter() - started) / steps
 
 
-def speed_and_memory(
-    faces: FaceViews,
-    names: tuple[str, ...] = tuple(ADAPTATIONS),
-    batch_sizes: tuple[int, ...] = (32, 128),
-    amp: tuple[bool, ...] = (False, True),
-    rounds: int = 7,
-    steps: int = 3,
-    device: str = "auto",
-) -> pd.DataFrame:
-    """Time and memory of every configuration, batch size and precision, measured by `side_by_side`.
+def speed_and_memory(faces: FaceViews, batch_sizes: Sequence[int] = (32, 128), rounds: int = 7) -> pd.DataFrame:
+    """Time and memory of `ADAPTATIONS` at every batch size and precision, measured by `side_by_side` on this machine.
 
     Returns:
         one row per (batch_size, amp, name): ms (median over rounds of the mean of steps), ms_low and
         ms_high (quartiles), memory_mb, and speed and memory relative to the first name.
     """
-    faces = faces.to(choose_device(device))
+    faces = faces.to(choose_device())
     rows = []
-    for batch_size in batch_sizes:
-        for use_amp in amp:
-            makers = {name: partial(TrainingStep, step_config(name), faces, batch_size, use_amp) for name in names}
-            for name, timing in side_by_side(makers, rounds, steps).items():
-                rows.append({"batch_size": batch_size, "amp": use_amp, "name": name, **timing.row()})
+    for batch_size, amp in product(batch_sizes, (False, True)):
+        makers = {name: partial(TrainingStep, step_config(name), faces, batch_size, amp) for name in ADAPTATIONS}
+        for name, timing in side_by_side(makers, rounds, steps=3).items():
+            rows.append({"batch_size": batch_size, "amp": amp, "name": name, **timing.row()})
     table = pd.DataFrame(rows)
     first = table.groupby(["batch_size", "amp"])[["ms", "memory_mb"]].transform("first")
     return table.assign(speed=first["ms"] / table["ms"], memory=table["memory_mb"] / first["memory_mb"])
@@ -217,20 +206,17 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
 
 
+YAW_BINS = ("all", "75-90")
 MODES = ("eager", "graph")  # of the steps measured on a GPU; a CUDA graph replays a whole step
 
 
-def recognition_on_both(
-    here: Path, rate: str, where: tuple[str, ...] = ("all", "75-90"), folder: Path = GPU_RESULTS
-) -> pd.DataFrame:
+def recognition_on_both(here: Path, rate: str, folder: Path = GPU_RESULTS) -> pd.DataFrame:
     """A rate of every model on both machines: "mean ± interval" here, and on the GPU with its own seeds.
 
-    Args:
-        here: folder with the table4_RATE.csv that notebook 04 wrote.
-        where: yaw bins.
+    here: folder with the table4_RATE.csv that notebook 04 wrote.
     """
     ours, theirs = (pd.read_csv(path / f"table4_{rate}.csv", index_col="model", dtype=str) for path in (here, folder))
-    both = {f"{name}, {place}": table[name] for name in where for place, table in (("here", ours), ("GPU", theirs))}
+    both = {f"{name}, {place}": table[name] for name in YAW_BINS for place, table in (("here", ours), ("GPU", theirs))}
     return pd.DataFrame(both).reindex(ours.index).fillna("–")
 
 

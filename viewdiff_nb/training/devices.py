@@ -1,4 +1,4 @@
-"""Where a run computes: on one device or in several processes, step by step or as a CUDA graph, with which dice.
+"""Where a run computes: on one device or in several processes, as a CUDA graph or not, with whose random numbers.
 
 torchrun starts several processes. Each holds a copy of the model, and all draw the same batches; each predicts its
 share, and the predictions are gathered before the loss is taken. So a batch means the same, in every loss, on any
@@ -134,14 +134,15 @@ def _end_with_parent(parent: int) -> None:
 
 
 def relaunch(arguments: Sequence[str], count: int) -> NoReturn:
-    """Run the command line with these arguments in count processes; this one ends when they do, with their status."""
+    """Run the command line with these arguments in count processes, by torchrun; ends this process when they end."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "86400")  # after a signal they end their epoch, and save
     try:
         run.main(["--standalone", "--nproc_per_node", str(count), "-m", COMMAND, *arguments])
-    except SignalException:  # the processes have it, too, and have saved and ended
+    except SignalException:  # passed on to the processes, which have ended
         sys.exit(130)
     except ChildFailedError:  # the one that failed has said why
         sys.exit(1)
@@ -188,16 +189,13 @@ WARMUP = 3  # calls in which the optimiser makes its state, and libraries their 
 class GraphedFunction:
     """A function of tensors that is replayed as a CUDA graph, one for each set of shapes it is called with.
 
-    A graph launches all kernels of a training step at once, the same ones in the same order, dropout drawn from the
-    same generator; small models wait for launches otherwise (docs/gpu.md).
-    https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
-
-    The first calls with new shapes run the function as it is; then it is recorded, which computes nothing. The function
-    must not wait for the device, and whatever changes from call to call must be among its arguments or in tensors that
-    are changed in place. A result is to be read before the next call, which may write over it.
+    A graph launches all kernels of a training step at once, the same ones in the same order; small models wait for
+    launches otherwise (docs/gpu.md). https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    The first calls with new shapes run the function as it is; then it is recorded, which computes nothing.
 
     Args:
-        function: of tensors, or None in their place, to a tensor.
+        function: of tensors, or None in their place, to a tensor, to be read before the next call. It must not wait for
+            the device; what changes from call to call must be an argument or a tensor that is changed in place.
         device: a GPU.
         warmup: calls before the recording.
 
@@ -240,10 +238,10 @@ class GraphedFunction:
             generator.graphsafe_set_state(drawn)
             if isinstance(error, torch.OutOfMemoryError):
                 raise
+            cause = str(error).partition("\n")[0]
             raise RuntimeError(
                 "this step cannot be recorded as a CUDA graph: something in it waits for the device, or is done on the "
-                "CPU, or another thread uses the device; give --no-use_cuda_graph "
-                f"({str(error).partition(chr(10))[0]})"
+                f"CPU, or another thread uses the device; give --no-use_cuda_graph ({cause})"
             ) from error
         self.recorded[_shapes(arguments)] = graph, buffers, result
 
@@ -284,9 +282,8 @@ _own: ContextVar["OwnRandomness | None"] = ContextVar("own randomness", default=
 class OwnRandomness(TorchFunctionMode):
     """Within this context, in this thread, dropout and `INITIALISATIONS` draw from generators that nobody else uses.
 
-    So a run that trains in a thread and the cells of a notebook do not change each other's numbers. On a CPU they are
-    those of a process whose generator has the same seed. On a GPU dropout's are others: the fused one takes no
-    generator.
+    So a run in a thread and the cells of a notebook do not change each other's numbers. On a CPU they are those of a
+    process whose generator has the same seed; on a GPU dropout's are others, as the fused one takes no generator.
     """
 
     def __init__(self, seed: int = 0) -> None:

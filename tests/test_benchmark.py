@@ -1,13 +1,24 @@
 from dataclasses import replace
+from functools import partial
 
+import pandas as pd
 import pytest
 import torch
 from conftest import DEVICES, people
+from gpu.steps import CapturedStep, CountedStep, attempt_side_by_side
 from torch import nn
 
 from viewdiff_nb.studies import benchmark
 from viewdiff_nb.studies.adaptation import ADAPTATIONS
-from viewdiff_nb.studies.benchmark import CapturedStep, TrainingStep, machine, side_by_side, speed_and_memory
+from viewdiff_nb.studies.benchmark import (
+    TrainingStep,
+    gpu_note,
+    machine,
+    recognition_on_both,
+    side_by_side,
+    speed_and_memory,
+    speed_on_both,
+)
 from viewdiff_nb.training.config import TrainConfig
 
 SMALL = TrainConfig(d_model=32, nhead=4, num_layers=1, dim_feedforward=48, voxel_resolution=4)
@@ -24,12 +35,12 @@ CONFIGS = {  # what a step may be made of
 @pytest.fixture
 def product():
     """The step of a Linear(3, 2) on 5 rows, bytes of its weight, and of what backward needs."""
-    step = TrainingStep(SMALL, people(8), 5, amp=False)
+    step = CountedStep(SMALL, people(8), 5, amp=None)
     step.model = nn.Linear(3, 2, bias=False)
     step.optimizer = torch.optim.AdamW(step.model.parameters(), fused=True)
     step.trainable = list(step.model.parameters())
     x = torch.randn(5, 3)
-    step.forward = lambda: step.model(x).square().sum()
+    step.loss = lambda prior_rows: step.model(x).square().sum()
     return step, 3 * 2 * 4, (5 * 3 + 5 * 2) * 4  # the input of the product, and of the square
 
 
@@ -47,8 +58,8 @@ def test_traffic_and_operations_counted_by_hand(product):
     step.model.requires_grad_(False)
     step.trainable = []
     frozen_bias = nn.Parameter(torch.zeros(2))
-    forward = step.forward
-    step.forward = lambda: forward() + (frozen_bias**2).sum()
+    loss = step.loss
+    step.loss = lambda prior_rows: loss(prior_rows) + (frozen_bias**2).sum()
     step.optimizer = torch.optim.AdamW([frozen_bias])
     assert step.traffic() < 3 * weight + 2 * kept  # frozen: read twice at most, neither gradient nor moments
 
@@ -62,7 +73,7 @@ def test_frozen_weights_need_no_gradient_and_no_state():
 
 def test_rows_and_ratios(monkeypatch):
     monkeypatch.setattr(benchmark, "COMMON", replace(SMALL, batch_size=8))
-    table = speed_and_memory(people(8), batch_sizes=(8,), rounds=2, steps=1, device="cpu")
+    table = speed_and_memory(people(8), batch_sizes=(8,), rounds=2)
     assert (
         len(table) == 2 * len(ADAPTATIONS) and (table["ms"] > 0).all() and (table["ms_low"] <= table["ms_high"]).all()
     )
@@ -72,25 +83,43 @@ def test_rows_and_ratios(monkeypatch):
     assert row["speed"] == pytest.approx(first[~first["amp"]]["ms"].iloc[0] / row["ms"])
 
 
+def test_steps_take_turns():
+    order: list[str] = []
+
+    class Step(TrainingStep):
+        def __init__(self, name):
+            self.name, self.device = name, torch.device("cpu")
+
+        def __call__(self):
+            order.append(self.name)
+
+        def memory(self):
+            return 7
+
+    found = side_by_side({name: partial(Step, name) for name in "ab"}, rounds=2, steps=3)
+    assert "".join(order) == "aaabbbaaabbb"
+    assert all(timing.memory == 7 and len(timing.seconds) == 2 for timing in found.values())
+
+
 def test_a_step_that_fails_is_an_error_and_the_others_go_on():
     def too_large():
         raise MemoryError("no room for 16384 samples\nand more")
 
     faces = people(8)
     makers = {"too large": too_large, "fits": lambda: TrainingStep(SMALL, faces, 8, amp=False)}
-    found = side_by_side(makers, rounds=4, steps=1)
+    found = attempt_side_by_side(makers, rounds=4)
     assert found["too large"].row() == {"error": "MemoryError: no room for 16384 samples"}
     assert len(found["fits"].seconds) == 4 and found["fits"].row()["ms"] > 0
-    assert len(side_by_side(makers, rounds=9, steps=1, seconds=0)["fits"].seconds) == 3
+    assert len(attempt_side_by_side(makers, rounds=9, seconds=0)["fits"].seconds) == 3
 
 
 def test_float16_comes_with_a_gradient_scaler_and_still_learns():
-    step = TrainingStep(SMALL, people(8), 8, amp=torch.float16)
-    first = step.forward().item()
+    step = CountedStep(SMALL, people(8), 8, amp=torch.float16)
+    first = step.loss(None).item()
     for _ in range(20):
         step()
     assert step.scaler.is_enabled() and step.scaler.get_scale() > 1
-    assert step.forward().item() < first
+    assert step.loss(None).item() < first
     assert not TrainingStep(SMALL, people(8), 8, amp=True).scaler.is_enabled()
 
 
@@ -113,12 +142,12 @@ def other_way(step, way):
 
 
 @pytest.mark.parametrize(("device", "way", "name"), CASES)
-@pytest.mark.parametrize("amp", [False, torch.bfloat16], ids=["full precision", "mixed precision"])
+@pytest.mark.parametrize("amp", [None, torch.bfloat16], ids=["full precision", "mixed precision"])
 def test_the_same_weights_as_by_eager_steps(device, way, name, amp):
     """Within 2 % (mixed: 10 %) of the distance that five steps went: AdamW makes much of gradients near zero."""
     config = replace(CONFIGS[name], dropout=0.0, lr=1e-3, lora_lr=1e-3)
     faces = people(40).to(device)
-    eager, other = (TrainingStep(config, faces, 16, amp) for _ in range(2))
+    eager, other = (CountedStep(config, faces, 16, amp) for _ in range(2))
     start = [p.detach().clone() for p in eager.trainable]
     assert all(torch.equal(a, b) for a, b in zip(start, other.trainable, strict=True))
     run = other_way(other, way)
@@ -147,11 +176,65 @@ def test_a_step_takes_the_next_batch_and_learning_rate(device):
     for group, rate in zip(step.optimizer.param_groups, rates, strict=True):
         group["lr"] = group["lr"].fill_(1e-2) if torch.is_tensor(rate) else 1e-2
     step.batch.src.copy_(faces.src[-16:])
-    rows = step.prior_rows.clone()
     run()
     assert any(not torch.equal(a, b) for a, b in zip(before, step.trainable, strict=True))
-    assert not torch.equal(rows, step.prior_rows)  # prior samples are drawn anew every time
+    assert not torch.equal(step.draw_prior(), step.draw_prior())  # prior samples are drawn anew every time
 
 
 def test_the_machine_is_named():
     assert "torch" in machine("cpu") and "cores" in machine("cpu")
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Results of a GPU: one model's rates, and steps of three configurations."""
+    pd.DataFrame({"model": ["full", "raw"], "all": ["0.9 ± 0.1", "0.6"], "75-90": ["0.7 ± 0.2", "0.1"]}).to_csv(
+        tmp_path / "table4_rank1.csv", index=False
+    )
+    rows = [
+        ("bf16", "eager", "full", 20.0),
+        ("bf16", "graph", "full", 2.0),
+        ("bf16", "eager", "LoRA", 25.0),
+        ("bf16", "graph", "LoRA", 1.6),
+        ("fp16", "eager", "LoRA", 99.0),
+        ("bf16", "compiled", "16³", 99.0),
+    ]
+    table = pd.DataFrame(rows, columns=["precision", "mode", "name", "ms"])
+    table.assign(batch_size=32, machine="some GPU").to_csv(tmp_path / "speed.csv", index=False)
+    return tmp_path
+
+
+def test_rates_stand_side_by_side(stored, tmp_path):
+    here = tmp_path / "here"
+    here.mkdir()
+    pd.DataFrame({"model": ["raw", "new"], "all": ["0.61", "0.95"], "75-90": ["0.05", "0.8"]}).to_csv(
+        here / "table4_rank1.csv", index=False
+    )
+    table = recognition_on_both(here, "rank1", folder=stored)
+    assert list(table) == ["all, here", "all, GPU", "75-90, here", "75-90, GPU"]
+    assert table.loc["raw"].tolist() == ["0.61", "0.6", "0.05", "0.1"]
+    assert table.loc["new"].tolist() == ["0.95", "–", "0.8", "–"]
+
+
+def test_steps_stand_side_by_side(stored):
+    measured = pd.DataFrame(
+        {
+            "batch_size": [32, 32, 32, 32, 128],
+            "amp": [True, True, True, False, True],
+            "name": ["full", "LoRA", "16³", "LoRA", "LoRA"],
+            "ms": [40.0, 32.0, 50.0, 1.0, 1.0],
+        }
+    )
+    table = speed_on_both(measured, 32, stored)
+    assert list(table.index) == ["full", "LoRA"]
+    assert table.loc["LoRA"].tolist() == ["32", "1.25x", "25", "0.80x", "1.6", "1.25x"]
+
+
+def test_the_shipped_results_can_be_read():
+    rates, _, steps = gpu_note().partition("; training steps: ")
+    assert "20 seeds" in rates and "NVIDIA H100" in rates and "NVIDIA H200" in steps
+    measured = pd.DataFrame(
+        {"batch_size": 128, "amp": True, "name": ["full fine-tuning", "LoRA r=8"], "ms": [2.0, 1.0]}
+    )
+    assert speed_on_both(measured, 128).loc["LoRA r=8", "here, speed"] == "2.00x"
+    assert torch.tensor([float(v) for v in speed_on_both(measured, 128)["GPU, graph, ms"]]).gt(0).all()

@@ -5,7 +5,7 @@ from torch import nn
 
 from viewdiff_nb import EnhancedTransformerDecoderOnly3D, PoseConditionedLoRAAttention
 from viewdiff_nb.modules.lora import disable_adapters, lora_layers
-from viewdiff_nb.training.one_pass import StackedAdamW, StackedAdapters, StackedAttention
+from viewdiff_nb.modules.stacked import StackedAttention, stack_adapters, unstack
 
 SIZES = {"d_model": 32, "nhead": 4, "num_layers": 2, "dim_feedforward": 48, "dropout": 0.0, "voxel_resolution": 4}
 
@@ -24,6 +24,10 @@ def models(options: dict, ranks=(2, 5, 3), device="cpu") -> list[EnhancedTransfo
                 nn.init.normal_(parameter, std=0.2)
         built.append(model.to(device))
     return built
+
+
+def trainable(stack: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in stack.named_parameters() if p.requires_grad}
 
 
 def inputs(count: int, batch: int, device="cpu") -> dict[str, torch.Tensor]:
@@ -48,7 +52,7 @@ def inputs(count: int, batch: int, device="cpu") -> dict[str, torch.Tensor]:
 )
 def test_predictions_and_gradients_are_those_of_the_models_one_by_one(options, device):
     built = models(options, device=device)
-    stacked, given = StackedAdapters(built), inputs(3, 4, device)
+    stacked, given = stack_adapters(built), inputs(3, 4, device)
     together = stacked(**given, return_residual=False)
     alone = [
         model(**{k: v[4 * i : 4 * i + 4] for k, v in given.items()}, return_residual=False)
@@ -57,7 +61,7 @@ def test_predictions_and_gradients_are_those_of_the_models_one_by_one(options, d
     loose = 10 if device == "cuda" and options["use_projection_layer"] else 1  # cuDNN convolves in TF32
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4 * loose, atol=1e-4 * loose)
     together.square().sum().backward()
-    stacks = {name: parameter.grad.clone() for name, parameter in stacked.trainable().items()}
+    stacks = {name: parameter.grad.clone() for name, parameter in trainable(stacked).items()}
     assert stacks and all(p.grad is None for model in built for p in model.parameters() if not p.requires_grad)
     for part in alone:
         part.square().sum().backward()
@@ -77,11 +81,12 @@ def test_predictions_and_gradients_are_those_of_the_models_one_by_one(options, d
 def test_adapters_travel_back_to_their_models():
     built = models({"use_projection_layer": True})
     before = [{n: p.clone() for n, p in model.named_parameters()} for model in built]
-    stacked = StackedAdapters(built)
+    stacked = stack_adapters(built)
     with torch.no_grad():
-        for parameter in stacked.trainable().values():
+        for parameter in trainable(stacked).values():
             parameter.mul_(2)
-    assert stacked.unstack() == built and "ranks=[2, 5, 3]" in repr(stacked)
+    unstack(stacked, built)
+    assert "ranks=[2, 5, 3]" in repr(stacked)
     for model, old in zip(built, before, strict=True):
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter, old[name] * (2 if parameter.requires_grad else 1))
@@ -90,7 +95,7 @@ def test_adapters_travel_back_to_their_models():
 def test_one_token_attention_shows_the_weights_of_each():
     built = models({"use_projection_layer": False})
     given = inputs(3, 2)
-    _, weights = StackedAdapters(built)(**given, return_attention=True)
+    _, weights = stack_adapters(built)(**given, return_attention=True)
     for i, model in enumerate(built):
         _, own = model(**{k: v[2 * i : 2 * i + 2] for k, v in given.items()}, return_attention=True)
         torch.testing.assert_close(weights[2 * i : 2 * i + 2], own)
@@ -98,16 +103,16 @@ def test_one_token_attention_shows_the_weights_of_each():
 
 def test_a_stack_offers_only_what_it_can_do():
     """It is no LoRA layer: it can be neither merged nor disabled."""
-    stacked = StackedAdapters(models({"use_projection_layer": False, "lora_targets": ("attention", "feed_forward")}))
+    stacked = stack_adapters(models({"use_projection_layer": False, "lora_targets": ("attention", "feed_forward")}))
     assert not lora_layers(stacked)
     kinds = {
         type(module).__name__: module for module in stacked.modules() if type(module).__name__.startswith("Stacked")
     }
-    assert set(kinds) == {"StackedAdapters", "StackedAttention", "StackedLoRALinear"}
+    assert set(kinds) == {"StackedAttention", "StackedLoRALinear"}
     for kind in kinds.values():
         assert not [name for name in ("merge", "unmerge", "adapter_enabled", "is_merged") if hasattr(kind, name)]
     with (
-        pytest.raises(ValueError, match=r"StackedAdapters has no LoRA layer to disable.*unstack\(\)"),
+        pytest.raises(ValueError, match=r"has no LoRA layer to disable.*unstack\(\)"),
         disable_adapters(stacked),
     ):
         pass
@@ -131,9 +136,9 @@ def test_scores_beyond_float16_before_they_are_scaled():
 def test_a_stack_leaves_its_models_alone():
     built = models({"use_projection_layer": True})
     before = [{name: p.clone() for name, p in model.named_parameters()} for model in built]
-    stacked = StackedAdapters(built)
+    stacked = stack_adapters(built)
     with torch.no_grad():
-        for parameter in stacked.trainable().values():
+        for parameter in trainable(stacked).values():
             parameter.add_(1)
     for model, old in zip(built, before, strict=True):
         assert all(torch.equal(p, old[name]) for name, p in model.named_parameters())
@@ -143,73 +148,9 @@ def test_what_cannot_be_stacked():
     built = models({"use_projection_layer": False})
     built[0].norm.weight.requires_grad_(True)
     with pytest.raises(ValueError, match=r"norm\.weight is trainable; freeze the base"):
-        StackedAdapters(built)
+        stack_adapters(built)
     crossed = EnhancedTransformerDecoderOnly3D(**SIZES, use_cross_view=True)
     with pytest.raises(ValueError, match="one model at a time"):
-        StackedAdapters([crossed])
+        stack_adapters([crossed])
     with pytest.raises(ValueError, match="no dropout of their own"):
-        StackedAdapters(models({"use_projection_layer": False, "lora_dropout": 0.1}))
-
-
-LOSS = torch.tensor([1.0, 2.0])
-
-
-@pytest.mark.parametrize("rates", [[1e-3, 1e-1], [1e-2, 1e-2]])
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_stacked_adamw_is_adamw_row_by_row(weight_decay, rates):
-    start = [torch.randn(2, 3, 4), torch.randn(2, 5)]
-    stacks = [nn.Parameter(x.clone()) for x in start]
-    optimiser = StackedAdamW(stacks, torch.tensor(rates), weight_decay, clip_norm=1.0)
-    rows = [[nn.Parameter(x[i].clone()) for x in start] for i in range(2)]
-    references = [
-        torch.optim.AdamW(row, lr=rate, weight_decay=weight_decay) for row, rate in zip(rows, rates, strict=True)
-    ]
-    for step in range(20):
-        gradients = [torch.randn_like(x) * (10 if step % 2 else 0.1) for x in start]
-        factor = 1 / (step + 1)
-        for parameter, gradient in zip(stacks, gradients, strict=True):
-            parameter.grad = gradient.clone()
-        optimiser.begin(factor)
-        optimiser.step(LOSS)
-        for i, (row, reference, rate) in enumerate(zip(rows, references, rates, strict=True)):
-            for parameter, gradient in zip(row, gradients, strict=True):
-                parameter.grad = gradient[i].clone()
-            nn.utils.clip_grad_norm_(row, 1.0)
-            reference.param_groups[0]["lr"] = rate * factor
-            reference.step()
-            for parameter, stack in zip(row, stacks, strict=True):
-                torch.testing.assert_close(stack[i], parameter, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", ["gradient", "loss"])
-@pytest.mark.parametrize("rates", [[0.1, 0.2], [0.1, 0.1]])
-def test_a_row_that_diverged_stays_where_it_was_to_the_bit(rates, where, bad):
-    """Momentum and weight decay would go on moving it; the other row is as in a run without it."""
-    torch.manual_seed(0)
-    start, gradients = (
-        [torch.randn(2, 3), torch.randn(2, 2, 4)],
-        [[torch.randn(2, 3), torch.randn(2, 2, 4)] for _ in range(9)],
-    )
-
-    def steps(diverges: bool) -> list[list[torch.Tensor]]:
-        stacks = [nn.Parameter(x.clone()) for x in start]
-        optimiser = StackedAdamW(stacks, torch.tensor(rates), weight_decay=0.1, clip_norm=1.0)
-        seen = []
-        for i, both in enumerate(gradients):
-            loss = LOSS.clone()
-            for stack, gradient in zip(stacks, both, strict=True):
-                stack.grad = gradient.clone()
-            if diverges and i == 4:
-                (loss if where == "loss" else stacks[0].grad[:, 1])[1] = bad
-            optimiser.begin(1.0)
-            optimiser.step(loss)
-            assert optimiser.diverged.tolist() == [False, diverges and i >= 4]
-            seen.append([x.detach().clone() for x in (*stacks, optimiser.mean, optimiser.square)])
-        return seen
-
-    alone, seen = steps(False), steps(True)
-    for i in range(9):
-        assert all(torch.equal(one[0], other[0]) for one, other in zip(seen[i], alone[i], strict=True))
-        assert all(torch.equal(one[1], other[1]) for one, other in zip(seen[i], alone[min(i, 3)], strict=True))
-    assert not torch.equal(alone[8][0][1], alone[3][0][1])
+        stack_adapters(models({"use_projection_layer": False, "lora_dropout": 0.1}))

@@ -16,7 +16,7 @@ from viewdiff_nb.faces.splits import Split, load_split_file, split_by_person
 from viewdiff_nb.faces.views import load_face_views
 from viewdiff_nb.training.checkpoint import BEST_WEIGHTS, find_checkpoint, load_train_config
 from viewdiff_nb.training.config import TrainConfig
-from viewdiff_nb.training.devices import is_first
+from viewdiff_nb.training.devices import is_first, relaunch, started_by_torchrun
 from viewdiff_nb.training.loop import train
 from viewdiff_nb.training.result import TrainingAdvice, TrainingInterrupted, TrainResult
 
@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)  # no line of this program
         try:
             config = parse(arguments)
+            if config.devices > 1 and not started_by_torchrun():
+                relaunch(sys.argv[1:] if arguments is None else arguments, config.devices)
             if not config.save_dir:
                 config = replace(config, save_dir=str(_folder_of_its_own()))
             split = _load_split(config)

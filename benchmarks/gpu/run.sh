@@ -14,9 +14,9 @@ for step in "${@:-tests speed compiled training quality one_pass loop grid}"; do
         echo "== $part"
         case $part in
         tests)
-            timeout 400 $PYTHON -m pytest -q -p no:cacheprovider tests/test_capture.py tests/test_behaviour.py \
-                tests/test_stacked.py tests/test_together.py tests/test_resume.py tests/test_benchmark.py \
-                tests/test_transformer.py tests/test_attention.py -k "capture or cuda or float16" 2>&1 | tee "$OUT/tests.txt" | tail -25
+            timeout 400 $PYTHON -m pytest -q -p no:cacheprovider tests/test_devices.py tests/test_behaviour.py \
+                tests/test_stacked.py tests/test_one_pass.py tests/test_resume.py tests/test_benchmark.py \
+                tests/test_transformer.py tests/test_attention.py -k "devices or cuda or float16" 2>&1 | tee "$OUT/tests.txt" | tail -25
             ;;
         speed)
             timeout $((${SPEED_SECONDS:-900} + 60)) $PYTHON benchmarks/gpu/speed.py "$OUT/speed.csv" \

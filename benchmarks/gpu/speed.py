@@ -7,8 +7,8 @@ both. Names: the kit's configurations, "PEFT LoRA r=8" (peft's LoRA on the same 
 
 Rows are written as they come. A step that does not fit, or fails, is a row with its error; so is a group that the time
 did not reach. tflops and gbytes_per_s are what a step achieves: its matrix products and convolutions, and the bytes
-that it moves at least (`TrainingStep.traffic`), over its time. OUT_ceilings.csv beside OUT.csv has the rates of a
-large matrix product and of a large copy on the same machine.
+that it moves at least (`CountedStep.traffic`), over its time. OUT_ceilings.csv beside OUT.csv has the rates of a large
+matrix product and of a large copy on the same machine.
 """
 
 import argparse
@@ -23,15 +23,16 @@ import pandas as pd
 import torch
 from peft import LoraConfig, get_peft_model
 from plain import PlainTransformer
+from steps import CapturedStep, CountedStep, attempt_side_by_side
 from torch import nn
 
 from viewdiff_nb.faces.views import FaceViews
 from viewdiff_nb.studies.adaptation import COMMON, FULL_PROFILE, load_split
-from viewdiff_nb.studies.benchmark import CapturedStep, TrainingStep, machine, side_by_side, step_config
+from viewdiff_nb.studies.benchmark import machine, step_config
 from viewdiff_nb.training.checkpoint import build_model
 from viewdiff_nb.training.devices import choose_device
 
-AMP = {"fp32": False, "tf32": False, "bf16": torch.bfloat16, "fp16": torch.float16}
+AMP = {"fp32": None, "tf32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 OURS = (
     "full fine-tuning",
     "LoRA r=8",
@@ -70,18 +71,18 @@ COLUMNS = [
 MODES = ("eager", "graph", "compiled", "compiled graph")
 
 
-def build(name: str, mode: str, faces: FaceViews, batch_size: int, precision: str) -> TrainingStep | CapturedStep:
+def build(name: str, mode: str, faces: FaceViews, batch_size: int, precision: str) -> CountedStep | CapturedStep:
     """The step of one cell; fails if there is not memory enough."""
     if name in PLAIN:
         torch.manual_seed(0)
         config = replace(COMMON, lr=1e-4)
-        step = TrainingStep(
+        step = CountedStep(
             config, faces, batch_size, AMP[precision], PlainTransformer(**PLAIN[name], dropout=COMMON.dropout)
         )
     elif name == PEFT:
-        step = TrainingStep(COMMON, faces, batch_size, AMP[precision], peft_model(faces.feature_dim))
+        step = CountedStep(COMMON, faces, batch_size, AMP[precision], peft_model(faces.feature_dim))
     else:
-        step = TrainingStep(step_config(name.removesuffix(AT_ONCE)), faces, batch_size, AMP[precision])
+        step = CountedStep(step_config(name.removesuffix(AT_ONCE)), faces, batch_size, AMP[precision])
         if name.endswith(AT_ONCE):
             step.model.projection.in_turns = False
     if "compiled" in mode:
@@ -114,7 +115,7 @@ def belongs(name: str, mode: str, batch_size: int, precision: str) -> bool:
     return name not in PLAIN or mode == "eager"
 
 
-def counted(make: Callable[[], TrainingStep]) -> dict[str, float]:
+def counted(make: Callable[[], CountedStep]) -> dict[str, float]:
     """Operations and bytes of a step, counted on an eager one; empty if that does not fit."""
     try:
         step = make()
@@ -137,7 +138,7 @@ def group(
     _release()
     built: dict[tuple[str, str], float] = {}
 
-    def timed(mode: str, name: str) -> TrainingStep | CapturedStep:
+    def timed(mode: str, name: str) -> CountedStep | CapturedStep:
         started = time.perf_counter()
         step = build(name, mode, faces, batch_size, precision)
         built[mode, name] = time.perf_counter() - started
@@ -146,7 +147,7 @@ def group(
     found = {}
     for part in [modes] if batch_size < ONE_BY_ONE else [[mode] for mode in modes]:
         makers = {cell: partial(timed, *cell) for cell in cells if cell[0] in part}
-        found |= side_by_side(makers, rounds, seconds=seconds)
+        found |= attempt_side_by_side(makers, rounds, seconds=seconds)
         _release()
     rows = []
     for (mode, name), timing in found.items():
@@ -214,7 +215,7 @@ def main() -> None:
     print(limits.drop(columns="machine").round(1).to_string(), flush=True)
     _release()
     for mode in set(arguments.modes) & {"eager", "graph"}:  # what is set up once should stand in no row
-        side_by_side({mode: partial(build, OURS[0], mode, faces, 32, "bf16")}, rounds=1)
+        attempt_side_by_side({mode: partial(build, OURS[0], mode, faces, 32, "bf16")}, rounds=1)
     for batch_size in arguments.batches:
         for precision in arguments.precisions:
             spent = time.perf_counter() - started

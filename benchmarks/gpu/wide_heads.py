@@ -10,10 +10,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 from speed import OURS, build
+from steps import attempt_side_by_side
 
 from viewdiff_nb.modules import attention
 from viewdiff_nb.studies.adaptation import FULL_PROFILE, load_split
-from viewdiff_nb.studies.benchmark import machine, side_by_side
+from viewdiff_nb.studies.benchmark import machine
 
 WAYS = {"fused": 10**9, "products": attention.FUSED_WIDTH}  # the width up to which the fused kernel is taken
 
@@ -27,7 +28,7 @@ def main() -> None:
                 for way, width in WAYS.items():
                     attention.FUSED_WIDTH = width
                     makers = {name: partial(build, name, mode, faces, batch_size, precision) for name in OURS[:2]}
-                    for name, timing in side_by_side(makers, rounds=5, seconds=2.0).items():
+                    for name, timing in attempt_side_by_side(makers, rounds=5, seconds=2.0).items():
                         rows.append(
                             {
                                 "batch_size": batch_size,

@@ -1,0 +1,533 @@
+"""Two processes (gloo, on the CPU) against one; CUDA graphs, on a GPU where there is one; random numbers of a thread."""
+
+import gc
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import CONFIG, DEVICES, people, run, sets, write_set
+from torch import Tensor, nn
+
+from viewdiff_nb.faces import load_face_views
+from viewdiff_nb.modules.baselines import MLP
+from viewdiff_nb.training import loop, one_pass
+from viewdiff_nb.training.batches import FaceBatch
+from viewdiff_nb.training.checkpoint import build_model, load_checkpoint, newest_checkpoint, prepare_model
+from viewdiff_nb.training.config import TrainConfig
+from viewdiff_nb.training.devices import (
+    GraphedFunction,
+    OwnRandomness,
+    Processes,
+    connect,
+    generator,
+    manual_seed,
+    set_capturable,
+    with_cuda_graph,
+)
+from viewdiff_nb.training.loop import train
+from viewdiff_nb.training.losses import LOSSES, Objective
+from viewdiff_nb.training.one_pass import train_together
+from viewdiff_nb.training.result import TrainingDiverged, TrainResult
+
+CPU = torch.device("cpu")
+EXACT = replace(CONFIG, dropout=0.0, use_lora_attention=True, use_projection_layer=True)
+CASES = {
+    "two-way, mix-up": replace(EXACT, mixup=True),
+    "pairs of views": replace(EXACT, loss="two-way+pairs", paired_views=True),
+    "an odd batch": replace(EXACT, batch_size=15),
+    "cross-view": replace(EXACT, use_cross_view=True, n_views=3, batch_size=15),
+}
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+COMMAND = ("-m", "viewdiff_nb.train_enhanced", "--d_model", "64", "--device", "cpu")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+def all_gradients(processes: Processes) -> list[dict[str, Tensor]]:
+    return [gradients(processes, config) for config in CASES.values()]
+
+
+def gradients(processes: Processes, config: TrainConfig) -> dict[str, Tensor]:
+    """Of the first batch, by parameter."""
+    faces, _ = sets()
+    model, _ = prepare_model(config, faces.feature_dim)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1, generator=generator)
+    objective = Objective(config, processes.share(model, config.views_together), faces.front, CPU)
+    index = torch.arange((2 if config.mixup else 1) * config.batch_size)
+    batch = FaceBatch(faces.src[index], faces.angles[index], faces.keypoints_3d[index], faces.person[index])
+    objective(batch, torch.rand(config.batch_size, generator=generator) if config.mixup else None).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def to_train(folder: Path) -> TrainConfig:
+    """The run that one process and two are to train alike."""
+    return replace(
+        EXACT,
+        base_model_path=str(folder / "base.pth"),
+        use_prior_preservation=True,
+        gradient_accumulation_steps=2,
+        min_yaw=45.0,
+        epochs=2,
+        save_every=1,
+    )
+
+
+def in_two_processes(folder: Path) -> None:
+    """What each of two processes does; the first leaves what was found in a file."""
+    processes = connect(replace(CONFIG, devices=2))
+    config = replace(to_train(folder), devices=2)
+    two = run(replace(config, save_dir=str(folder / "two")))
+    again = run(replace(config, resume=str(folder / "two/checkpoint_epoch_1_enhanced.pth")))
+
+    impatient = replace(CONFIG, devices=2, lr=1e-30, patience=2, save_every=1)
+    run(replace(impatient, epochs=2, save_dir=str(folder / "first")))
+    processes.wait()
+    (folder / "first/best_model_enhanced.pth").unlink(missing_ok=True)
+    path = str(folder / "first/checkpoint_epoch_2_enhanced.pth")
+    onward = run(replace(impatient, epochs=9, save_dir=str(folder / "second"), resume=path))
+
+    found = {"gradients": all_gradients(processes), "two": two, "again": again, "onward": onward}
+    if processes.rank == 0:
+        torch.save(found, folder / "found")
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("two")
+    torch.save(run(replace(CONFIG, max_yaw=45.0)).model.state_dict(), folder / "base.pth")
+    command = [*TORCHRUN, __file__, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    return folder, torch.load(folder / "found", weights_only=False)
+
+
+def test_gradients_of_two_processes_are_those_of_one_with_both_halves_of_the_batch(two_processes):
+    _, found = two_processes
+    for name, ours, theirs in zip(CASES, found["gradients"], all_gradients(Processes(CPU)), strict=True):
+        assert ours.keys() == theirs.keys() and len(ours) > 10
+        for parameter in ours:
+            torch.testing.assert_close(
+                ours[parameter], theirs[parameter], rtol=1e-4, atol=1e-6, msg=f"{name} {parameter}"
+            )
+
+
+def test_two_processes_train_and_resume_to_the_model_of_one(two_processes):
+    folder, found = two_processes
+    one, two = run(to_train(folder)), found["two"]
+    assert two.stopped == "finished" and two.steps == one.steps
+    for (name, a), b in zip(one.model.state_dict().items(), two.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
+    assert two.history["val_rank1"].tolist() == pytest.approx(one.history["val_rank1"].tolist(), abs=0.02)
+    for (name, a), b in zip(two.model.state_dict().items(), found["again"].model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_what_the_folder_lacks_all_processes_know(two_processes):
+    """Without its best model a run looks for it anew; patience then ends all processes at the same epoch."""
+    onward = two_processes[1]["onward"]
+    assert onward.stopped == "early" and len(onward.history) == 5  # the third is the best, then two that are not
+
+
+def test_several_devices_need_torchrun():
+    assert connect(CONFIG) == Processes(CPU, count=1, rank=0)
+    with pytest.raises(ValueError, match=r"devices=3 .*torchrun --nproc_per_node 3 -m viewdiff_nb\.train_enhanced"):
+        run(replace(CONFIG, devices=3))
+
+
+@pytest.fixture
+def command(tmp_path) -> list[str]:
+    """One that trains on a small set."""
+    write_set(tmp_path / "faces", people(60, width=64))
+    return [*COMMAND, "--data_dir", str(tmp_path / "faces"), "--save_dir", str(tmp_path / "runs")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["--save_dir", __file__], "cannot write to .*test_devices"),
+        (["--min_yaw", "89", "--max_yaw", "89.5"], "no training view has 89"),
+    ],
+)
+def test_the_command_fails_as_its_processes_do(command, flags, error):
+    full = [sys.executable, *command, "--devices", "2", *flags]
+    done = subprocess.run(full, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    assert done.returncode == 1 and re.search(f"error: {error}", done.stderr), done.stderr
+
+
+def test_torchrun_starts_the_same_command(command, tmp_path):
+    full = [*TORCHRUN, *command, "--val_people", "20", "--test_people", "20", "--epochs", "2"]
+    done = subprocess.run(full, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("val_rank1") == 1  # one of them speaks
+    assert load_checkpoint(newest_checkpoint(tmp_path / "runs"))["epoch"] == 2
+
+
+@pytest.fixture
+def under_way(command, tmp_path):
+    """A command that trains in two processes and has finished an epoch; and these."""
+    full = [sys.executable, *command, "--devices", "2", "--epochs", "1000", "--save_every", "1", "--val_every", "1000"]
+    process = subprocess.Popen(
+        full, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ENVIRONMENT, start_new_session=True
+    )
+    while not list(tmp_path.glob("runs/checkpoint_epoch_*.pth")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    yield process, workers
+    process.kill()
+    for worker in workers:
+        if worker.is_running():
+            worker.kill()
+
+
+def test_workers_end_with_their_parent(under_way):
+    process, workers = under_way
+    process.kill()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_program_stops_its_workers_with_a_checkpoint(under_way, number):
+    process, workers = under_way
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert re.search(r"interrupted; go on with --resume .*_enhanced\.pth", errors)
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+
+
+GRAPH = replace(CONFIG, device="cuda", use_cuda_graph=True)
+LORA = {"use_lora_attention": True, "use_projection_layer": True}
+
+
+def test_a_graph_needs_one_gpu():
+    config = replace(CONFIG, use_cuda_graph=True)
+    with pytest.raises(ValueError, match="use_cuda_graph needs a GPU, and this run is on device cpu"):
+        run(config)
+    with pytest.raises(ValueError, match="use_cuda_graph is for one process"):
+        run(replace(config, devices=2))
+    lora = replace(config, use_lora_attention=True, freeze_base=True, base_model_path="base.pth")
+    with pytest.raises(ValueError, match="use_cuda_graph needs a GPU"):
+        train_together([lora], *sets())
+
+
+def test_a_graph_takes_whole_steps():
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps is 2.*give --no-use_cuda_graph"):
+        TrainConfig(use_cuda_graph=True, gradient_accumulation_steps=2)
+
+
+def test_an_optimiser_is_made_capturable_and_back():
+    optimiser = torch.optim.AdamW([nn.Parameter(torch.ones(2))], lr=0.25, fused=True)
+    set_capturable(optimiser, CPU, True)
+    [group] = optimiser.param_groups
+    assert torch.is_tensor(group["lr"]) and group["lr"] == 0.25 and group["capturable"]
+    set_capturable(optimiser, CPU, False)
+    assert group["lr"] == 0.25 and isinstance(group["lr"], float) and not group["capturable"]
+
+
+def test_studies_use_graphs_where_this_process_can_record(monkeypatch):
+    config = replace(CONFIG, device="auto")
+    assert not with_cuda_graph(replace(config, device="cpu")).use_cuda_graph
+    monkeypatch.setattr("viewdiff_nb.training.devices.choose_device", lambda name: torch.device("cuda"))
+    assert with_cuda_graph(config).use_cuda_graph
+    for other in (replace(config, devices=2), replace(config, gradient_accumulation_steps=2)):
+        assert with_cuda_graph(other) == other
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(with_cuda_graph, config).result() == config
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert with_cuda_graph(config) == config
+
+
+class Replay:
+    """Reads and writes as a recording does, on any device: always the same tensors."""
+
+    def __init__(self, function, device):
+        self.function, self.tensors = function, {}
+
+    def __call__(self, *arguments):
+        shapes = tuple(None if a is None else a.shape for a in arguments)
+        buffers = self.tensors.setdefault(shapes, [None if a is None else a.clone() for a in arguments])
+        for buffer, argument in zip(buffers, arguments, strict=True):
+            if buffer is not None:
+                buffer.copy_(argument)
+        result = self.function(*buffers)
+        return self.tensors.setdefault("result", result.clone()).copy_(result)
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """Runs with use_cuda_graph on the CPU, by `Replay`, or by what it is called with."""
+
+    def stand_in(kind: Callable = Replay) -> None:
+        for module in (loop, one_pass):
+            monkeypatch.setattr(module, "GraphedFunction", kind)
+            monkeypatch.setattr(module, "connect", lambda config: Processes(CPU))
+
+    stand_in()
+    return stand_in
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mixup": True, "use_lora_attention": True},
+        {"use_cross_view": True, "n_views": 2},
+        {"use_amp": True},
+    ],
+    ids=str,
+)
+def test_a_step_reads_nothing_but_its_arguments(replayed, changes):
+    config = replace(CONFIG, batch_size=14, dropout=0.3, use_cuda_graph=True, **changes)
+    one = run(config)
+    replayed(lambda function, device: function)
+    assert_same_runs(one, run(config), tolerance=0)
+
+
+def test_nor_does_one_with_prior_samples_or_of_a_pass(replayed, base_path):
+    config = replace(
+        CONFIG,
+        base_model_path=base_path,
+        use_prior_preservation=True,
+        mixup=True,
+        use_lora_attention=True,
+        use_cuda_graph=True,
+    )
+    passes = [
+        [replace(config, seed=i, lora_lr=lr) for i, lr in enumerate(rates)] for rates in ((1e-3,) * 2, (1e-3, 0.1))
+    ]
+    one = [run(config)] + [result for configs in passes for result in train_together(configs, *sets())]
+    replayed(lambda function, device: function)
+    other = [run(config)] + [result for configs in passes for result in train_together(configs, *sets())]
+    for a, b in zip(one, other, strict=True):
+        assert_same_runs(a, b, tolerance=0)
+
+
+def test_rates_on_the_device_are_the_rates(replayed, base_path):
+    """But for the rounding to float32."""
+    config = replace(CONFIG, mixup=True, use_lora_attention=True, base_model_path=base_path)
+    configs = [replace(config, seed=seed) for seed in range(2)]
+    with_graph = [replace(c, use_cuda_graph=True) for c in configs]
+    assert_same_runs(run(with_graph[0]), run(config))
+    for one, other in zip(train_together(with_graph, *sets()), train_together(configs, *sets()), strict=True):
+        assert_same_runs(one, other)
+
+
+@pytest.mark.parametrize(("first", "then"), [(True, False), (False, True)])
+def test_a_checkpoint_serves_runs_with_and_without(replayed, tmp_path, first, then):
+    config = replace(CONFIG, epochs=4, save_every=1, dropout=0.3)
+    whole = run(replace(config, use_cuda_graph=first, save_dir=str(tmp_path)))
+    start = str(tmp_path / "checkpoint_epoch_2_enhanced.pth")
+    assert_same_runs(whole, run(replace(config, use_cuda_graph=then, resume=start)))
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_run_that_ended_holds_no_memory(replayed, base_path, graph):
+    """Not even until the garbage is collected: a GPU's memory would be short for the next run."""
+    config = replace(CONFIG, use_lora_attention=True, base_model_path=base_path, epochs=1, use_cuda_graph=graph)
+    for trained in (
+        lambda *faces: train(config, *faces, progress=False),
+        lambda *faces: train_together([config, replace(config, seed=1)], *faces),
+    ):
+        faces = sets()
+        held = weakref.ref(faces[1].src)
+        gc.disable()
+        try:
+            result = trained(*faces)
+            del faces
+            assert held() is None and result
+        finally:
+            gc.enable()
+
+
+def assert_same_runs(one: TrainResult, other: TrainResult, tolerance: float = 1e-5) -> None:
+    assert one.steps == other.steps and one.stopped == other.stopped
+    for (name, a), b in zip(one.model.state_dict().items(), other.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+if "cuda" in DEVICES:
+    CHANGES = {
+        "full": {},
+        "dropout": {"dropout": 0.3},
+        "LoRA, projection, mix-up": LORA | {"mixup": True, "rank": 4},
+        "mixed precision": LORA | {"use_amp": True},
+        "cross-view": {"use_cross_view": True, "n_views": 2},
+        "pairs": {"loss": "two-way+pairs", "paired_views": True},
+    } | {loss: {"loss": loss} for loss in LOSSES if "pairs" not in loss}
+
+    def assert_close_runs(one, other, rel=1e-3):
+        assert one.steps == other.steps and one.stopped == other.stopped
+        for column in ("train_loss", "lr", "grad_norm", "val_loss"):
+            mine, theirs = (result.history[column].tolist() for result in (one, other))
+            assert mine == pytest.approx(theirs, rel=rel, nan_ok=True), column
+
+    @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+    def test_a_run_of_graphs_is_the_run_without(changes):
+        """With a last batch of its own shape, and dropout from the same random numbers."""
+        config = replace(GRAPH, batch_size=14, epochs=6, **changes)
+        assert_close_runs(run(config), run(replace(config, use_cuda_graph=False)))
+
+    def test_float16_with_its_scaler(monkeypatch):
+        monkeypatch.setattr("viewdiff_nb.training.losses.amp_dtype_for", lambda device: torch.float16)
+        config = replace(GRAPH, use_amp=True, epochs=4)
+        assert_close_runs(run(config), run(replace(config, use_cuda_graph=False)), rel=1e-2)
+
+    def test_prior_samples_are_drawn_as_without(base_path):
+        config = replace(GRAPH, base_model_path=base_path, use_prior_preservation=True, min_yaw=45.0, epochs=4, **LORA)
+        one, other = run(config), run(replace(config, use_cuda_graph=False))
+        assert_close_runs(one, other)
+        assert one.history["prior_loss"].tolist() == pytest.approx(
+            other.history["prior_loss"].tolist(), rel=1e-2, nan_ok=True
+        )
+
+    @pytest.mark.parametrize("then", [True, False])
+    def test_a_run_goes_on_with_or_without_graphs(tmp_path, then):
+        config = replace(GRAPH, epochs=4, save_every=1, dropout=0.3, mixup=True)
+        whole = run(replace(config, save_dir=str(tmp_path)))
+        start = str(tmp_path / "checkpoint_epoch_2_enhanced.pth")
+        assert_close_runs(whole, run(replace(config, resume=start, use_cuda_graph=then)))
+        eager = run(replace(config, use_cuda_graph=False, save_dir=str(tmp_path / "eager")))
+        start = str(tmp_path / "eager/checkpoint_epoch_2_enhanced.pth")
+        assert_close_runs(eager, run(replace(config, resume=start, use_cuda_graph=then)))
+
+    def test_a_set_on_disk_feeds_it(face_set):
+        faces = load_face_views(face_set, mmap=True)
+        config = replace(GRAPH, batch_size=8, num_workers=1, epochs=3)
+        results = [train(c, faces, sets()[1], progress=False) for c in (config, replace(config, use_cuda_graph=False))]
+        assert_close_runs(*results)
+
+    @pytest.mark.parametrize("rates", [[1e-3, 1e-3, 1e-3], [1e-3, 1e-2, 5e-3]])
+    @pytest.mark.parametrize("prior", [False, True])
+    def test_a_pass_of_graphs_is_the_pass_without(base_path, rates, prior):
+        config = replace(GRAPH, base_model_path=base_path, use_prior_preservation=prior, mixup=True, epochs=4, **LORA)
+        configs = [replace(config, seed=seed, rank=2 + seed, lora_lr=rate) for seed, rate in enumerate(rates)]
+        graphs = train_together(configs, *sets())
+        plain = train_together([replace(c, use_cuda_graph=False) for c in configs], *sets())
+        for one, other in zip(graphs, plain, strict=True):
+            assert one.history["train_loss"].tolist() == pytest.approx(
+                other.history["train_loss"].tolist(), rel=1e-3, nan_ok=True
+            )
+            assert one.history["val_loss"].tolist() == pytest.approx(other.history["val_loss"].tolist(), rel=1e-3)
+
+    def test_every_set_of_shapes_has_a_recording_of_its_own():
+        weight = torch.ones((), device="cuda")
+
+        def work(x, y):
+            weight.add_(1)
+            return x * weight if y is None else x + y
+
+        captured = GraphedFunction(work, torch.device("cuda"), warmup=1)
+        for i in range(6):
+            x = torch.full((3 + i % 2,), float(i), device="cuda")
+            assert torch.equal(captured(x, None), x * (2 + i))
+            assert captured.recorded.keys() == set(list(captured.calls)[: max(0, i - 1)])
+        assert torch.equal(captured(x, x), 2 * x)
+
+    def test_what_cannot_be_recorded_is_told():
+        captured = GraphedFunction(lambda x: x * x.sum().item(), torch.device("cuda"), warmup=1)
+        x = torch.ones(2, device="cuda")
+        assert captured(x).tolist() == [2, 2]
+        with pytest.raises(RuntimeError, match="cannot be recorded as a CUDA graph.*give --no-use_cuda_graph"):
+            captured(x)
+        assert (x + 1).tolist() == [2, 2]  # the device goes on, and its random numbers do
+        assert torch.nn.functional.dropout(x.expand(100, 2), 0.5).sum() > 0
+        again = GraphedFunction(torch.nn.functional.dropout, torch.device("cuda"), warmup=1)
+        assert len({again(x.expand(100, 2)).sum().item() for _ in range(5)}) > 1
+
+    def test_it_finds_what_diverged():
+        with pytest.raises(TrainingDiverged, match="has loss"):
+            run(replace(GRAPH, lr=1e30, epochs=20))
+
+
+DRAWS = {
+    "dropout": lambda: nn.functional.dropout(torch.ones(50, 7), 0.3),
+    "dropout layer": lambda: nn.Dropout(0.5)(torch.ones(50, 7, dtype=torch.bfloat16)),
+    "baseline": lambda: MLP(32, 48)(torch.ones(4, 32), torch.zeros(4, 3), torch.ones(4, 5, 3)),
+    "linear": lambda: nn.Linear(7, 5).weight,
+    "convolution": lambda: nn.Conv3d(2, 3, 3).bias,
+    "normal": lambda: nn.init.normal_(torch.empty(6, 6), std=0.2),
+    "randn": lambda: torch.randn(3, 3),
+    "model": lambda: torch.cat([p.flatten() for p in build_model(CONFIG, 32).parameters()]),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_numbers_are_those_of_a_process_with_that_seed_which_is_left_alone(draw):
+    torch.manual_seed(5)
+    wanted = draw(), draw()
+    before = torch.get_rng_state()
+    with OwnRandomness(5):
+        first = draw()
+        state = generator(CPU).get_state()
+        second = draw()
+        manual_seed(5)
+        again = draw()
+        generator(CPU).set_state(state)
+        assert torch.equal(draw(), second)
+    assert torch.equal(first, wanted[0]) and torch.equal(second, wanted[1]) and torch.equal(again, first)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_outside_of_it_the_processs_generator_is_meant():
+    manual_seed(3)
+    assert generator(CPU) is torch.default_generator and torch.initial_seed() == 3
+
+
+def test_it_is_of_one_thread_and_can_be_nested():
+    torch.manual_seed(1)
+    wanted, drawn = torch.randn(4), []
+    torch.manual_seed(1)
+    with OwnRandomness(7):
+        thread = threading.Thread(target=lambda: drawn.append((torch.randn(4), generator(CPU))))
+        thread.start()
+        thread.join()
+        outer = generator(CPU).get_state()
+        with OwnRandomness(8):
+            inner = torch.randn(4)
+        assert torch.equal(generator(CPU).get_state(), outer)
+    assert torch.equal(drawn[0][0], wanted) and drawn[0][1] is torch.default_generator
+    assert torch.equal(inner, torch.randn(4, generator=torch.Generator().manual_seed(8)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_dropout_keeps_a_share_and_the_mean(device):
+    x = torch.ones(400, 500, device=device, requires_grad=True)
+    with OwnRandomness():
+        y = nn.functional.dropout(x, 0.2)
+        assert torch.equal(nn.functional.dropout(x, 0.2, training=False), x)
+    y.sum().backward()
+    kept = y > 0
+    assert abs(kept.float().mean().item() - 0.8) < 5 * (0.8 * 0.2 / x.numel()) ** 0.5
+    torch.testing.assert_close(y, kept * 1.25)
+    torch.testing.assert_close(x.grad, kept * 1.25)
+
+
+def test_a_model_is_built_without_the_processs_generator():
+    torch.manual_seed(CONFIG.seed)
+    wanted = build_model(CONFIG, 32)
+    before = torch.get_rng_state()
+    model, _ = prepare_model(CONFIG, 32)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), wanted.parameters(), strict=True))
+
+
+if __name__ == "__main__":
+    in_two_processes(Path(sys.argv[1]))

@@ -1,5 +1,6 @@
 import os
 import resource
+import shutil
 import struct
 import zipfile
 from dataclasses import replace
@@ -108,8 +109,8 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path):
 
 
 def test_a_full_disk_is_found_before_training(tmp_path, monkeypatch):
-    usage = checkpoint.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=300_000))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=300_000))
     with pytest.raises(OSError, match="0.00 GB free, and the checkpoints of this run need about .* raise save_every"):
         run(replace(CONFIG, save_dir=str(tmp_path)))
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]

@@ -14,13 +14,11 @@ from viewdiff_nb.training.checkpoint import (
     FORMAT,
     CheckpointError,
     build_model,
-    load_config,
     load_model,
     load_train_config,
     save_checkpoint,
     save_weights,
 )
-from viewdiff_nb.training.config import TrainConfig
 from viewdiff_nb.training.evaluation import predict
 
 ADAPTED = replace(
@@ -44,7 +42,6 @@ def test_a_model_comes_back_from_both_formats(files):
     for path in paths:
         assert torch.equal(predict(load_model(path), faces), predict(model, faces))
         assert load_train_config(path) == ADAPTED and hash(load_train_config(path)) == hash(ADAPTED)
-        assert TrainConfig(**load_config(path)) == ADAPTED
 
 
 def huge(**sizes):
@@ -111,13 +108,13 @@ def test_damaged_safetensors_are_refused(files):
     whole = path.read_bytes()
     for end in (0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:end])
-        for load in (load_model, load_config):
+        for load in (load_model, load_train_config):
             with pytest.raises(CheckpointError, match=r"a\.safetensors"):
                 load(path)
     length = struct.unpack("<Q", whole[:8])[0]
     for header in (b"[]", b"{", b"[" * 100_000, b'{"__metadata__": 5}', b"\xff" * 9, b"9" * 5000):
         path.write_bytes(struct.pack("<Q", len(header)) + header + whole[8 + length :])
-        for load in (load_model, load_config):
+        for load in (load_model, load_train_config):
             with pytest.raises(CheckpointError, match=r"a\.safetensors"):
                 load(path)
 
@@ -149,8 +146,8 @@ def test_a_damaged_config_in_the_header_is_refused(files):
     for config in ("{", "[" * 100_000, "9" * 5000, json.dumps({"d_model": "x" * 5000})):
         save_file(weights, path, {"format": FORMAT, "config": config})
         with pytest.raises(CheckpointError, match=r"the config in .*a\.safetensors") as caught:
-            load_config(path)
+            load_train_config(path)
         assert len(str(caught.value)) < 600
     save_file(weights, path, {"format": FORMAT})
     with pytest.raises(CheckpointError, match="without the config"):
-        load_config(path)
+        load_train_config(path)

@@ -24,14 +24,14 @@ BEST, BEST_WEIGHTS = "best_model_enhanced.pth", "best_model_enhanced.safetensors
 PERIODIC = "checkpoint_epoch_{}_enhanced.pth"
 
 # What a checkpoint may hold, and of which type.
-STATE_DICTS = dict.fromkeys(("model", "optimizer", "scaler"), dict)
-PROGRESS = {  # of a run: what it has done and found so far
+STATE_DICTS: dict[str, Any] = dict.fromkeys(("model", "optimizer", "scaler"), dict)
+PROGRESS: dict[str, Any] = {  # of a run: what it has done and found so far
     **dict.fromkeys(("epoch", "batch", "steps", "stale"), int),
     **dict.fromkeys(("seconds", "best"), float | int),
     "history": list,
 }
-NEEDED = STATE_DICTS | PROGRESS | dict.fromkeys(("generator", "trace", "torch_rng"), Tensor)  # by a run to go on
-NEEDED |= {"config": dict, "data": dict | str}
+TENSORS: dict[str, Any] = dict.fromkeys(("generator", "trace", "torch_rng"), Tensor)
+NEEDED = STATE_DICTS | PROGRESS | TENSORS | {"config": dict, "data": dict | str}  # by a run to go on
 TYPES = NEEDED | {"order": Tensor | None, "cuda_rng": Tensor | None}
 
 
@@ -90,27 +90,20 @@ def _read(path: Path, what: str, device: torch.device | str = "cpu", mmap: bool 
     return content
 
 
-def check_run(source: str | Path, content: dict[str, Any]) -> None:
-    """
-    Raises:
-        CheckpointError: if content lacks what a run needs to go on.
-    """
-    if missing := sorted(NEEDED.keys() - content.keys()):
+def load_run(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """`load_checkpoint` of one that a run can go on from, or else CheckpointError."""
+    content = load_checkpoint(path, mmap=mmap)
+    if missing := ", ".join(sorted(NEEDED.keys() - content.keys())):
         raise CheckpointError(
-            f"{source} holds weights, but no training run to go on with (no {', '.join(missing)}); "
-            "give it as base_model_path"
+            f"{path} holds weights, but no training run to go on with (no {missing}); give it as base_model_path"
         )
+    return content
 
 
 def progress(path: Path) -> tuple[int, int, int]:
-    """Finished epochs, batches of the next one, and steps: how far the run of a checkpoint has come.
-
-    Raises:
-        CheckpointError: if it is damaged, or no run can go on from it.
-    """
-    content = load_checkpoint(path, mmap=True)
-    check_run(path, content)
-    return content["epoch"], content["batch"], content["steps"]
+    """How far the run of a checkpoint has come: finished epochs, batches of the next one, and steps."""
+    run = load_run(path, mmap=True)
+    return run["epoch"], run["batch"], run["steps"]
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
@@ -129,7 +122,7 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
             refused.append(str(error))
     for *_, path in sorted(found, reverse=True):
         try:
-            load_checkpoint(path)  # the tensors, too
+            load_run(path)  # the tensors, too
         except CheckpointError as error:
             refused.append(str(error))
             continue
@@ -158,7 +151,7 @@ def find_checkpoint(resume: str | None, save_dir: str | None) -> Path | None:
             raise FileNotFoundError(f"there is no checkpoint in {path} to resume from")
         return newest
     try:
-        load_checkpoint(path)
+        load_run(path)
     except CheckpointError as error:
         other = None
         with suppress(CheckpointError):  # where none beside it is any better
@@ -168,15 +161,10 @@ def find_checkpoint(resume: str | None, save_dir: str | None) -> Path | None:
 
 
 def load_base_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of a base model, from safetensors, a checkpoint of the kit or a bare state dict.
-
-    Raises:
-        FileNotFoundError, CheckpointError: as `load_checkpoint`.
-    """
-    return _weights(Path(path), _read(Path(path), "base model"))
-
-
-def _weights(path: Path, content: Any) -> dict[str, Tensor]:
+    """The state dict of a base model, from safetensors, a checkpoint of the kit or a bare state dict; raises as
+    `load_checkpoint`."""
+    path = Path(path)
+    content = _read(path, "base model")
     state = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not state or not all(map(_is_weight, state, state.values())):
         raise CheckpointError(f"{path} holds no state dict of a model")
@@ -188,26 +176,21 @@ def _weights(path: Path, content: Any) -> dict[str, Tensor]:
 
 
 def _is_weight(name: object, value: object) -> bool:
-    dense = isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
-    return isinstance(name, str) and dense and value.is_floating_point()
+    if not isinstance(name, str) or not isinstance(value, Tensor):
+        return False
+    return value.layout is torch.strided and value.device.type == "cpu" and value.is_floating_point()
 
 
 def load_train_config(path: str | Path) -> TrainConfig:
-    """The config that a checkpoint, or a safetensors file of `save_weights`, was trained with.
-
-    Raises:
-        FileNotFoundError, CheckpointError: as `load_checkpoint`, and if it has no config of this version.
-    """
-    return _train_config(path, load_checkpoint(path, mmap=True))
-
-
-def _train_config(path: str | Path, content: dict[str, Any]) -> TrainConfig:
+    """The config that the model of a checkpoint was trained with; raises as `load_checkpoint`."""
+    content = load_checkpoint(path, mmap=True)
     if "config" not in content:
         raise CheckpointError(f"{path} holds weights without the config of a training run")
-    if unknown := content["config"].keys() - {field.name for field in fields(TrainConfig)}:
-        raise CheckpointError(f"{path} was written by another version of the kit: it has {shorten(sorted(unknown))}")
+    config: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in content["config"].items()}
+    if unknown := config.keys() - {field.name for field in fields(TrainConfig)}:
+        raise CheckpointError(f"{path} was written by another version of the kit: it has {shorten(unknown)}")
     try:
-        return TrainConfig(**{n: tuple(v) if isinstance(v, list) else v for n, v in content["config"].items()})
+        return TrainConfig(**config)
     except (ValueError, TypeError, ArithmeticError) as error:
         raise CheckpointError(f"the config in {path} is damaged: {str(error)[:300]}") from error
 
@@ -216,10 +199,9 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> Enhanced
     """A trained model from a checkpoint of `train`, or from its best_model_enhanced.safetensors; in evaluation mode.
 
     Raises:
-        FileNotFoundError, CheckpointError: if there is no such file, or it was not written by `train`.
+        FileNotFoundError, CheckpointError: as `load_checkpoint`, and if weights and config do not fit.
     """
-    content = load_checkpoint(path)
-    config, weights = _train_config(path, content), _weights(Path(path), content)
+    config, weights = load_train_config(path), load_base_weights(path)
     try:
         if config.num_layers > len(weights):
             raise ValueError(f"its config asks for {config.num_layers} layers, and it has {len(weights)} weights")

@@ -1,6 +1,5 @@
 """What a training run is made of while it runs: its state, the folder that it writes to, and what is seen of it."""
 
-import errno
 import logging
 import math
 import re
@@ -27,19 +26,10 @@ from viewdiff_nb.training.devices import CPU, generator
 TRACE = ("loss", "grad_norm", "prior_loss")  # of every batch; the norm only where a window of batches ends
 
 # Settings that may change between epochs, but not within one, since they say which batches it has.
-WITHIN_EPOCH = ("batch_size", "gradient_accumulation_steps", "n_views", "mixup", "paired_views", "seed")
+WITHIN_EPOCH = {"batch_size", "gradient_accumulation_steps", "n_views", "mixup", "paired_views", "seed"}
 # Settings that may change without a word: what they lead to is compared itself, or they change no weight.
-COMPARED = (
-    "data_dir",
-    "val_people",
-    "test_people",
-    "split_seed",
-    "split_file",
-    "min_yaw",
-    "max_yaw",
-    "base_model_path",
-)
-NO_WEIGHT = ("num_workers", "device", "devices", "save_dir", "log_dir", "save_every", "save_minutes", "resume")
+SILENT = {"data_dir", "val_people", "test_people", "split_seed", "split_file", "min_yaw", "max_yaw", "base_model_path"}
+SILENT |= {"num_workers", "device", "devices", "save_dir", "log_dir", "save_every", "save_minutes", "resume"}
 
 OWN_FILES = re.compile(r"(best_model|last|previous|checkpoint_epoch_\d+)_enhanced\.(pth|safetensors)")
 UNFINISHED = re.compile(OWN_FILES.pattern + r"\.\d+" + re.escape(PART))
@@ -67,18 +57,11 @@ def file_fingerprint(path: str | Path | None) -> str:
 
 
 class Resumption(NamedTuple):
-    """What a run that goes on from a checkpoint does otherwise than the one that wrote it.
-
-    changed: {setting: (its value in the checkpoint, its value here)} of those that act on the training.
-    same_goal: whether the best value so far is judged as the next ones are.
-    """
-
-    changed: dict[str, tuple[Any, Any]]
-    same_goal: bool
+    differences: str  # what a run does otherwise than the one that wrote the checkpoint, in words
+    same_goal: bool  # whether the best value so far is judged as the next ones are
 
     def __str__(self) -> str:
-        words = [f"{name} {now} instead of {before}" for name, (before, now) in self.changed.items()]
-        return ", ".join(words + ["the best model is looked for anew"] * (not self.same_goal))
+        return self.differences
 
 
 @dataclass
@@ -114,9 +97,9 @@ class TrainingState:
 
     def judge(self, row: dict[str, float]) -> bool:
         """Count a validation; whether it is the best so far."""
-        value, sign = row[self.config.monitor], -1 if MONITORED[self.config.monitor] is min else 1
-        is_first = math.isnan(self.best)
-        if is_first or sign * value > sign * self.best:
+        value = row[self.config.monitor]
+        sign = -1 if MONITORED[self.config.monitor] is min else 1
+        if math.isnan(self.best) or sign * value > sign * self.best:
             self.best, self.stale = value, 0
             return True
         self.stale += 1
@@ -141,18 +124,14 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: dict[str, Any], source: str) -> Resumption:
-        """Go on from a checkpoint. Settings are those of this run's config; the rest is the checkpoint's.
+        """Go on from a checkpoint, whose name is source. Settings are those of this run's config.
 
         Where the best value so far is no measure for what is monitored here, it is forgotten.
 
-        Args:
-            source: where state is from, for messages.
-
         Raises:
-            CheckpointError: if state is no training run, or one of another model, other people or another base, or it
-                was saved within an epoch that has other batches here.
+            CheckpointError: if it is of another model, other people or another base, or was saved within an epoch that
+                has other batches here.
         """
-        checkpoint.check_run(source, state)
         theirs, mine = state["config"], self.config.to_dict()
         changed = {name: (theirs[name], mine[name]) for name in mine if theirs.get(name, mine[name]) != mine[name]}
         data = state["data"] if isinstance(state["data"], dict) else {"train": state["data"]}  # of earlier versions
@@ -177,11 +156,12 @@ class TrainingState:
             setattr(self, name, state[name])
         other_loss = self.config.monitor == "val_loss" and "loss" in changed
         other_people = data.get("val", self.data["val"]) != self.data["val"]
-        same_goal = not ("monitor" in changed or other_loss or other_people)
-        if not same_goal:
+        words = [f"{name} {now} instead of {before}" for name, (before, now) in changed.items() if name not in SILENT]
+        other_goal = "monitor" in changed or other_loss or other_people
+        if other_goal:
             self.forget_best()
-        silent = {*COMPARED, *NO_WEIGHT}
-        return Resumption({name: values for name, values in changed.items() if name not in silent}, same_goal)
+            words.append("the best model is looked for anew")
+        return Resumption(", ".join(words), not other_goal)
 
     def _load_generators(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"].cpu())
@@ -189,9 +169,7 @@ class TrainingState:
         if self.trace.device.type == "cuda" and state["cuda_rng"] is not None:
             generator(self.trace.device).set_state(state["cuda_rng"].cpu())
 
-    def _contradictions(
-        self, state: dict[str, Any], data: dict[str, str], changed: dict[str, tuple[Any, Any]]
-    ) -> Iterator[str]:
+    def _contradictions(self, state: dict[str, Any], data: dict[str, str], changed: dict[str, tuple]) -> Iterator[str]:
         """Why this run cannot go on from state; data: its fingerprints."""
         for name, (before, now) in changed.items():
             if name in ARCHITECTURE and name != "dropout":
@@ -205,43 +183,28 @@ class TrainingState:
         if not state["batch"]:
             return
         before, now = len(state["trace"]), len(self.trace)
+        remedy = "keep that, or take a checkpoint of a whole epoch"
         if before != now:
-            remedy = "keep batch_size and n_views, or take a checkpoint of a whole epoch"
-            yield f"was saved within an epoch of {before} batches, and here it has {now}; {remedy}"
-        for name in WITHIN_EPOCH:
-            if name in changed:
-                before, now = changed[name]
-                remedy = "keep it, or take a checkpoint of a whole epoch"
+            yield f"was saved within an epoch of {before} batches, and here it has {now} (batch_size, n_views); {remedy}"
+        for name, (before, now) in changed.items():
+            if name in WITHIN_EPOCH:
                 yield f"was saved within an epoch, and {name} was {before} and is {now} here; {remedy}"
 
 
+@dataclass
 class RunFolder:
     """A context for as long as the run lasts: no other run writes to its folder, and no file of another one is lost.
 
     What an earlier run left is put aside, into a folder within. So are the files of the run that goes on, if it does so
     from elsewhere, from an epoch that is not the last, or to another goal; its best model so far goes along.
-
-    Args:
-        path: save_dir; None if nothing is to be kept.
-        state: of the run.
-        resumed: the checkpoint that it goes on from.
-        same_goal: whether the best model so far is judged as the next ones are.
-        base: the file of the model that is adapted.
-        wanted: bytes that the run will write.
     """
 
-    def __init__(
-        self,
-        path: str | None,
-        state: TrainingState,
-        resumed: Path | None,
-        same_goal: bool,
-        base: str | None,
-        wanted: int,
-    ) -> None:
-        self.keeps, self.path = path is not None, Path(path or "")
-        self.newest = resumed  # the newest checkpoint of the run, wherever it is
-        self.state, self.same_goal, self.base, self.wanted = state, same_goal, base, wanted
+    path: str | None  # save_dir; None if nothing is to be kept
+    state: TrainingState
+    newest: Path | None  # checkpoint of the run, wherever it is; at first the one that it goes on from
+    same_goal: bool  # whether the best model so far is judged as the next ones are
+    base: str | None  # file of the model that is adapted
+    wanted: int  # bytes that the run will write
 
     def __enter__(self) -> "RunFolder":
         """
@@ -249,72 +212,68 @@ class RunFolder:
             OSError: if the folder cannot be written to, another run is writing to it, or its disk is too full.
             ValueError: if the base model is a file that this run would write over.
         """
-        if not self.keeps:
+        if self.path is None:
             return self
-        writable_folder(self.path)
-        self.lock = FileLock(self.path / ".lock")  # the system releases it when its process ends, however it ends
+        self.folder = writable_folder(self.path)
+        self.lock = FileLock(self.folder / ".lock")  # the system releases it when its process ends, however it ends
         try:
             self.lock.acquire(timeout=0)
+            self._prepare()
         except Timeout:
             what = f"another run is writing to {self.path}; wait for its end, or choose another save_dir"
             raise OSError(what) from None
-        try:
-            self._prepare()
         except BaseException:
             self.lock.release()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.keeps:
+        if self.path is not None:
             self.lock.release()
 
     def _prepare(self) -> None:
         for path in self._files(UNFINISHED):  # of a run that was killed while it wrote
             path.unlink()
-        if (free := shutil.disk_usage(self.path).free) < self.wanted:
-            what = f"{self.path} has {free / 1e9:.2f} GB free, and the checkpoints of this run need about "
+        if (free := shutil.disk_usage(self.folder).free) < self.wanted:
+            what = f"the checkpoints of this run need about {self.wanted / 1e9:.2f} GB"
             remedy = "make room, choose another save_dir or raise save_every"
-            raise OSError(errno.ENOSPC, f"{what}{self.wanted / 1e9:.2f} GB; {remedy}")
+            raise OSError(f"{self.path} has {free / 1e9:.2f} GB free, and {what}; {remedy}")
         earlier = self._files(OWN_FILES)
         if self.base and Path(self.base).resolve() in {path.resolve() for path in earlier}:
             what = f"base_model_path {self.base} is a file that runs write in save_dir {self.path}"
             raise ValueError(f"{what}; choose another save_dir")
-        if self.newest and self.newest.parent.resolve() == self.path.resolve():
-            self.newest = self.path / self.newest.name  # however it was spelt
+        if self.newest and self.newest.parent.resolve() == self.folder.resolve():
+            self.newest = self.folder / self.newest.name  # however it was spelt
         if not self._goes_on_here(earlier):
             best = self._best_so_far()
             self._put_aside(earlier)
             self._keep_best(best)
 
     def _files(self, names: re.Pattern) -> list[Path]:
-        return sorted(path for path in self.path.iterdir() if names.fullmatch(path.name))
+        return sorted(path for path in self.folder.iterdir() if names.fullmatch(path.name))
 
     def _goes_on_here(self, earlier: list[Path]) -> bool:
         """Whether the folder's files are those of the run that is resumed, and none is from after its checkpoint."""
-        if self.newest not in earlier or not self.same_goal:
-            return False
         here = self.state.epoch, self.state.batch
         try:
-            return all(checkpoint.progress(path)[:2] <= here for path in earlier if path.suffix == ".pth")
+            furthest = max((checkpoint.progress(path)[:2] for path in earlier if path.suffix == ".pth"), default=here)
         except CheckpointError:  # what is damaged is put aside
             return False
+        return self.newest in earlier and self.same_goal and furthest <= here
 
     def _best_so_far(self) -> dict[str, Any] | None:
         """The checkpoint of the best model of the run that goes on; None if it is not beside the run's own."""
-        if self.newest is None:
-            return None
         try:
-            found = checkpoint.load_checkpoint(self.newest.parent / BEST)
+            found = checkpoint.load_checkpoint(self.newest.parent / BEST) if self.newest else {}
         except (FileNotFoundError, CheckpointError):
             return None
         return found if found.get("best") == self.state.best else None
 
     def _put_aside(self, earlier: list[Path]) -> None:
-        """Move the files into a folder within, but copy what the run goes on from: if it is killed now, it can again."""
+        """Move the files into a folder within. What the run goes on from stays, too, in case that it is killed now."""
         if not set(earlier) - {self.newest}:
             return
-        aside = next(path for n in count(1) if not (path := self.path / f"earlier_run_{n}").exists())
+        aside = next(path for n in count(1) if not (path := self.folder / f"earlier_run_{n}").exists())
         aside.mkdir()
         for path in earlier:
             put = shutil.copyfile if path == self.newest else shutil.move
@@ -326,9 +285,9 @@ class RunFolder:
         state = self.state
         if self.newest is None or math.isnan(state.best):
             return
-        if best is not None:
-            checkpoint.save_checkpoint(self.path / BEST, best)
-            checkpoint.save_weights(self.path / BEST_WEIGHTS, best["model"], best["config"])
+        if best:
+            checkpoint.save_checkpoint(self.folder / BEST, best)
+            checkpoint.save_weights(self.folder / BEST_WEIGHTS, best["model"], best["config"])
         elif state.stale == 0 and state.batch == 0 and state.config.monitor in state.history[-1]:
             self.save_best()  # it is the state that the run goes on from
         else:
@@ -337,40 +296,40 @@ class RunFolder:
 
     def save(self, name: str) -> None:
         """Keep the state of the run."""
-        if self.keeps:
-            checkpoint.save_checkpoint(self.path / name, self.state.state_dict())
-            self.newest = self.path / name
+        if self.path is not None:
+            checkpoint.save_checkpoint(self.folder / name, self.state.state_dict())
+            self.newest = self.folder / name
 
     def save_last(self) -> None:
         """Keep the state of the run beside the one before, so that there is always a whole one."""
-        if (self.path / LAST).exists() and self.keeps:
-            (self.path / LAST).replace(self.path / PREVIOUS)
+        if self.path is not None and (self.folder / LAST).exists():
+            (self.folder / LAST).replace(self.folder / PREVIOUS)
         self.save(LAST)
 
     def save_best(self) -> None:
         """Keep the state of the run as its best, and the model's weights for whoever reads safetensors."""
         self.save(BEST)
-        if self.keeps:
+        if self.path is not None:
             weights, config = self.state.model.state_dict(), self.state.config.to_dict()
-            checkpoint.save_weights(self.path / BEST_WEIGHTS, weights, config)
+            checkpoint.save_weights(self.folder / BEST_WEIGHTS, weights, config)
 
 
 class TrainingLog:
     """What is seen of a run: a progress bar with loss and rate, and TensorBoard under the guide's names.
 
     Args:
-        log_dir: of the event files; None for none.
+        log_dir: of the event files; None for none. OSError if it cannot be written to.
         epochs, batches: of the run, and of an epoch.
         done: batches that an earlier run did.
         progress: whether to show a bar.
     """
 
-    def __init__(self, log_dir: Path | None, epochs: int, batches: int, done: int, progress: bool) -> None:
+    def __init__(self, log_dir: str | Path | None, epochs: int, batches: int, done: int, progress: bool) -> None:
         self.writer, self.epochs, total = None, epochs, epochs * batches
         if log_dir is not None:
             from torch.utils.tensorboard import SummaryWriter  # here, for it takes a second
 
-            self.writer = SummaryWriter(str(log_dir))
+            self.writer = SummaryWriter(str(writable_folder(log_dir)))
         hidden = not progress or sys.stderr is None
         self.bar = tqdm(total=total, initial=done, unit="batch", dynamic_ncols=True, disable=hidden)
         self.shown: dict[str, str] = {}

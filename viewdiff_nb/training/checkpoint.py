@@ -44,11 +44,7 @@ class DamagedCheckpoint(UserWarning):
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
-    """Write tensors and plain values; the old file stays whole until the new one is complete.
-
-    Raises:
-        OSError: if it cannot be written, a full disk for example; nothing is left behind.
-    """
+    """Write tensors and plain values as `write_atomically` does: the old file stays until the new one is complete."""
     write_atomically(path, lambda file: torch.save({"format": FORMAT, **content}, file))
 
 
@@ -70,8 +66,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu", mmap: 
     content = _read(Path(path), "checkpoint", device, mmap)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} was not written by this version of the kit (no '{FORMAT}' in it)")
-    for name in TYPES.keys() & content.keys():
-        if not isinstance(content[name], TYPES[name]) or isinstance(content[name], bool):
+    for name, kind in TYPES.items():
+        if name in content and (not isinstance(content[name], kind) or isinstance(content[name], bool)):
             raise CheckpointError(f"{path} is damaged: {name} is {type(content[name]).__name__} in it")
     if not all(isinstance(row, dict) for row in content.get("history", ())):
         raise CheckpointError(f"{path} is damaged: its history has rows that name no values")
@@ -107,12 +103,9 @@ def progress(path: Path) -> tuple[int, int, int]:
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint of a folder whose run has come furthest, whatever the files' times are.
+    """The checkpoint of a folder whose run has come furthest, whatever the files' times are; None if it has no file.
 
-    Files that are damaged, or that no run can go on from, are named and passed over. None if there is no file at all.
-
-    Raises:
-        CheckpointError: if there are some, and none can be used.
+    Files that no run can go on from are named and passed over; CheckpointError if there is no other.
     """
     found, refused = [], []
     for path in Path(folder).glob("*.pth"):
@@ -137,9 +130,7 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
 def find_checkpoint(resume: str | None, save_dir: str | None) -> Path | None:
     """The file that --resume means: itself, the newest of a folder, or with "auto" the newest in save_dir, if any.
 
-    Raises:
-        FileNotFoundError: if there is no such checkpoint.
-        CheckpointError: if it cannot be used; the message names one beside it that can.
+    Raises as `load_checkpoint`, and names one beside it that can be used.
     """
     folder = save_dir if resume == "auto" else resume
     if resume is None or folder is None:

@@ -129,8 +129,7 @@ class TrainingState:
         Where the best value so far is no measure for what is monitored here, it is forgotten.
 
         Raises:
-            CheckpointError: if it is of another model, other people or another base, or was saved within an epoch that
-                has other batches here.
+            CheckpointError: if it does not fit this run; see `_contradictions`.
         """
         theirs, mine = state["config"], self.config.to_dict()
         changed = {name: (theirs[name], mine[name]) for name in mine if theirs.get(name, mine[name]) != mine[name]}
@@ -170,7 +169,7 @@ class TrainingState:
             generator(self.trace.device).set_state(state["cuda_rng"].cpu())
 
     def _contradictions(self, state: dict[str, Any], data: dict[str, str], changed: dict[str, tuple]) -> Iterator[str]:
-        """Why this run cannot go on from state; data: its fingerprints."""
+        """Why this run cannot go on from state: another model, people, base, or batches within an epoch."""
         for name, (before, now) in changed.items():
             if name in ARCHITECTURE and name != "dropout":
                 yield f"holds another model: {name} is {before} in it and {now} here; leave what is in the checkpoint"
@@ -185,7 +184,8 @@ class TrainingState:
         before, now = len(state["trace"]), len(self.trace)
         remedy = "keep that, or take a checkpoint of a whole epoch"
         if before != now:
-            yield f"was saved within an epoch of {before} batches, and here it has {now} (batch_size, n_views); {remedy}"
+            what = "batch_size and n_views say how many"
+            yield f"was saved within an epoch of {before} batches, and here it has {now} ({what}); {remedy}"
         for name, (before, now) in changed.items():
             if name in WITHIN_EPOCH:
                 yield f"was saved within an epoch, and {name} was {before} and is {now} here; {remedy}"
@@ -207,11 +207,7 @@ class RunFolder:
     wanted: int  # bytes that the run will write
 
     def __enter__(self) -> "RunFolder":
-        """
-        Raises:
-            OSError: if the folder cannot be written to, another run is writing to it, or its disk is too full.
-            ValueError: if the base model is a file that this run would write over.
-        """
+        """OSError if the folder cannot be written to, is another run's, or has no room; ValueError if base is in it."""
         if self.path is None:
             return self
         self.folder = writable_folder(self.path)
@@ -220,8 +216,8 @@ class RunFolder:
             self.lock.acquire(timeout=0)
             self._prepare()
         except Timeout:
-            what = f"another run is writing to {self.path}; wait for its end, or choose another save_dir"
-            raise OSError(what) from None
+            reason = f"another run is writing to {self.path}; wait for its end, or choose another save_dir"
+            raise OSError(reason) from None
         except BaseException:
             self.lock.release()
             raise
@@ -232,13 +228,14 @@ class RunFolder:
             self.lock.release()
 
     def _prepare(self) -> None:
-        for path in self._files(UNFINISHED):  # of a run that was killed while it wrote
-            path.unlink()
+        for path in self.folder.iterdir():
+            if UNFINISHED.fullmatch(path.name):  # of a run that was killed while it wrote
+                path.unlink()
         if (free := shutil.disk_usage(self.folder).free) < self.wanted:
             what = f"the checkpoints of this run need about {self.wanted / 1e9:.2f} GB"
             remedy = "make room, choose another save_dir or raise save_every"
             raise OSError(f"{self.path} has {free / 1e9:.2f} GB free, and {what}; {remedy}")
-        earlier = self._files(OWN_FILES)
+        earlier = sorted(path for path in self.folder.iterdir() if OWN_FILES.fullmatch(path.name))
         if self.base and Path(self.base).resolve() in {path.resolve() for path in earlier}:
             what = f"base_model_path {self.base} is a file that runs write in save_dir {self.path}"
             raise ValueError(f"{what}; choose another save_dir")
@@ -246,20 +243,20 @@ class RunFolder:
             self.newest = self.folder / self.newest.name  # however it was spelt
         if not self._goes_on_here(earlier):
             best = self._best_so_far()
-            self._put_aside(earlier)
-            self._keep_best(best)
-
-    def _files(self, names: re.Pattern) -> list[Path]:
-        return sorted(path for path in self.folder.iterdir() if names.fullmatch(path.name))
+            if set(earlier) - {self.newest}:
+                self._put_aside(earlier)
+            if self.newest and not math.isnan(self.state.best):
+                self._begin_with(best)
 
     def _goes_on_here(self, earlier: list[Path]) -> bool:
         """Whether the folder's files are those of the run that is resumed, and none is from after its checkpoint."""
         here = self.state.epoch, self.state.batch
+        if self.newest not in earlier or not self.same_goal:
+            return False
         try:
-            furthest = max((checkpoint.progress(path)[:2] for path in earlier if path.suffix == ".pth"), default=here)
+            return all(checkpoint.progress(path)[:2] <= here for path in earlier if path.suffix == ".pth")
         except CheckpointError:  # what is damaged is put aside
             return False
-        return self.newest in earlier and self.same_goal and furthest <= here
 
     def _best_so_far(self) -> dict[str, Any] | None:
         """The checkpoint of the best model of the run that goes on; None if it is not beside the run's own."""
@@ -271,8 +268,6 @@ class RunFolder:
 
     def _put_aside(self, earlier: list[Path]) -> None:
         """Move the files into a folder within. What the run goes on from stays, too, in case that it is killed now."""
-        if not set(earlier) - {self.newest}:
-            return
         aside = next(path for n in count(1) if not (path := self.folder / f"earlier_run_{n}").exists())
         aside.mkdir()
         for path in earlier:
@@ -280,11 +275,9 @@ class RunFolder:
             put(path, aside / path.name)
         log.warning(f"{self.path} holds an earlier run; its files are in {aside.name} there now")
 
-    def _keep_best(self, best: dict[str, Any] | None) -> None:
-        """Begin the folder with the best model of a run that goes on, or have it looked for anew."""
+    def _begin_with(self, best: dict[str, Any] | None) -> None:
+        """Keep the best model of a run that goes on, or have it looked for anew."""
         state = self.state
-        if self.newest is None or math.isnan(state.best):
-            return
         if best:
             checkpoint.save_checkpoint(self.folder / BEST, best)
             checkpoint.save_weights(self.folder / BEST_WEIGHTS, best["model"], best["config"])
@@ -315,24 +308,20 @@ class RunFolder:
 
 
 class TrainingLog:
-    """What is seen of a run: a progress bar with loss and rate, and TensorBoard under the guide's names.
+    """What is seen of a run: a progress bar with loss and rate, and TensorBoard under the guide's names in log_dir.
 
-    Args:
-        log_dir: of the event files; None for none. OSError if it cannot be written to.
-        epochs, batches: of the run, and of an epoch.
-        done: batches that an earlier run did.
-        progress: whether to show a bar.
+    batches: of an epoch. done: batches that an earlier run did. Raises OSError if log_dir cannot be written to.
     """
 
     def __init__(self, log_dir: str | Path | None, epochs: int, batches: int, done: int, progress: bool) -> None:
-        self.writer, self.epochs, total = None, epochs, epochs * batches
+        self.writer, self.epochs = None, epochs
+        self.shown: dict[str, str] = {}
         if log_dir is not None:
             from torch.utils.tensorboard import SummaryWriter  # here, for it takes a second
 
             self.writer = SummaryWriter(str(writable_folder(log_dir)))
-        hidden = not progress or sys.stderr is None
-        self.bar = tqdm(total=total, initial=done, unit="batch", dynamic_ncols=True, disable=hidden)
-        self.shown: dict[str, str] = {}
+        hide = not progress or sys.stderr is None
+        self.bar = tqdm(total=epochs * batches, initial=done, unit="batch", dynamic_ncols=True, disable=hide)
 
     def __enter__(self) -> "TrainingLog":
         return self

@@ -51,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             else:
                 split = split_by_person(faces, config.val_people, config.test_people, config.split_seed)
             sizes = [len(part.names) for part in (split.train, split.val, split.test)]
-            _say("{} people train, {} validate, {} are kept for a test (val_people, test_people)".format(*sizes))
-            _say(f"everything is kept in {config.save_dir}")
+            people = "{} people train, {} validate, {} are kept for a test (val_people, test_people)".format(*sizes)
+            _say(f"{people}; everything is kept in {config.save_dir}")
             result = train(config, split.train, split.val)
         except TrainingInterrupted as interrupted:
             result = interrupted.result

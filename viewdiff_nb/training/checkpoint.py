@@ -86,20 +86,19 @@ def _read(path: Path, what: str, device: torch.device | str = "cpu", mmap: bool 
     return content
 
 
-def load_run(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """`load_checkpoint` of one that a run can go on from, or else CheckpointError."""
-    content = load_checkpoint(path, mmap=mmap)
+def check_run(source: str | Path, content: dict[str, Any]) -> None:
+    """Raise CheckpointError if content lacks what a run needs to go on."""
     if missing := ", ".join(sorted(NEEDED.keys() - content.keys())):
         raise CheckpointError(
-            f"{path} holds weights, but no training run to go on with (no {missing}); give it as base_model_path"
+            f"{source} holds weights, but no training run to go on with (no {missing}); give it as base_model_path"
         )
-    return content
 
 
 def progress(path: Path) -> tuple[int, int, int]:
     """How far the run of a checkpoint has come: finished epochs, batches of the next one, and steps."""
-    run = load_run(path, mmap=True)
-    return run["epoch"], run["batch"], run["steps"]
+    content = load_checkpoint(path, mmap=True)
+    check_run(path, content)
+    return content["epoch"], content["batch"], content["steps"]
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
@@ -115,7 +114,7 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
             refused.append(str(error))
     for *_, path in sorted(found, reverse=True):
         try:
-            load_run(path)  # the tensors, too
+            load_checkpoint(path)  # the tensors, too
         except CheckpointError as error:
             refused.append(str(error))
             continue
@@ -142,7 +141,7 @@ def find_checkpoint(resume: str | None, save_dir: str | None) -> Path | None:
             raise FileNotFoundError(f"there is no checkpoint in {path} to resume from")
         return newest
     try:
-        load_run(path)
+        load_checkpoint(path)
     except CheckpointError as error:
         other = None
         with suppress(CheckpointError):  # where none beside it is any better

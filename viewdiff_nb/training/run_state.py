@@ -131,6 +131,7 @@ class TrainingState:
         Raises:
             CheckpointError: if it does not fit this run; see `_contradictions`.
         """
+        checkpoint.check_run(source, state)
         theirs, mine = state["config"], self.config.to_dict()
         changed = {name: (theirs[name], mine[name]) for name in mine if theirs.get(name, mine[name]) != mine[name]}
         data = state["data"] if isinstance(state["data"], dict) else {"train": state["data"]}  # of earlier versions

@@ -55,11 +55,7 @@ def install_hint(extra: str) -> str:
 
 
 def fingerprint(*parts: bytes) -> str:
-    """The first 16 hex digits of the SHA-256 of all bytes.
-
-    >>> fingerprint(b"a", b"bc") == fingerprint(b"abc")
-    True
-    """
+    """The first 16 hex digits of the SHA-256 of all bytes, one part after the other."""
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
@@ -79,8 +75,7 @@ def writable_folder(path: str | Path) -> Path:
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Call write with an open file that then appears whole or not at all, also if the power fails; makes its folder.
 
-    Raises:
-        OSError: if it cannot be written, a full disk for example; an older file stays, and nothing else.
+    Raises OSError if it cannot be written (a full disk); an older file stays, and nothing else.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,10 +108,7 @@ def write_safetensors(path: str | Path, weights: Mapping[str, Tensor], header: d
 
 @contextmanager
 def _refusing(what: str, error: type[ValueError]) -> Iterator[None]:
-    """Whatever a reader raises becomes one error that begins with what, but for FileNotFoundError.
-
-    Numpy, torch and safetensors interpret bytes and raise errors of many kinds.
-    """
+    """Make one error, which begins with what, of the many kinds that numpy, torch and safetensors raise."""
     try:
         yield
     except FileNotFoundError:
@@ -129,12 +121,7 @@ def _refusing(what: str, error: type[ValueError]) -> Iterator[None]:
 
 
 def read_bytes(path: str | Path, error: type[ValueError], limit: int | None = None) -> bytes:
-    """A file of at most limit bytes.
-
-    Raises, as all readers do:
-        FileNotFoundError: if there is none.
-        error: for anything else that is wrong with it.
-    """
+    """A file of at most limit bytes; raises, as all readers do, FileNotFoundError or error."""
     with _refusing(f"{path}: cannot be read", error), open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if limit is not None and size > limit:
@@ -164,12 +151,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_npy(
     path: str | Path, error: type[ValueError], shape: tuple[int | None, ...] | None = None, mmap: bool = False
 ) -> np.ndarray:
-    """A .npy file of floats of 2, 4 or 8 bytes.
-
-    Args:
-        shape: the one wanted; None stands for any length.
-        mmap: leave the numbers on disk.
-    """
+    """A .npy file of floats of 2, 4 or 8 bytes, left on disk if mmap; in shape, None stands for any length."""
     with _refusing(f"{path}: not a readable .npy array", error):
         array = np.load(path, mmap_mode="r", allow_pickle=False)  # takes no memory, whatever the header says
         if not isinstance(array, np.memmap):
@@ -187,13 +169,9 @@ def read_npy(
 def read_torch(
     path: str | Path, error: type[ValueError], device: torch.device | str = "cpu", mmap: bool = False
 ) -> Any:
-    """What `torch.save` wrote (since torch 1.6, a zip archive): only tensors and plain values.
+    """What `torch.save` wrote (since torch 1.6, a zip archive), if it is only tensors and plain values.
 
-    Compares the checksums that torch writes and does not look at.
-
-    Args:
-        device: where to put tensors.
-        mmap: leave tensors on disk, their checksums not compared: a quick look at the rest.
+    Compares the checksums that torch writes and does not look at; with mmap, a quick look, not those of tensors.
     """
     with _refusing(f"{path} is truncated, damaged or no checkpoint", error):
         with zipfile.ZipFile(path) as archive:

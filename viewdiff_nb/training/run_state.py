@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -66,30 +67,23 @@ class Resumption(NamedTuple):
 
 @dataclass
 class TrainingState:
-    """All that a checkpoint must hold for a resumed run to go on bit for bit.
-
-    config: of the run. data: fingerprints of its training people, validation people and base model, by name.
-    epoch: finished epochs. batch: finished batches of the one that runs.
-    order: state of the generator at the start of the epoch that runs; it drew the order of its batches.
-    trace: (batches, 3) of the epoch that runs, see `TRACE`.
-    best, stale: the best value of what is monitored (NaN before there is one), and validations since then.
-    """
+    """All that a checkpoint must hold for a resumed run to go on bit for bit."""
 
     config: TrainConfig
-    data: dict[str, str]
+    data: dict[str, str]  # fingerprints of its people ("train", "val") and its base model ("base")
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     generator: torch.Generator
-    trace: Tensor
-    epoch: int = 0
-    batch: int = 0
+    trace: Tensor  # (batches, 3) of the epoch that runs, see `TRACE`
+    epoch: int = 0  # how many are finished
+    batch: int = 0  # how many of the epoch that runs are finished
     steps: int = 0
     seconds: float = 0.0
-    order: Tensor | None = None
+    order: Tensor | None = None  # state of the generator before it drew the batches of the epoch that runs
     history: list[dict[str, float]] = field(default_factory=list)
-    best: float = math.nan
-    stale: int = 0
+    best: float = math.nan  # value of what is monitored
+    stale: int = 0  # validations since the best one
 
     def finish_epoch(self) -> None:
         self.epoch, self.batch, self.order = self.epoch + 1, 0, None
@@ -124,17 +118,14 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: dict[str, Any], source: str) -> Resumption:
-        """Go on from a checkpoint, whose name is source. Settings are those of this run's config.
+        """Go on from a checkpoint, with the settings of this run's config; CheckpointError if it does not fit this run.
 
-        Where the best value so far is no measure for what is monitored here, it is forgotten.
-
-        Raises:
-            CheckpointError: if it does not fit this run; see `_contradictions`.
+        Where the best value so far is no measure for what is monitored here, it is forgotten. source: for messages.
         """
         checkpoint.check_run(source, state)
         theirs, mine = state["config"], self.config.to_dict()
         changed = {name: (theirs[name], mine[name]) for name in mine if theirs.get(name, mine[name]) != mine[name]}
-        data = state["data"] if isinstance(state["data"], dict) else {"train": state["data"]}  # of earlier versions
+        data = state["data"] if isinstance(state["data"], dict) else {"train": state["data"]}  # as earlier versions had
         for reason in self._contradictions(state, data, changed):
             raise CheckpointError(f"{source} {reason}")
         settings = [dict(group) for group in self.optimizer.param_groups]
@@ -183,10 +174,9 @@ class TrainingState:
         if not state["batch"]:
             return
         before, now = len(state["trace"]), len(self.trace)
-        remedy = "keep that, or take a checkpoint of a whole epoch"
+        remedy = "keep it, or take a checkpoint of a whole epoch"
         if before != now:
-            what = "batch_size and n_views say how many"
-            yield f"was saved within an epoch of {before} batches, and here it has {now} ({what}); {remedy}"
+            yield f"was saved within an epoch of {before} batches, and here it has {now}: batch_size, n_views; {remedy}"
         for name, (before, now) in changed.items():
             if name in WITHIN_EPOCH:
                 yield f"was saved within an epoch, and {name} was {before} and is {now} here; {remedy}"
@@ -196,8 +186,8 @@ class TrainingState:
 class RunFolder:
     """A context for as long as the run lasts: no other run writes to its folder, and no file of another one is lost.
 
-    What an earlier run left is put aside, into a folder within. So are the files of the run that goes on, if it does so
-    from elsewhere, from an epoch that is not the last, or to another goal; its best model so far goes along.
+    What an earlier run left is put aside, into a folder within. So are the files of a run that goes on from elsewhere,
+    from an epoch that is not its last, or to another goal; its best model so far goes along.
     """
 
     path: str | None  # save_dir; None if nothing is to be kept
@@ -244,10 +234,12 @@ class RunFolder:
             self.newest = self.folder / self.newest.name  # however it was spelt
         if not self._goes_on_here(earlier):
             best = self._best_so_far()
-            if set(earlier) - {self.newest}:
-                self._put_aside(earlier)
-            if self.newest and not math.isnan(self.state.best):
-                self._begin_with(best)
+            self._put_aside(earlier)
+            if best:
+                self._write_best(best)
+            elif not math.isnan(self.state.best):
+                log.warning(f"the best model up to {self.newest} is not beside it; it is looked for anew")
+                self.state.forget_best()
 
     def _goes_on_here(self, earlier: list[Path]) -> bool:
         """Whether the folder's files are those of the run that is resumed, and none is from after its checkpoint."""
@@ -260,33 +252,27 @@ class RunFolder:
             return False
 
     def _best_so_far(self) -> dict[str, Any] | None:
-        """The checkpoint of the best model of the run that goes on; None if it is not beside the run's own."""
-        try:
-            found = checkpoint.load_checkpoint(self.newest.parent / BEST) if self.newest else {}
-        except (FileNotFoundError, CheckpointError):
+        """The checkpoint of the best model of the run that goes on; None if it has none, or it is lost."""
+        state = self.state
+        if self.newest is None or math.isnan(state.best):
             return None
-        return found if found.get("best") == self.state.best else None
+        with suppress(FileNotFoundError, CheckpointError):
+            found = checkpoint.load_checkpoint(self.newest.parent / BEST)
+            if found.get("best") == state.best:
+                return found
+        just_found = state.stale == 0 and state.batch == 0 and state.config.monitor in state.history[-1]
+        return state.state_dict() if just_found else None
 
     def _put_aside(self, earlier: list[Path]) -> None:
         """Move the files into a folder within. What the run goes on from stays, too, in case that it is killed now."""
+        if not set(earlier) - {self.newest}:
+            return
         aside = next(path for n in count(1) if not (path := self.folder / f"earlier_run_{n}").exists())
         aside.mkdir()
         for path in earlier:
             put = shutil.copyfile if path == self.newest else shutil.move
             put(path, aside / path.name)
         log.warning(f"{self.path} holds an earlier run; its files are in {aside.name} there now")
-
-    def _begin_with(self, best: dict[str, Any] | None) -> None:
-        """Keep the best model of a run that goes on, or have it looked for anew."""
-        state = self.state
-        if best:
-            checkpoint.save_checkpoint(self.folder / BEST, best)
-            checkpoint.save_weights(self.folder / BEST_WEIGHTS, best["model"], best["config"])
-        elif state.stale == 0 and state.batch == 0 and state.config.monitor in state.history[-1]:
-            self.save_best()  # it is the state that the run goes on from
-        else:
-            log.warning(f"the best model up to {self.newest} is not beside it; it is looked for anew")
-            state.forget_best()
 
     def save(self, name: str) -> None:
         """Keep the state of the run."""
@@ -301,11 +287,15 @@ class RunFolder:
         self.save(LAST)
 
     def save_best(self) -> None:
-        """Keep the state of the run as its best, and the model's weights for whoever reads safetensors."""
-        self.save(BEST)
+        """Keep the state of the run as its best."""
         if self.path is not None:
-            weights, config = self.state.model.state_dict(), self.state.config.to_dict()
-            checkpoint.save_weights(self.folder / BEST_WEIGHTS, weights, config)
+            self._write_best(self.state.state_dict())
+            self.newest = self.folder / BEST
+
+    def _write_best(self, content: dict[str, Any]) -> None:
+        """A checkpoint, and the model's weights for whoever reads safetensors."""
+        checkpoint.save_checkpoint(self.folder / BEST, content)
+        checkpoint.save_weights(self.folder / BEST_WEIGHTS, content["model"], content["config"])
 
 
 class TrainingLog:

@@ -11,6 +11,7 @@ import torch
 
 from viewdiff_nb import files
 from viewdiff_nb.files import (
+    fingerprint,
     read_bytes,
     read_json,
     read_npy,
@@ -154,3 +155,8 @@ def test_changed_bytes_raise_no_other_error(tmp_path, read):
         else:
             assert read is not read_torch or all(torch.equal(found[name], value) for name, value in weights.items())
     assert refused > 500
+
+
+def test_a_fingerprint_is_of_all_bytes():
+    """Such values stand in checkpoints and split files."""
+    assert fingerprint(b"a", b"bc") == fingerprint(b"abc") == "ba7816bf8f01cfea"

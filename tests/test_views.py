@@ -76,7 +76,7 @@ BAD = {
     "pickle": (rewrite("front_feature.npy", lambda p: pickle.dumps([1])), r"front_feature.npy: not a readable"),
     "pickled objects": (
         lambda f: np.save(f / "front_feature.npy", np.array([{}, 1]), allow_pickle=True),
-        r"front_feature.npy: must hold floats, got '\|O'",
+        r"front_feature.npy: not a readable .npy array: .*Python objects",
     ),
     "too large for float32": (
         lambda f: np.save(f / "video_keypoints.npy", np.full((48, 5, 3), 1e300)),
@@ -132,9 +132,12 @@ BAD = {
     "negative length": (rewrite("front_feature.npy", npy("(-8, 32)")), r"front_feature.npy: not a readable"),
     "terabytes": (
         rewrite("front_feature.npy", npy("(100000000000, 512)")),
-        r"front_feature.npy: .* 0 bytes are no float32 numbers of shape \(100000000000, 512\)",
+        r"front_feature.npy: .*greater than file size",
     ),
-    "terabytes of video": (rewrite("video_feature.npy", npy("(100000000000, 512)")), r"video_feature.npy: .* 0 bytes"),
+    "terabytes of video": (
+        rewrite("video_feature.npy", npy("(100000000000, 512)")),
+        r"video_feature.npy: .*greater than file size",
+    ),
     "more than the shape says": (
         rewrite("video_feature.npy", lambda p: p.read_bytes() + b"1234"),
         r"6148 bytes are no",

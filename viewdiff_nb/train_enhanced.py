@@ -8,15 +8,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from itertools import count
-from pathlib import Path
 
 import tyro
 
-from viewdiff_nb.faces.splits import Split, load_split_file, split_by_person
+from viewdiff_nb.faces.splits import load_split_file, split_by_person
 from viewdiff_nb.faces.views import load_face_views
+from viewdiff_nb.training import devices
 from viewdiff_nb.training.checkpoint import BEST_WEIGHTS, find_checkpoint, load_train_config
 from viewdiff_nb.training.config import TrainConfig
-from viewdiff_nb.training.devices import is_first, relaunch, started_by_torchrun
 from viewdiff_nb.training.loop import train
 from viewdiff_nb.training.result import TrainingAdvice, TrainingInterrupted, TrainResult
 
@@ -28,7 +27,7 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--resume")
     first.add_argument("--save_dir")
-    given = first.parse_known_args(arguments)[0]
+    given, _ = first.parse_known_args(arguments)
     default = TrainConfig()
     if path := find_checkpoint(given.resume, given.save_dir):
         default = replace(load_train_config(path), save_dir=str(path.parent))  # where it lies now
@@ -42,16 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)  # no line of this program
         try:
             config = parse(arguments)
-            if config.devices > 1 and not started_by_torchrun():
-                relaunch(sys.argv[1:] if arguments is None else arguments, config.devices)
+            if config.devices > 1 and not devices.started_by_torchrun():
+                devices.relaunch(sys.argv[1:] if arguments is None else arguments, config.devices)
             if not config.save_dir:
-                config = replace(config, save_dir=str(_folder_of_its_own()))
-            split = _load_split(config)
+                config = replace(config, save_dir=_new_folder())
+            faces = load_face_views(config.data_dir)
+            if config.split_file:
+                split = load_split_file(config.split_file, faces)
+            else:
+                split = split_by_person(faces, config.val_people, config.test_people, config.split_seed)
             sizes = [len(part.names) for part in (split.train, split.val, split.test)]
-            _say(
-                "{} people train, {} validate, {} are kept for a test (val_people, test_people); ".format(*sizes)
-                + f"everything is kept in {config.save_dir}"
-            )
+            people = "{} people train, {} validate, {} are kept for a test (val_people, test_people)".format(*sizes)
+            _say(f"{people}; everything is kept in {config.save_dir}")
             result = train(config, split.train, split.val)
         except TrainingInterrupted as interrupted:
             result = interrupted.result
@@ -60,23 +61,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(INTERRUPTED)
         except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
             sys.exit(f"error: {error}")
-    if is_first():
+    if devices.is_first():
         _report(config, result)
     if result.stopped == "interrupted":
         sys.exit(INTERRUPTED)
 
 
-def _load_split(config: TrainConfig) -> Split:
-    faces = load_face_views(config.data_dir)
-    if config.split_file:
-        return load_split_file(config.split_file, faces)
-    return split_by_person(faces, config.val_people, config.test_people, config.split_seed)
-
-
-def _folder_of_its_own() -> Path:
+def _new_folder() -> str:
     """For a run that was given none: runs/ and the time, here."""
-    name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    return next(path for n in count(1) if not (path := Path("runs") / (name + f"-{n}" * (n > 1))).exists())
+    folder = datetime.now().strftime("runs/%Y-%m-%d_%H-%M-%S")
+    names = (f"{folder}-{n}" if n > 1 else folder for n in count(1))
+    return next(name for name in names if not os.path.exists(name))
 
 
 def _report(config: TrainConfig, result: TrainResult) -> None:
@@ -89,20 +84,18 @@ def _report(config: TrainConfig, result: TrainResult) -> None:
         print(f"interrupted; go on with --resume {result.checkpoint}", file=sys.stderr)
         return
     if result.stopped == "early":
-        _say(
-            f"stopped early: {config.monitor} did not get better in {config.patience} validations; go on "
-            "with a larger --patience and --resume"
-        )
-    if (best := Path(config.save_dir) / BEST_WEIGHTS).exists():  # unless somebody took it away
+        _say(f"stopped early: {config.monitor} did not get better in {config.patience} validations")
+        _say("go on with a larger --patience and --resume")
+    best = f"{config.save_dir}/{BEST_WEIGHTS}"
+    if os.path.exists(best):  # unless somebody took it away
         _say(f"the best model by {config.monitor}: {best}")
 
 
 def _say(text: str) -> None:
-    """Print; where that fails (a closed pipe, a full disk), end with one line instead of a traceback."""
-    if not is_first():
-        return
+    """Print, in the first process; where that fails (a closed pipe, a full disk), end with a line, no traceback."""
     try:
-        print(text, flush=True)
+        if devices.is_first():
+            print(text, flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again when it ends
         sys.exit(f"error: cannot write to standard output: {error.strerror}")

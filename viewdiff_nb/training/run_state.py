@@ -1,12 +1,12 @@
-"""Everything that a training run is made of while it runs, so that a resumed one goes on bit for bit."""
+"""What a training run is made of while it runs: its state, the folder that it writes to, and what is seen of it."""
 
-import hashlib
 import logging
 import math
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -18,78 +18,72 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from viewdiff_nb.faces.views import FaceViews
-from viewdiff_nb.files import PART, writable_folder
+from viewdiff_nb.files import PART, fingerprint, writable_folder
 from viewdiff_nb.training import checkpoint
-from viewdiff_nb.training.checkpoint import BEST, BEST_WEIGHTS, LAST, PLAIN, STATEFUL, CheckpointError, check_run
+from viewdiff_nb.training.checkpoint import BEST, BEST_WEIGHTS, LAST, PREVIOUS, CheckpointError
 from viewdiff_nb.training.config import ARCHITECTURE, MONITORED, TrainConfig
 from viewdiff_nb.training.devices import CPU, generator
 
 TRACE = ("loss", "grad_norm", "prior_loss")  # of every batch; the norm only where a window of batches ends
-WITHIN_EPOCH = ("batch_size", "gradient_accumulation_steps", "n_views", "mixup", "paired_views", "seed")
-"""Settings that say which batches an epoch has: they may change between epochs, but not within one."""
-ELSEWHERE = (
-    "data_dir",
-    "val_people",
-    "test_people",
-    "split_seed",
-    "split_file",
-    "min_yaw",
-    "max_yaw",
-    "base_model_path",
-    "num_workers",
-    "device",
-    "devices",
-    "save_dir",
-    "log_dir",
-    "save_every",
-    "save_minutes",
-    "resume",
-)
-"""Settings that may change silently: what they lead to is compared itself, or they change no weight."""
+
+# Settings that may change between epochs, but not within one, since they say which batches it has.
+WITHIN_EPOCH = {"batch_size", "gradient_accumulation_steps", "n_views", "mixup", "paired_views", "seed"}
+# Settings that may change without a word: what they lead to is compared itself, or they change no weight.
+SILENT = {"data_dir", "val_people", "test_people", "split_seed", "split_file", "min_yaw", "max_yaw", "base_model_path"}
+SILENT |= {"num_workers", "device", "devices", "save_dir", "log_dir", "save_every", "save_minutes", "resume"}
+
+OWN_FILES = re.compile(r"(best_model|last|previous|checkpoint_epoch_\d+)_enhanced\.(pth|safetensors)")
+UNFINISHED = re.compile(OWN_FILES.pattern + r"\.\d+" + re.escape(PART))
+EPOCH_TAGS = {
+    "Epoch/TrainLoss": "train_loss",
+    "Epoch/PriorLoss": "prior_loss",
+    "Epoch/ValLoss": "val_loss",
+    "Epoch/ValCosineSim": "val_cosine",
+    "Epoch/ValRank1": "val_rank1",
+    "Epoch/ValTAR": "val_tar",
+}
+
+log = logging.getLogger(__name__)
+
+
+def data_fingerprint(faces: FaceViews) -> str:
+    """A hash of whom a set shows and how often, without reading the embeddings."""
+    about = repr((faces.names, faces.feature_dim, len(faces)))
+    return fingerprint(about.encode(), faces.angles.cpu().numpy().tobytes())
+
+
+def file_fingerprint(path: str | Path | None) -> str:
+    """A hash of a file's bytes; empty for no file."""
+    return "" if path is None else fingerprint(Path(path).read_bytes())
 
 
 class Resumption(NamedTuple):
-    """What a run that goes on from a checkpoint does otherwise than the one that wrote it.
-
-    changed: {setting: (its value in the checkpoint, its value here)} of those that act on the training.
-    same_goal: whether the best value so far is judged as the next ones are.
-    """
-
-    changed: dict[str, tuple[Any, Any]]
-    same_goal: bool
+    differences: str  # what a run does otherwise than the one that wrote the checkpoint, in words
+    same_goal: bool  # whether the best value so far is judged as the next ones are
 
     def __str__(self) -> str:
-        words = [f"{name} {now} instead of {before}" for name, (before, now) in self.changed.items()]
-        if not self.same_goal:
-            words.append("the best model is looked for anew")
-        return ", ".join(words)
+        return self.differences
 
 
 @dataclass
 class TrainingState:
-    """
-    config: of the run. data: fingerprints of its training people, validation people and base model, by name.
-    epoch: finished epochs. batch: finished batches of the one that runs.
-    order: state of the generator at the start of the epoch that runs; it drew the order of its batches.
-    trace: (batches, 3) of the epoch that runs, see `TRACE`.
-    best, stale: the best value of what is monitored, and validations since then.
-    """
+    """All that a checkpoint must hold for a resumed run to go on bit for bit."""
 
     config: TrainConfig
-    data: dict[str, str]
+    data: dict[str, str]  # fingerprints of its people ("train", "val") and its base model ("base")
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     generator: torch.Generator
-    trace: Tensor
-    epoch: int = 0
-    batch: int = 0
+    trace: Tensor  # (batches, 3) of the epoch that runs, see `TRACE`
+    epoch: int = 0  # how many are finished
+    batch: int = 0  # how many of the epoch that runs are finished
     steps: int = 0
     seconds: float = 0.0
-    order: Tensor | None = None
+    order: Tensor | None = None  # state of the generator before it drew the batches of the epoch that runs
     history: list[dict[str, float]] = field(default_factory=list)
-    best: float = math.nan
-    stale: int = 0
+    best: float = math.nan  # value of what is monitored
+    stale: int = 0  # validations since the best one
 
     def finish_epoch(self) -> None:
         self.epoch, self.batch, self.order = self.epoch + 1, 0, None
@@ -99,9 +93,11 @@ class TrainingState:
         """Count a validation; whether it is the best so far."""
         value = row[self.config.monitor]
         sign = -1 if MONITORED[self.config.monitor] is min else 1
-        better = math.isnan(self.best) or sign * value > sign * self.best
-        self.best, self.stale = (value, 0) if better else (self.best, self.stale + 1)
-        return better
+        if math.isnan(self.best) or sign * value > sign * self.best:
+            self.best, self.stale = value, 0
+            return True
+        self.stale += 1
+        return False
 
     def forget_best(self) -> None:
         self.best, self.stale = math.nan, 0
@@ -110,8 +106,8 @@ class TrainingState:
         """What a checkpoint holds: tensors and plain values."""
         device = self.trace.device
         return {
-            **{name: getattr(self, name) for name in PLAIN},
-            **{name: getattr(self, name).state_dict() for name in STATEFUL},
+            **{name: getattr(self, name) for name in checkpoint.PROGRESS},
+            **{name: getattr(self, name).state_dict() for name in checkpoint.STATE_DICTS},
             "generator": self.generator.get_state(),
             "order": self.order,
             "trace": self.trace,
@@ -122,30 +118,23 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: dict[str, Any], source: str) -> Resumption:
-        """Go on from a checkpoint. Settings are those of this run's config; the rest is the checkpoint's.
+        """Go on from a checkpoint, with the settings of this run's config; CheckpointError if it does not fit this run.
 
-        Where the best value so far is no measure for what is monitored here, it is forgotten.
-
-        Args:
-            source: where state is from, for messages.
-
-        Raises:
-            CheckpointError: if state is no training run, or one of another model, other people or another base, or it
-                was saved within an epoch that has other batches here.
+        Where the best value so far is no measure for what is monitored here, it is forgotten. source: for messages.
         """
-        check_run(source, state)
-        mine, theirs = self.config.to_dict(), state["config"]
+        checkpoint.check_run(source, state)
+        theirs, mine = state["config"], self.config.to_dict()
         changed = {name: (theirs[name], mine[name]) for name in mine if theirs.get(name, mine[name]) != mine[name]}
-        self._refuse(state, changed, source)
-        settings = [
-            {name: value for name, value in group.items() if name != "params"} for group in self.optimizer.param_groups
-        ]
+        data = state["data"] if isinstance(state["data"], dict) else {"train": state["data"]}  # as earlier versions had
+        for reason in self._contradictions(state, data, changed):
+            raise CheckpointError(f"{source} {reason}")
+        settings = [dict(group) for group in self.optimizer.param_groups]
         try:
-            for name in STATEFUL:
+            for name in checkpoint.STATE_DICTS:
                 if state[name]:  # a scaler has no state where none was needed
                     getattr(self, name).load_state_dict(state[name])
             if "seed" not in changed:  # else what is drawn from here on is the new seed's
-                self._restore_generators(state)
+                self._load_generators(state)
             if state["batch"]:
                 self.trace.copy_(state["trace"])
                 self.order = state["order"].cpu()
@@ -154,136 +143,72 @@ class TrainingState:
             raise CheckpointError(f"{source} does not fit the model that is trained here: {error}") from error
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)
-        for name in PLAIN:
+        for name in checkpoint.PROGRESS:
             setattr(self, name, state[name])
-        same_goal = self._same_goal(state, changed)
-        if not same_goal:
+        other_loss = self.config.monitor == "val_loss" and "loss" in changed
+        other_people = data.get("val", self.data["val"]) != self.data["val"]
+        words = [f"{name} {now} instead of {before}" for name, (before, now) in changed.items() if name not in SILENT]
+        other_goal = "monitor" in changed or other_loss or other_people
+        if other_goal:
             self.forget_best()
-        return Resumption({name: values for name, values in changed.items() if name not in ELSEWHERE}, same_goal)
+            words.append("the best model is looked for anew")
+        return Resumption(", ".join(words), not other_goal)
 
-    def _restore_generators(self, state: dict[str, Any]) -> None:
+    def _load_generators(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["generator"].cpu())
         generator(CPU).set_state(state["torch_rng"].cpu())
         if self.trace.device.type == "cuda" and state["cuda_rng"] is not None:
             generator(self.trace.device).set_state(state["cuda_rng"].cpu())
 
-    def _refuse(self, state: dict[str, Any], changed: dict[str, tuple[Any, Any]], source: str) -> None:
-        """
-        Raises:
-            CheckpointError: see `load_state_dict`.
-        """
-        for name in ARCHITECTURE:
-            if name in changed and name != "dropout":
-                before, now = changed[name]
-                raise CheckpointError(
-                    f"{source} holds another model: {name} is {before} in it and {now} here; leave "
-                    "what is in the checkpoint as it is"
-                )
-        data = state["data"] if isinstance(state["data"], dict) else {"train": state["data"]}  # of earlier versions
+    def _contradictions(self, state: dict[str, Any], data: dict[str, str], changed: dict[str, tuple]) -> Iterator[str]:
+        """Why this run cannot go on from state: another model, people, base, or batches within an epoch."""
+        for name, (before, now) in changed.items():
+            if name in ARCHITECTURE and name != "dropout":
+                yield f"holds another model: {name} is {before} in it and {now} here; leave what is in the checkpoint"
         if data.get("train") != self.data["train"]:
-            raise CheckpointError(
-                f"{source} was trained on other people or views; resume with its data_dir, split and "
-                "yaw range, or give it as base_model_path to a new run"
-            )
+            remedy = "resume with its data_dir, split and yaw range, or give it as base_model_path to a new run"
+            yield f"was trained on other people or views; {remedy}"
         if data.get("base", self.data["base"]) != self.data["base"]:
-            raise CheckpointError(
-                f"{source} has another base model than base_model_path, "
-                f"{self.config.base_model_path}; resume with the one it began with"
-            )
-        batches = len(state["trace"]), len(self.trace)
-        if state["batch"] and batches[0] != batches[1]:
-            raise CheckpointError(
-                f"{source} was saved within an epoch of {batches[0]} batches, and here it has "
-                f"{batches[1]}; keep batch_size and n_views, or take a checkpoint of a whole "
-                "epoch"
-            )
-        if state["batch"] and (other := [name for name in WITHIN_EPOCH if name in changed]):
-            before, now = changed[other[0]]
-            raise CheckpointError(
-                f"{source} was saved within an epoch, and {other[0]} was {before} and is {now} here; "
-                "keep it, or take a checkpoint of a whole epoch"
-            )
-
-    def _same_goal(self, state: dict[str, Any], changed: Iterable[str]) -> bool:
-        """Whether values of what is monitored mean the same in a checkpoint and here."""
-        val = state["data"].get("val") if isinstance(state["data"], dict) else None
-        other_loss = self.config.monitor == "val_loss" and "loss" in changed
-        return "monitor" not in changed and not other_loss and val in (None, self.data["val"])
+            path = self.config.base_model_path
+            yield f"has another base model than base_model_path, {path}; resume with the one it began with"
+        if not state["batch"]:
+            return
+        before, now = len(state["trace"]), len(self.trace)
+        remedy = "keep it, or take a checkpoint of a whole epoch"
+        if before != now:
+            yield f"was saved within an epoch of {before} batches, and here it has {now}: batch_size, n_views; {remedy}"
+        for name, (before, now) in changed.items():
+            if name in WITHIN_EPOCH:
+                yield f"was saved within an epoch, and {name} was {before} and is {now} here; {remedy}"
 
 
-def data_fingerprint(faces: FaceViews) -> str:
-    """A hash of whom a set shows and how often, without reading the embeddings."""
-    digest = hashlib.sha256(repr((faces.names, faces.feature_dim, len(faces))).encode())
-    digest.update(faces.angles.cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def file_fingerprint(path: str | Path | None) -> str:
-    """A hash of a file's bytes; empty for no file."""
-    if path is None:
-        return ""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-# ---- The folder in which a run keeps its checkpoints: one run at a time, and no file of another run lost.
-
-
-LOCK = ".lock"  # the system releases it when its process ends, however it ends
-OWN = re.compile(r"(best_model|last|previous|checkpoint_epoch_\d+)_enhanced\.(pth|safetensors)")
-OWN_PART = re.compile(OWN.pattern + r"\.\d+" + re.escape(PART))
-
-
-told = logging.getLogger(__name__)
-
-
+@dataclass
 class RunFolder:
-    """A context for as long as the run lasts.
+    """A context for as long as the run lasts: no other run writes to its folder, and no file of another one is lost.
 
-    A new run leaves nothing of an earlier one to be written over: what the folder holds of that is put aside, into a
-    folder within. So does one that goes on from elsewhere, from an epoch that is not the last, or to another goal; it
-    takes its best model so far along.
-
-    Args:
-        path: save_dir; None if nothing is to be kept.
-        state: of the run.
-        resumed: the checkpoint that it goes on from.
-        same_goal: whether the best model so far is judged as the next ones are.
-        base: the file of the model that is adapted.
-        wanted: bytes that the run will write.
+    What an earlier run left is put aside, into a folder within. So are the files of a run that goes on from elsewhere,
+    from an epoch that is not its last, or to another goal; its best model so far goes along.
     """
 
-    def __init__(
-        self,
-        path: str | None,
-        state: TrainingState,
-        resumed: Path | None,
-        same_goal: bool,
-        base: str | None,
-        wanted: int,
-    ) -> None:
-        self.path = None if path is None else Path(path)
-        self.newest = resumed  # the newest checkpoint of the run, wherever it is
-        self.state, self.same_goal, self.wanted = state, same_goal, wanted
-        self.base = None if base is None else Path(base)
+    path: str | None  # save_dir; None if nothing is to be kept
+    state: TrainingState
+    newest: Path | None  # checkpoint of the run, wherever it is; at first the one that it goes on from
+    same_goal: bool  # whether the best model so far is judged as the next ones are
+    base: str | None  # file of the model that is adapted
+    wanted: int  # bytes that the run will write
 
     def __enter__(self) -> "RunFolder":
-        """
-        Raises:
-            OSError: if the folder cannot be written to, another run is writing to it, or its disk is too full.
-            ValueError: if the base model is a file that this run would write over.
-        """
+        """OSError if the folder cannot be written to, is another run's, or has no room; ValueError if base is in it."""
         if self.path is None:
             return self
-        writable_folder(self.path)
-        self.lock = FileLock(self.path / LOCK)
+        self.folder = writable_folder(self.path)
+        self.lock = FileLock(self.folder / ".lock")  # the system releases it when its process ends, however it ends
         try:
             self.lock.acquire(timeout=0)
-        except Timeout:
-            what = f"another run is writing to {self.path}; wait for its end, or choose another save_dir"
-            raise OSError(what) from None
-        try:
             self._prepare()
+        except Timeout:
+            reason = f"another run is writing to {self.path}; wait for its end, or choose another save_dir"
+            raise OSError(reason) from None
         except BaseException:
             self.lock.release()
             raise
@@ -294,130 +219,108 @@ class RunFolder:
             self.lock.release()
 
     def _prepare(self) -> None:
-        for part in self._files(OWN_PART):  # of a run that was killed while it wrote
-            part.unlink()
-        checkpoint.check_space(self.path, self.wanted)
-        earlier = self._files(OWN)
-        if self.base is not None and self.base.resolve() in {path.resolve() for path in earlier}:
-            raise ValueError(
-                f"base_model_path {self.base} is a file that runs write in save_dir {self.path}; choose "
-                "another save_dir"
-            )
-        if self.newest is not None and self.newest.parent.resolve() == self.path.resolve():
-            self.newest = self.path / self.newest.name  # however it was spelt
+        for path in self.folder.iterdir():
+            if UNFINISHED.fullmatch(path.name):  # of a run that was killed while it wrote
+                path.unlink()
+        if (free := shutil.disk_usage(self.folder).free) < self.wanted:
+            what = f"the checkpoints of this run need about {self.wanted / 1e9:.2f} GB"
+            remedy = "make room, choose another save_dir or raise save_every"
+            raise OSError(f"{self.path} has {free / 1e9:.2f} GB free, and {what}; {remedy}")
+        earlier = sorted(path for path in self.folder.iterdir() if OWN_FILES.fullmatch(path.name))
+        if self.base and Path(self.base).resolve() in {path.resolve() for path in earlier}:
+            what = f"base_model_path {self.base} is a file that runs write in save_dir {self.path}"
+            raise ValueError(f"{what}; choose another save_dir")
+        if self.newest and self.newest.parent.resolve() == self.folder.resolve():
+            self.newest = self.folder / self.newest.name  # however it was spelt
         if not self._goes_on_here(earlier):
             best = self._best_so_far()
             self._put_aside(earlier)
-            self._keep_best(best)
-
-    def _files(self, names: re.Pattern) -> list[Path]:
-        return sorted(path for path in self.path.iterdir() if names.fullmatch(path.name))
+            if best:
+                self._write_best(best)
+            elif not math.isnan(self.state.best):
+                log.warning(f"the best model up to {self.newest} is not beside it; it is looked for anew")
+                self.state.forget_best()
 
     def _goes_on_here(self, earlier: list[Path]) -> bool:
         """Whether the folder's files are those of the run that is resumed, and none is from after its checkpoint."""
+        here = self.state.epoch, self.state.batch
         if self.newest not in earlier or not self.same_goal:
             return False
-        here = self.state.epoch, self.state.batch
         try:
             return all(checkpoint.progress(path)[:2] <= here for path in earlier if path.suffix == ".pth")
         except CheckpointError:  # what is damaged is put aside
             return False
 
     def _best_so_far(self) -> dict[str, Any] | None:
-        """The best model of the run that goes on, as its checkpoint; None if it is not beside the run's own."""
-        path = self.newest and self.newest.parent / BEST
-        if path is None or not path.is_file():
-            return None
-        try:
-            found = checkpoint.load_checkpoint(path)
-        except CheckpointError:
-            return None
-        return found if found.get("best") == self.state.best else None
-
-    def _put_aside(self, earlier: list[Path]) -> None:
-        """Move the files into a folder within, but for the checkpoint that the run goes on from: a run that is killed
-        now finds it here again."""
-        others = [path for path in earlier if path != self.newest]
-        if not others:
-            return
-        aside = next(path for n in count(1) if not (path := self.path / f"earlier_run_{n}").exists())
-        aside.mkdir()
-        if self.newest in earlier:
-            shutil.copyfile(self.newest, aside / self.newest.name)
-        for path in others:
-            path.rename(aside / path.name)
-        told.warning(f"{self.path} holds an earlier run; its files are in {aside.name} there now")
-
-    def _keep_best(self, best: dict[str, Any] | None) -> None:
-        """Begin the folder with the best model of a run that goes on, or have it looked for anew."""
+        """The checkpoint of the best model of the run that goes on; None if it has none, or it is lost."""
         state = self.state
         if self.newest is None or math.isnan(state.best):
+            return None
+        with suppress(FileNotFoundError, CheckpointError):
+            found = checkpoint.load_checkpoint(self.newest.parent / BEST)
+            if found.get("best") == state.best:
+                return found
+        just_found = state.stale == 0 and state.batch == 0 and state.config.monitor in state.history[-1]
+        return state.state_dict() if just_found else None
+
+    def _put_aside(self, earlier: list[Path]) -> None:
+        """Move the files into a folder within. What the run goes on from stays, too, in case that it is killed now."""
+        if not set(earlier) - {self.newest}:
             return
-        if best is not None:
-            checkpoint.save_checkpoint(self.path / BEST, best)
-            checkpoint.save_weights(self.path / BEST_WEIGHTS, best["model"], best["config"])
-        elif state.stale == 0 and state.batch == 0 and state.config.monitor in state.history[-1]:
-            self.save_best()  # it is the state that the run goes on from
-        else:
-            told.warning(f"the best model up to {self.newest} is not beside it; it is looked for anew")
-            state.forget_best()
+        aside = next(path for n in count(1) if not (path := self.folder / f"earlier_run_{n}").exists())
+        aside.mkdir()
+        for path in earlier:
+            put = shutil.copyfile if path == self.newest else shutil.move
+            put(path, aside / path.name)
+        log.warning(f"{self.path} holds an earlier run; its files are in {aside.name} there now")
 
     def save(self, name: str) -> None:
         """Keep the state of the run."""
         if self.path is not None:
-            checkpoint.save_checkpoint(self.path / name, self.state.state_dict())
-            self.newest = self.path / name
+            checkpoint.save_checkpoint(self.folder / name, self.state.state_dict())
+            self.newest = self.folder / name
 
     def save_last(self) -> None:
         """Keep the state of the run beside the one before, so that there is always a whole one."""
-        if self.path is not None:
-            checkpoint.keep_previous(self.path)
-            self.save(LAST)
+        if self.path is not None and (self.folder / LAST).exists():
+            (self.folder / LAST).replace(self.folder / PREVIOUS)
+        self.save(LAST)
 
     def save_best(self) -> None:
-        """Keep the state of the run as its best, and the model's weights for whoever reads safetensors."""
+        """Keep the state of the run as its best."""
         if self.path is not None:
-            self.save(BEST)
-            weights, config = self.state.model.state_dict(), self.state.config.to_dict()
-            checkpoint.save_weights(self.path / BEST_WEIGHTS, weights, config)
+            self._write_best(self.state.state_dict())
+            self.newest = self.folder / BEST
 
-
-# ---- What is seen of a run while it runs: a progress bar with loss and rate, and TensorBoard under the guide's names.
-
-
-EPOCH_TAGS = {
-    "Epoch/TrainLoss": "train_loss",
-    "Epoch/PriorLoss": "prior_loss",
-    "Epoch/ValLoss": "val_loss",
-    "Epoch/ValCosineSim": "val_cosine",
-    "Epoch/ValRank1": "val_rank1",
-    "Epoch/ValTAR": "val_tar",
-}
+    def _write_best(self, content: dict[str, Any]) -> None:
+        """A checkpoint, and the model's weights for whoever reads safetensors."""
+        checkpoint.save_checkpoint(self.folder / BEST, content)
+        checkpoint.save_weights(self.folder / BEST_WEIGHTS, content["model"], content["config"])
 
 
 class TrainingLog:
-    """
-    Args:
-        log_dir: of the event files; None for none.
-        epochs, batches: of the run, and of an epoch.
-        done: batches that an earlier run did.
-        progress: whether to show a bar.
+    """What is seen of a run: a progress bar with loss and rate, and TensorBoard under the guide's names in log_dir.
+
+    batches: of an epoch. done: batches that an earlier run did. Raises OSError if log_dir cannot be written to.
     """
 
-    def __init__(self, log_dir: str | None, epochs: int, batches: int, done: int, progress: bool) -> None:
-        self.writer, self.batches, self.epochs = None, batches, epochs
+    def __init__(self, log_dir: str | Path | None, epochs: int, batches: int, done: int, progress: bool) -> None:
+        self.writer, self.epochs = None, epochs
+        self.shown: dict[str, str] = {}
         if log_dir is not None:
             from torch.utils.tensorboard import SummaryWriter  # here, for it takes a second
 
             self.writer = SummaryWriter(str(writable_folder(log_dir)))
-        self.bar = tqdm(
-            total=epochs * batches,
-            initial=done,
-            unit="batch",
-            dynamic_ncols=True,
-            disable=not progress or sys.stderr is None,
-        )
-        self.shown: dict[str, str] = {}
+        hide = not progress or sys.stderr is None
+        self.bar = tqdm(total=epochs * batches, initial=done, unit="batch", dynamic_ncols=True, disable=hide)
+
+    def __enter__(self) -> "TrainingLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        if self.writer is not None:
+            self.writer.close()
 
     def batch(self, epoch: int, count: int) -> None:
         """count batches more; epoch: the one they belong to, from 1."""
@@ -431,26 +334,16 @@ class TrainingLog:
 
     def losses(self, first: int, losses: Sequence[float], rates: Sequence[float]) -> None:
         """Losses and learning rates of an epoch's batches; first: the number of its first batch in the run."""
-        if self.writer is None:
-            return
-        for i, (loss, rate) in enumerate(zip(losses, rates, strict=True), first):
-            self.writer.add_scalar("Train/Loss", loss, i)
-            self.writer.add_scalar("Train/LearningRate", rate, i)
+        if self.writer is not None:
+            for i, (loss, rate) in enumerate(zip(losses, rates, strict=True), first):
+                self.writer.add_scalar("Train/Loss", loss, i)
+                self.writer.add_scalar("Train/LearningRate", rate, i)
 
     def epoch(self, row: dict[str, float]) -> None:
         """A row of the history."""
         self.show(**{name: row[name] for name in ("train_loss", "val_rank1") if name in row})
-        if self.writer is None:
-            return
-        for tag, key in EPOCH_TAGS.items():
-            if key in row:
-                self.writer.add_scalar(tag, row[key], row["epoch"])
-        self.writer.flush()
-
-    def __enter__(self) -> "TrainingLog":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
         if self.writer is not None:
-            self.writer.close()
+            for tag, key in EPOCH_TAGS.items():
+                if key in row:
+                    self.writer.add_scalar(tag, row[key], row["epoch"])
+            self.writer.flush()

@@ -1,4 +1,4 @@
-"""A folder belongs to one run at a time, and nothing in it is lost."""
+"""A folder belongs to one run at a time, and nothing in it is lost; what is seen of a run has the guide's names."""
 
 import multiprocessing
 import os
@@ -6,6 +6,7 @@ import signal
 import time
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
 from conftest import CONFIG, run, sets
@@ -14,6 +15,8 @@ from viewdiff_nb.files import PART
 from viewdiff_nb.training import checkpoint
 from viewdiff_nb.training.checkpoint import BEST, BEST_WEIGHTS, LAST, load_checkpoint, load_model
 from viewdiff_nb.training.loop import train
+from viewdiff_nb.training.losses import warmup_cosine
+from viewdiff_nb.training.result import StopRequest
 
 
 def names(folder) -> set[str]:
@@ -51,8 +54,6 @@ def test_two_runs_cannot_write_to_one_folder(tmp_path, other_run):
 
 
 def asked():
-    from viewdiff_nb.training.result import StopRequest
-
     stop = StopRequest()
     stop.asked = True
     return stop
@@ -168,3 +169,60 @@ def test_a_base_in_the_folder_is_not_written_over(tmp_path):
         run(adapted)
     assert (tmp_path / BEST).read_bytes() == before
     run(replace(adapted, save_dir=str(tmp_path / "adapted")))
+
+
+def test_tensorboard_has_the_guides_names(tmp_path, base_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = replace(
+        CONFIG,
+        use_lora_attention=True,
+        base_model_path=base_path,
+        use_prior_preservation=True,
+        epochs=3,
+        gradient_accumulation_steps=2,
+        log_dir=str(tmp_path / "logs"),
+    )
+    result = run(config)
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    assert set(events.Tags()["scalars"]) == {
+        "Train/Loss",
+        "Train/LearningRate",
+        "Epoch/TrainLoss",
+        "Epoch/PriorLoss",
+        "Epoch/ValLoss",
+        "Epoch/ValCosineSim",
+        "Epoch/ValRank1",
+        "Epoch/ValTAR",
+    }
+    assert [e.step for e in events.Scalars("Train/Loss")] == list(range(45))
+    mean = sum(e.value for e in events.Scalars("Train/Loss")[15:30]) / 15
+    assert mean == pytest.approx(result.history["train_loss"][2], rel=1e-5)
+    assert [e.step for e in events.Scalars("Epoch/ValRank1")] == [0, 1, 2, 3]
+    schedule = warmup_cosine(0.05, 3 * 8)
+    wanted = [config.lora_lr * schedule(epoch * 8 + i // 2) for epoch in range(3) for i in range(15)]
+    assert [e.value for e in events.Scalars("Train/LearningRate")] == pytest.approx(wanted)
+
+
+def test_the_bar_shows_epoch_loss_and_rate(capsys):
+    train(replace(CONFIG, epochs=1), *sets())
+    shown = capsys.readouterr().err
+    assert "epoch 1/1" in shown and "15/15" in shown and "batch/s" in shown and "train_loss=" in shown
+
+
+def test_the_history_is_told_after_every_epoch():
+    told: list[pd.DataFrame] = []
+    result = run(replace(CONFIG, epochs=3, val_every=2), on_epoch=told.append)
+    assert [len(history) for history in told] == [1, 2, 3]
+    pd.testing.assert_frame_equal(told[-1], result.history)
+    assert result.history["val_rank1"].notna().tolist() == [False, True, True]
+
+
+def test_early_stopping_waits_for_patience_and_keeps_the_best(tmp_path):
+    config = replace(CONFIG, epochs=50, lr=3e-2, patience=3, monitor="val_tar", save_dir=str(tmp_path), save_every=50)
+    result = run(config)
+    values = result.history["val_tar"]
+    assert result.stopped == "early" and len(values) < 50
+    assert len(values) - 1 - values.idxmax() == 3
+    best = torch.load(tmp_path / "best_model_enhanced.pth", weights_only=True)
+    assert best["history"][-1]["val_tar"] == values.max() and best["epoch"] == values.idxmax() + 1

@@ -4,8 +4,10 @@ import pytest
 import recipe_study as study
 import torch
 from conftest import people
+from studies_fixture import TINY, small_split
 
 from viewdiff_nb.modules.baselines import RawEmbedding
+from viewdiff_nb.studies.store import Store
 
 
 def with_halves(split):
@@ -13,13 +15,9 @@ def with_halves(split):
     return replace(split, **parts)
 
 
-def test_every_recipe_and_model_runs_and_is_tabled(small, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        study,
-        "MODELS",
-        {name: options | ({"voxel_resolution": 4} if options else {}) for name, options in study.MODELS.items()},
-    )
-    results = study.recipe_study(tiny, with_halves(small), seeds=[0, 1])
+def test_every_recipe_and_model_runs_and_is_tabled(tmp_path):
+    split = with_halves(small_split())
+    results = study.recipe_study(TINY, split, seeds=[0, 1], workers=1, store=Store(split, tmp_path))
     flipped = {name + study.FLIP for name in (study.RECIPE, *study.MODELS) if "LoRA" in name or name == study.RECIPE}
     assert {name for name, _ in results} == {*study.RECIPES, *study.MODELS, *flipped}
     assert not any("test" in result for result in results.values())  # test people are for the end

@@ -62,10 +62,10 @@ def work(task: Task) -> tuple[Task, float]:
     if study == "main":
         run_job(Store(_split), _split, _profile, name, seed)
     elif study == "recipe":
-        recipe_study(_profile, _split, [seed], names=[name])
+        recipe_study(_profile, _split, [seed], names=[name], workers=1)
     else:
         of_study = {"modules": module_study, "views": multi_view_study}[study]
-        of_study(FAST_PROFILE if _profile is FAST_PROFILE else FULL_MODULES, _split, [seed])
+        of_study(FAST_PROFILE if _profile is FAST_PROFILE else FULL_MODULES, _split, [seed], workers=1)
     return task, time.perf_counter() - started
 
 

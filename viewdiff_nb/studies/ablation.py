@@ -1,12 +1,8 @@
-"""A grid of LoRA ranks, voxel resolutions and prior weights: every cell trained, scored and kept; and what it says.
+"""A grid of LoRA ranks, voxel resolutions and prior weights: its cells trained, scored and stored; and what they say.
 
-All cells adapt one base, trained on near-frontal views, to side views. Cells that differ only in what `one_pass.FREE`
-names are trained in one pass. A finished cell is stored: a rerun, after whatever ended the last one, does what is
-missing.
-
-Cells are averaged within a seed first, over the axes that are not asked about; intervals are Student's over seeds, so
-they tell of other adapters on the same base. What is recommended is chosen on validation people and stated on test
-people.
+All cells adapt one base, trained on near-frontal views, to side views; as many as possible are trained in one pass.
+What is said of them averages within a seed first, over the axes that are not asked about. Intervals are Student's over
+seeds, so they tell of other adapters on the same base.
 """
 
 import itertools
@@ -34,7 +30,6 @@ from viewdiff_nb.studies.store import Store, passes, side_by_side, train_pass
 from viewdiff_nb.training import TrainConfig, TrainResult, choose_device, predict
 
 AXES = ("rank", "voxel_resolution", "lora_alpha", "lambda_prior", "lora_lr")
-PARTS, WHERE = ("val", "test"), ("all", "0-45", "45-90", "75-90")
 CELLS_PER_PASS = {"cpu": 8, "cuda": 32}
 SHIPPED = GPU_RESULTS / "ablation_cells.csv"  # the whole default grid, on one GPU
 GUIDE = {"rank": 8, "voxel_resolution": 16, "lambda_prior": 0.1}  # and lora_alpha = rank
@@ -52,15 +47,8 @@ class Grid:
     lora_lr: Sequence[float] = (1e-2,)
     seed: Sequence[int] = tuple(range(5))  # of the adapter, its data order and dropout; the base has seed 0
 
-    def __len__(self) -> int:
-        return math.prod(len(values) for values in vars(self).values())
-
     def configs(self, base: Path, epochs: int, common: TrainConfig) -> list[TrainConfig]:
-        """The training run of every cell.
-
-        Raises:
-            ValueError: for values that make no run.
-        """
+        """The training of every cell; values that make none raise a ValueError."""
         return [
             replace(
                 common,
@@ -114,19 +102,19 @@ def run_grid(
     missing = [config for config in configs if store.find("ablation", config) is None]
     most = cells_per_pass or CELLS_PER_PASS[choose_device(profile.common.device).type]
     jobs = [(job,) for job in passes(missing, most)]
-    errors = [
-        error for errors in side_by_side(partial(_work, store, split), jobs, workers, progress) for error in errors
-    ]
+    errors: dict[TrainConfig, str] = {}
+    for failed in side_by_side(partial(_work, store, split), jobs, workers, progress):
+        errors |= failed
     rows = []
     for config in configs:
         row = {name: getattr(config, name) for name in (*AXES, "seed", "epochs", "batch_size")}
         row["voxel_resolution"] *= config.use_projection_layer
         found = store.find("ablation", config)
-        rows.append(row | (found["cell"] if found else {"error": dict(errors).get(config, "")}))
+        rows.append(row | (found["cell"] if found else {"error": errors.get(config, "")}))
     return pd.DataFrame(rows)
 
 
-def _work(store: Store, split: Split, job: list[TrainConfig]) -> list[tuple[TrainConfig, str]]:
+def _work(store: Store, split: Split, job: list[TrainConfig]) -> dict[TrainConfig, str]:
     """Train, score and store the cells of a pass; the errors of those that failed.
 
     Where cells that are trained together fail, each is tried alone.
@@ -135,11 +123,11 @@ def _work(store: Store, split: Split, job: list[TrainConfig]) -> list[tuple[Trai
         cells = _train_cells(split, job)
     except Exception as error:  # a grid of many hours goes on; the cell's row says what happened
         if len(job) == 1:
-            return [(job[0], f"{type(error).__name__}: {error}")]
-        return [failed for config in job for failed in _work(store, split, [config])]
+            return {job[0]: f"{type(error).__name__}: {error}"}
+        return {cell: why for config in job for cell, why in _work(store, split, [config]).items()}
     for config, cell in zip(job, cells, strict=True):
         store.get("ablation", config, partial(dict, cell=cell))
-    return []
+    return {}
 
 
 def _train_cells(split: Split, job: list[TrainConfig]) -> list[dict]:
@@ -157,12 +145,11 @@ def _train_cells(split: Split, job: list[TrainConfig]) -> list[dict]:
 
 def _scored(result: TrainResult, split: Split) -> dict:
     cell: dict = {}
-    for part in PARTS:
-        faces = getattr(split, part)
-        rates = recognition_by_yaw(predict(result.model, faces), faces.front, faces.person, faces.abs_yaw)
-        for where in WHERE:
-            suffix = "" if where == "all" else f"_{where}"
-            cell |= {f"{part}_{rate}{suffix}": round(v, 6) for rate, v in rates[where].items() if rate not in COUNTS}
+    for part, faces in (("val", split.val), ("test", split.test)):
+        found = recognition_by_yaw(predict(result.model, faces), faces.front, faces.person, faces.abs_yaw)
+        for where, suffix in (("all", ""), ("0-45", "_0-45"), ("45-90", "_45-90"), ("75-90", "_75-90")):
+            rates = {rate: value for rate, value in found[where].items() if rate not in COUNTS}
+            cell |= {f"{part}_{rate}{suffix}": round(value, 6) for rate, value in rates.items()}
     counts = parameter_counts(result.model)
     return cell | {
         "parameters": counts["parameters"],
@@ -177,11 +164,7 @@ def _scored(result: TrainResult, split: Split) -> dict:
 
 
 def read_cells(path: Path = SHIPPED) -> pd.DataFrame:
-    """The table of `run_grid`, from the CSV file that benchmarks/ablation.py writes.
-
-    Raises:
-        ValueError: if a cell has failed.
-    """
+    """The table of `run_grid`, from the CSV file of benchmarks/ablation.py; a failed cell raises a ValueError."""
     cells = pd.read_csv(path, converters={"train_loss": json.loads}, dtype={"error": object})
     cells["error"] = cells["error"].fillna("")
     if len(failed := cells[cells["error"] != ""]):
@@ -236,8 +219,9 @@ def recommend(cells: pd.DataFrame, rate: str = "tar") -> Recommendation:
     means, margin = dict(zip(table.index, table.mean(axis=1), strict=True)), _standard_error(table)
     best = max(means, key=means.__getitem__)
     near = [choice for choice, mean in means.items() if mean >= means[best] - margin]
-    chosen = min(near, key=lambda choice: (choice[1], choice[0]))
-    return Recommendation(*chosen, best, margin, int((table.idxmax() == chosen).sum()), table.shape[1])
+    rank, voxel_resolution = min(near, key=lambda choice: (choice[1], choice[0]))
+    seeds_won = sum(winner == (rank, voxel_resolution) for winner in table.idxmax())
+    return Recommendation(rank, voxel_resolution, best, margin, seeds_won, table.shape[1])
 
 
 def _standard_error(table: pd.DataFrame) -> float:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -90,22 +89,15 @@ BASELINES: dict[str, Callable[[FaceViews], nn.Module]] = {
 FIXED = ("raw side view", "mean face", "pose ridge")  # nothing random in them
 
 
-class Training(NamedTuple):
-    """How a model of the study is trained."""
-
-    epochs: str  # the field of `Profile` that has their number
-    options: dict  # beside the profile's common ones
-    base: str | None = None  # the model that it starts from
-
-
-MODELS = {
-    "base": Training("base_epochs", {"max_yaw": BOUNDARY}),
-    **{name: Training("adapt_epochs", options, "base") for name, options in ADAPTATIONS.items()},
-    WIDE_BASE: Training("wide_base_epochs", {}),
-    WIDE: Training("wide_epochs", WIDE_OPTIONS, WIDE_BASE),
-    SMALL: Training("small_epochs", SMALL_OPTIONS),
-    **{name: Training("baseline_epochs", {}) for name in BASELINES},
+MODELS: dict[str, tuple[str, dict, str | None]] = {
+    "base": ("base_epochs", {"max_yaw": BOUNDARY}, None),
+    **{name: ("adapt_epochs", options, "base") for name, options in ADAPTATIONS.items()},
+    WIDE_BASE: ("wide_base_epochs", {}, None),
+    WIDE: ("wide_epochs", WIDE_OPTIONS, WIDE_BASE),
+    SMALL: ("small_epochs", SMALL_OPTIONS, None),
+    **{name: ("baseline_epochs", {}, None) for name in BASELINES},
 }
+"""How each is trained: its epochs' field in `Profile`, changes to the profile's common config, what it starts from."""
 
 
 def load_split(profile: Profile = FULL_PROFILE, folder: Path = HEADS) -> Split:
@@ -155,7 +147,7 @@ def config_of(store: Store, profile: Profile, name: str, seed: int) -> TrainConf
 
 def run_job(store: Store, split: Split, profile: Profile, name: str, seed: int) -> dict:
     """The result of one of `MODELS`; it, and the base it starts from, are trained if they are not stored."""
-    if base := MODELS[name].base:
+    if base := MODELS[name][2]:
         run_job(store, split, profile, base, seed)
     config = config_of(store, profile, name, seed)
     return trained(store, split, name, config, BASELINES.get(name), keep_weights=name in BASES)
@@ -168,13 +160,6 @@ def base_model(store: Store, split: Split, profile: Profile, seed: int, wide: bo
     return store.checkpoint(name, config_of(store, profile, name, seed)), result
 
 
-def adaptation(store: Store, split: Split, profile: Profile, options: dict, seed: int) -> dict:
-    """Result of adapting the base of a seed with options of one's own."""
-    base, _ = base_model(store, split, profile, seed)
-    settings = {"seed": seed, "epochs": profile.adapt_epochs, "base_model_path": str(base)} | options
-    return trained(store, split, "adaptation", replace(profile.common, **settings))
-
-
 def trained(
     store: Store,
     split: Split,
@@ -182,13 +167,16 @@ def trained(
     config: TrainConfig,
     build: Callable[[FaceViews], nn.Module] | None = None,
     keep_weights: bool = False,
+    score: Callable[[nn.Module, Split, float], dict] | None = None,
 ) -> dict:
-    """`score_model` of a training, which is done if it is not stored under its name and config.
+    """Scores of a training, which is done if it is not stored under its name and config.
 
     Args:
         build: makes the model, if it is not the one that config describes; without parameters it is only scored.
         keep_weights: leave a checkpoint in the store, too.
+        score: of model, split and seconds of training; by default `score_model`.
     """
+    score = score or score_model
 
     def make() -> dict:
         model = None
@@ -197,11 +185,11 @@ def trained(
                 torch.manual_seed(config.seed)
                 model = build(split.train)
             if not list(model.parameters()):
-                return score_model(model, split, 0.0)
+                return score(model, split, 0.0)
         (run,) = train_pass([config], split, model)
         if keep_weights:
             save_checkpoint(store.checkpoint(name, config), {"model": run.model.state_dict()})
-        return score_model(run.model, split, run.train_seconds)
+        return score(run.model, split, run.train_seconds)
 
     return store.get(name, config, make, keep_weights)
 
@@ -227,9 +215,8 @@ def configuration_counts() -> dict[str, dict[str, int]]:
     """`parameter_counts` of every configuration of `ADAPTATIONS`, untrained."""
     counts = {}
     for name, options in ADAPTATIONS.items():
-        trained_alone = {"freeze_base", "use_prior_preservation"}  # these need a base to load
-        config = replace(COMMON, **{option: options[option] for option in options.keys() - trained_alone})
-        model = build_model(config, COMMON.d_model)
+        built = options | {"freeze_base": None, "use_prior_preservation": False}  # which need a base to load
+        model = build_model(replace(COMMON, **built), COMMON.d_model)
         if options.get("freeze_base"):
             model.freeze_base()
         counts[name] = parameter_counts(model)

@@ -1,13 +1,11 @@
 """Forgetting against adaptation: what each weight of the prior keeps of a base, and what it costs beyond.
 
-The base of the main study, trained on |yaw| < 45 degrees with seed 0, is adapted to |yaw| >= 45 degrees by LoRA and
-by full fine-tuning, for several weights lambda of the prior and several seeds of the adaptation. LoRA with all weights
-of a seed is trained in one pass. All runs of a seed see the same views and the same prior samples in the same order;
-with lambda 0 the prior samples are there and weigh nothing.
+The base of the main study with seed 0 is adapted to |yaw| >= 45 degrees by LoRA and by full fine-tuning, for several
+weights lambda of the prior. All runs of a seed see the same views and the same prior samples in the same order; with
+lambda 0 the prior samples are there and weigh nothing.
 
 Both sides of 45 degrees are scored alone, so TAR has a threshold of the side's own. With one threshold for all views,
-as in the tables of the main study, near-frontal TAR falls when side views move the threshold, though nothing is
-forgotten.
+near-frontal TAR falls when side views move the threshold, though nothing is forgotten.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +17,7 @@ import pandas as pd
 from torch import nn
 
 from viewdiff_nb.faces import Split
-from viewdiff_nb.metrics import FAR, recognition_by_yaw
+from viewdiff_nb.metrics import FAR
 from viewdiff_nb.studies.adaptation import BOUNDARY, FINE_TUNING, LORA_8, Profile, base_model, score
 from viewdiff_nb.studies.significance import correction, judged, over_seeds
 from viewdiff_nb.studies.store import Store, passes, side_by_side, train_pass
@@ -77,9 +75,9 @@ def run_forgetting(
     of_seed = [[c for c in missing if c.seed == seed] for seed in dict.fromkeys(c.seed for c in missing)]
     jobs = [(job,) for group in of_seed for job in passes(group, len(lambdas))]
     side_by_side(partial(_train_and_keep, store, split), jobs, workers, progress)
-    results = {job: store.find("forgetting", config) for job, config in configs.items()}
     untouched = partial(prepare_model, common, split.test.feature_dim)
-    return {("base", 0): store.get("forgetting, base", common, lambda: _score(untouched()[0], split))} | results
+    results = {("base", 0): store.get("forgetting, base", common, lambda: _score(untouched()[0], split))}
+    return results | {job: found for job, config in configs.items() if (found := store.find("forgetting", config))}
 
 
 def _train_and_keep(store: Store, split: Split, configs: list[TrainConfig]) -> None:
@@ -91,26 +89,23 @@ def _train_and_keep(store: Store, split: Split, configs: list[TrainConfig]) -> N
 def _score(model: nn.Module, split: Split) -> dict:
     """Rates of each side of 45 degrees alone, as `run_forgetting` returns them."""
     scores: dict[str, dict] = {"val": {}, "test": {}, "test_people": {}}
-    for part in ("val", "test"):
-        faces = getattr(split, part)
+    for part, faces in (("val", split.val), ("test", split.test)):
         predicted = predict(model, faces)
         for where, side in ((KEPT, faces.abs_yaw < BOUNDARY), (GAINED, faces.abs_yaw >= BOUNDARY)):
-            found, own = predicted[side], faces.where(side)
-            if part == "val":
-                scores["val"][where] = recognition_by_yaw(found, own.front, own.person, own.abs_yaw)["all"]
-                continue
-            of_side = score(found, own, "test", (FAR,))
-            scores["test"][where] = of_side["test"]["all"]
-            scores["test_people"][where] = {rate: of_side["test_people"]["all"][rate] for rate in RATES}
+            of_side = score(predicted[side], faces.where(side), part, (FAR,))
+            scores[part][where] = of_side[part]["all"]
+            if part == "test":
+                resampled = of_side["test_people"]["all"]
+                scores["test_people"][where] = {rate: resampled[rate] for rate in RATES}
     return scores
 
 
 def _methods(results: Results) -> dict[str, list[float]]:
     """The lambdas of each method of results, in rising order."""
-    found: dict[str, set[float]] = {}
+    found: dict[str, list[float]] = {}
     for name in {name: None for name, _ in results if name != "base"}:
         method, _, weight = name.rpartition(", lambda ")
-        found.setdefault(method, set()).add(float(weight))
+        found.setdefault(method, []).append(float(weight))
     return {method: sorted(weights) for method, weights in found.items()}
 
 
@@ -132,13 +127,11 @@ def changes(results: Results) -> pd.DataFrame:
 
 def changes_table(results: Results) -> pd.DataFrame:
     """`changes` as text: a row per method and lambda, a column per rate and side, e.g. '-0.011 ± 0.005'."""
-    rows: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
-    for row in changes(results).itertuples():
-        cell = f"{row.mean:+.3f} ± {row.half:.3f}"
-        rows.setdefault((row.method, f"{row.weight:g}"), {})[SIDES[row.where], RATES[row.rate]] = cell
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["adapted by", "lambda"])
     columns = pd.MultiIndex.from_product((SIDES.values(), RATES.values()))
-    return table[list(columns)].set_axis(columns, axis=1)
+    rows: dict[tuple[str, str], dict] = {}
+    for method, weight, rate, where, mean, half in changes(results).itertuples(index=False):
+        rows.setdefault((method, f"{weight:g}"), {})[SIDES[where], RATES[rate]] = f"{mean:+.3f} ± {half:.3f}"
+    return pd.DataFrame(rows.values(), rows, columns).rename_axis(["adapted by", "lambda"])
 
 
 def _compared(results: Results, pairs: Sequence[tuple[str, str]], rate: str) -> dict[tuple[str, str], str]:
@@ -148,10 +141,7 @@ def _compared(results: Results, pairs: Sequence[tuple[str, str]], rate: str) -> 
 
 
 def findings(results: Results, rate: str = "tar") -> str:
-    """What is forgotten without a prior, and what each lambda changes against lambda 0, as a Markdown list.
-
-    Test people; differences are paired by seed and by people.
-    """
+    """On test people: what is forgotten without a prior, and what each lambda changes against 0, as a Markdown list."""
     pairs = []
     for method, (zero, *weights) in _methods(results).items():
         none = name_of(method, zero)

@@ -49,22 +49,19 @@ class Grid:
 
     def configs(self, base: Path, epochs: int, common: TrainConfig) -> list[TrainConfig]:
         """The training of every cell; values that make none raise a ValueError."""
+        adapted = replace(common, use_lora_attention=True, base_model_path=str(base), min_yaw=BOUNDARY, epochs=epochs)
         return [
             replace(
-                common,
-                use_lora_attention=True,
+                adapted,
                 freeze_base=True,
-                min_yaw=BOUNDARY,
-                epochs=epochs,
                 rank=rank,
-                lora_alpha=float(rank if alpha is None else alpha),
-                lora_lr=rate,
-                seed=seed,
                 use_projection_layer=resolution > 0,
                 voxel_resolution=resolution or common.voxel_resolution,
+                lora_alpha=float(rank if alpha is None else alpha),
                 use_prior_preservation=weight > 0,
                 lambda_prior=weight,
-                base_model_path=str(base),
+                lora_lr=rate,
+                seed=seed,
             )
             for rank, resolution, alpha, weight, rate, seed in itertools.product(*vars(self).values())
         ]

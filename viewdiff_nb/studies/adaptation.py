@@ -82,7 +82,7 @@ BASES = ("base", WIDE_BASE)  # others start from their weights
 BASELINES: dict[str, Callable[[FaceViews], nn.Module]] = {
     "raw side view": lambda train: RawEmbedding(),
     "mean face": lambda train: MeanFace(train.front),
-    "pose ridge": lambda train: PoseRidge(train.src, train.angles, train.target),
+    "pose ridge": lambda train: PoseRidge(train.src[:], train.angles, train.target),
     "DREAM": lambda train: DREAM(train.feature_dim),
     "MLP": lambda train: MLP(train.feature_dim),
 }
@@ -225,7 +225,7 @@ def configuration_counts() -> dict[str, dict[str, int]]:
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """Numbers of parameters: all, trainable, and in LoRA layers."""
-    roles = model.parameter_roles() if hasattr(model, "parameter_roles") else {}
+    roles: dict[str, str] = getattr(model, "parameter_roles", dict)()
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),

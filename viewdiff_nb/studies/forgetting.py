@@ -50,7 +50,6 @@ def run_forgetting(
     """Results of ("base", 0) and of (`name_of` method and lambda, seed); what is stored is not trained again.
 
     Args:
-        lambdas, seeds, epochs: of the adaptations.
         workers: passes side by side, see `store.side_by_side`.
         progress: wraps the list of passes, e.g. tqdm.
         store: by default that of split.
@@ -64,19 +63,18 @@ def run_forgetting(
     """
     store = store or Store(split)
     base, _ = base_model(store, split, profile, seed=0)
-    common = replace(profile.common, epochs=epochs, base_model_path=str(base))
+    unadapted = replace(profile.common, epochs=epochs, base_model_path=str(base))
+    common = replace(unadapted, use_prior_preservation=True)
     configs = {
-        (name_of(method, weight), seed): replace(
-            common, **METHODS[method], use_prior_preservation=True, lambda_prior=float(weight), seed=seed
-        )
+        (name_of(method, weight), seed): replace(common, **METHODS[method], lambda_prior=float(weight), seed=seed)
         for seed, method, weight in product(seeds, METHODS, lambdas)
     }
     missing = [config for config in configs.values() if store.find("forgetting", config) is None]
     of_seed = [[c for c in missing if c.seed == seed] for seed in dict.fromkeys(c.seed for c in missing)]
     jobs = [(job,) for group in of_seed for job in passes(group, len(lambdas))]
     side_by_side(partial(_train_and_keep, store, split), jobs, workers, progress)
-    untouched = partial(prepare_model, common, split.test.feature_dim)
-    results = {("base", 0): store.get("forgetting, base", common, lambda: _score(untouched()[0], split))}
+    model, _ = prepare_model(unadapted, split.test.feature_dim)
+    results = {("base", 0): store.get("forgetting, base", unadapted, lambda: _score(model, split))}
     return results | {job: found for job, config in configs.items() if (found := store.find("forgetting", config))}
 
 

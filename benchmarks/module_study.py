@@ -15,31 +15,26 @@ from study_arguments import study_arguments
 from torch import nn
 from tqdm.auto import tqdm
 
-from viewdiff_nb.faces.splits import Split
-from viewdiff_nb.faces.views import FaceViews
+from viewdiff_nb.faces import FaceViews, Split
 from viewdiff_nb.metrics import rank_rate, similarity_scores, tar_at_far
 from viewdiff_nb.modules.transformer import fuse_views
 from viewdiff_nb.plots import save_table
 from viewdiff_nb.studies.adaptation import (
     ADAPTATIONS,
     BOUNDARY,
-    COMMON,
     FAST_PROFILE,
     FINE_TUNING,
     FULL_PROFILE,
     Profile,
-    adaptation,
     base_model,
     load_split,
+    trained,
 )
 from viewdiff_nb.studies.benchmark import machine
 from viewdiff_nb.studies.significance import correction, judged, over_seeds
-from viewdiff_nb.studies.store import Store
+from viewdiff_nb.studies.store import Store, code_fingerprint, side_by_side
+from viewdiff_nb.studies.tables import Results
 from viewdiff_nb.training.batches import view_groups
-from viewdiff_nb.training.checkpoint import save_checkpoint
-from viewdiff_nb.training.config import TrainConfig
-from viewdiff_nb.training.devices import with_cuda_graph
-from viewdiff_nb.training.loop import train
 
 # The modules are compared with the plainer recipe: no mix-up, the loss one way.
 RECIPE = {"loss": "identity", "mixup": False}
@@ -63,23 +58,36 @@ WITHOUT = {"LoRA": "projection + prior", "projection": "LoRA + prior", "prior": 
 VIEW_COUNTS = (2, 3, 5)
 VIEW_BATCH = 120  # a multiple of all view counts
 CROSS_VIEW = {"use_cross_view": True, "min_yaw": 0.0, "batch_size": VIEW_BATCH, "lr": 1e-3, "weight_decay": 0.3}
+CODE = code_fingerprint(Path(__file__).parent, (Path(__file__).name,))  # scores made here are stored under it
+
+
+def adapted(store: Store, split: Split, profile: Profile, name: str, seed: int) -> dict:
+    """Result of the base of a seed, or of its adaptation by one of `MODULES`."""
+    profile = replace(profile, common=replace(profile.common, **RECIPE))
+    base, result = base_model(store, split, profile, seed)
+    if name == "base":
+        return result
+    config = replace(profile.common, seed=seed, epochs=profile.adapt_epochs, base_model_path=str(base), **MODULES[name])
+    return trained(store, split, "module study", config)
 
 
 def module_study(
-    profile: Profile, split: Split, seeds: Iterable[int], progress: Callable = iter
-) -> dict[tuple[str, int], dict]:
+    profile: Profile,
+    split: Split,
+    seeds: Iterable[int],
+    progress: Callable = iter,
+    workers: int | None = None,
+    store: Store | None = None,
+) -> Results:
     """Results by (name of `MODULES` or "base", seed)."""
-    store = Store(split)
-    results = {}
-    for name, seed in progress([(name, seed) for seed in seeds for name in ("base", *MODULES)]):
-        if name == "base":
-            results[name, seed] = base_model(store, split, profile, seed, recipe=RECIPE)[1]
-        else:
-            results[name, seed] = adaptation(store, split, profile, MODULES[name], seed, recipe=RECIPE)
-    return results
+    work = partial(adapted, store or Store(split), split, profile)
+    jobs = [(name, seed) for seed in seeds for name in ("base", *MODULES)]
+    side_by_side(work, [job for job in jobs if job[0] == "base"], workers)
+    side_by_side(work, jobs, workers, progress)
+    return {job: work(*job) for job in jobs}
 
 
-def module_table(results: dict[tuple[str, int], dict], part: str) -> pd.DataFrame:
+def module_table(results: Results, part: str) -> pd.DataFrame:
     """Rank-1 and TAR of every combination, over all views, base domain and adapted domain."""
     heads = {"all": "", "0-45": " < 45°", "45-90": " ≥ 45°"}
     columns = {
@@ -98,7 +106,7 @@ def module_table(results: dict[tuple[str, int], dict], part: str) -> pd.DataFram
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("adapted by")
 
 
-def earnings_table(results: dict[tuple[str, int], dict], part: str) -> pd.DataFrame:
+def earnings_table(results: Results, part: str) -> pd.DataFrame:
     """What each module adds to the base alone, and to the other two: paired differences over seeds."""
     seeds = sorted({seed for _, seed in results})
     comparisons = {
@@ -154,60 +162,52 @@ def score_views(model: nn.Module, split: Split, seconds: float) -> dict:
     return result
 
 
+def fused(store: Store, split: Split, profile: Profile, name: str, seed: int) -> dict:
+    """Result of one training of `multi_view_study`."""
+    common = replace(profile.common, **RECIPE, seed=seed)
+    base, _ = base_model(store, split, replace(profile, common=common), seed)
+    single = replace(
+        common,
+        **BOTH | {"min_yaw": 0.0, "batch_size": VIEW_BATCH},
+        epochs=profile.adapt_epochs,
+        base_model_path=str(base),
+    )
+    train_and_score = partial(trained, store, split, f"multi-view study, code {CODE}", score=score_views)
+    result = train_and_score(single, keep_weights=True)
+    if name == "average":
+        return result
+    checkpoint = store.checkpoint(f"multi-view study, code {CODE}", single)
+    crossed = replace(
+        common,
+        **BOTH | CROSS_VIEW,
+        n_views=int(name.split()[1]),
+        epochs=max(1, profile.adapt_epochs // 2),
+        base_model_path=str(checkpoint),
+    )
+    return train_and_score(crossed)
+
+
 def multi_view_study(
-    profile: Profile, split: Split, seeds: Iterable[int], progress: Callable = iter
-) -> dict[tuple[str, int], dict]:
+    profile: Profile,
+    split: Split,
+    seeds: Iterable[int],
+    progress: Callable = iter,
+    workers: int | None = None,
+    store: Store | None = None,
+) -> Results:
     """Results by ("average" | "cross-view V", seed).
 
     "average" is a base with LoRA and projection, adapted to all yaws one view at a time. Cross-view
     attention is then trained alone, on top of it, to make the fused prediction of V views right.
     """
-    store, results = Store(split), {}
-    for name, seed in progress([(n, s) for s in seeds for n in ("average", *(f"cross-view {v}" for v in VIEW_COUNTS))]):
-        if name == "average":
-            checkpoint, results[name, seed] = _single_view(store, split, profile, seed)
-            continue
-        views = int(name.split()[1])
-        epochs = max(1, profile.adapt_epochs // 2)
-        config = replace(
-            COMMON,
-            **RECIPE | BOTH | CROSS_VIEW,
-            n_views=views,
-            seed=seed,
-            epochs=epochs,
-            base_model_path=checkpoint.name,
-        )
-        key = {"name": "cross-view", "config": config.to_dict()}
-        results[name, seed] = store.get(key, partial(_cross_view, config, checkpoint, split))
-    return results
+    work = partial(fused, store or Store(split), split, profile)
+    jobs = [(name, seed) for seed in seeds for name in ("average", *(f"cross-view {views}" for views in VIEW_COUNTS))]
+    side_by_side(work, [job for job in jobs if job[0] == "average"], workers)
+    side_by_side(work, jobs, workers, progress)
+    return {job: work(*job) for job in jobs}
 
 
-def _single_view(store: Store, split: Split, profile: Profile, seed: int) -> tuple[Path, dict]:
-    base, _ = base_model(store, split, profile, seed, recipe=RECIPE)
-    config = replace(
-        COMMON,
-        **RECIPE | BOTH | {"min_yaw": 0.0, "batch_size": VIEW_BATCH},
-        seed=seed,
-        base_model_path=base.name,
-        epochs=profile.adapt_epochs,
-    )
-
-    def make(path: Path) -> dict:
-        here = with_cuda_graph(replace(config, base_model_path=str(base)))
-        run = train(here, split.train, split.val, progress=False)
-        save_checkpoint(path.with_suffix(".pth"), {"model": run.model.state_dict()})
-        return score_views(run.model, split, run.train_seconds)
-
-    return store.get_with_weights({"name": "average", "config": config.to_dict()}, make)
-
-
-def _cross_view(config: TrainConfig, checkpoint: Path, split: Split, path: Path) -> dict:
-    here = with_cuda_graph(replace(config, base_model_path=str(checkpoint)))
-    run = train(here, split.train, split.val, progress=False)
-    return score_views(run.model, split, run.train_seconds)
-
-
-def multi_view_table(results: dict[tuple[str, int], dict], part: str) -> pd.DataFrame:
+def multi_view_table(results: Results, part: str) -> pd.DataFrame:
     """Average of single-view predictions against cross-view attention, for each number of views."""
     seeds = sorted({seed for _, seed in results})
     rows = []
@@ -231,7 +231,7 @@ def multi_view_table(results: dict[tuple[str, int], dict], part: str) -> pd.Data
     return pd.DataFrame(rows).set_index("views")
 
 
-def write_tables(modules: dict, views: dict, folder: Path, note: str) -> None:
+def write_tables(modules: Results, views: Results, folder: Path, note: str) -> None:
     """All tables of both studies as CSV and PNG, and printed."""
     for part, words in (("val", "validation people"), ("test", "test people")):
         found = {

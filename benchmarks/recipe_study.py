@@ -19,14 +19,12 @@ from study_arguments import study_arguments
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from viewdiff_nb.faces.splits import Split
-from viewdiff_nb.faces.views import FaceViews
+from viewdiff_nb.faces import FaceViews, Split
 from viewdiff_nb.files import HEADS
 from viewdiff_nb.modules.attention import encode_pose
 from viewdiff_nb.modules.baselines import DREAM, MLP
 from viewdiff_nb.plots import save_table
 from viewdiff_nb.studies.adaptation import (
-    COMMON,
     FAST_PROFILE,
     FULL_PROFILE,
     WIDE_OPTIONS,
@@ -36,13 +34,10 @@ from viewdiff_nb.studies.adaptation import (
     score,
 )
 from viewdiff_nb.studies.benchmark import machine
-from viewdiff_nb.studies.store import Store
+from viewdiff_nb.studies.store import Store, code_fingerprint, side_by_side, train_pass
 from viewdiff_nb.studies.tables import Results, difference, rate_estimate
+from viewdiff_nb.training import TrainConfig, predict
 from viewdiff_nb.training.checkpoint import prepare_model
-from viewdiff_nb.training.config import TrainConfig
-from viewdiff_nb.training.devices import with_cuda_graph
-from viewdiff_nb.training.evaluation import predict
-from viewdiff_nb.training.loop import train
 
 RECIPE = "two-way, mix-up"  # the kit's
 PLAIN = {"mixup": False}
@@ -67,6 +62,7 @@ MODELS: dict[str, dict] = {
     "LoRA + projection 8³, view pairs": WIDE_OPTIONS | {"loss": "two-way+pairs", "paired_views": True},
 }
 FLIP = ", test-time flip"
+CODE = code_fingerprint(Path(__file__).parent, (Path(__file__).name, "mirror.py"))  # results are stored under it, too
 SHOWN = ("all", "0-30", "45-60", "60-75", "75-90")
 
 
@@ -95,47 +91,60 @@ def with_mirrored(faces: FaceViews) -> FaceViews:
 
 
 def recipe_study(
-    profile: Profile, split: Split, seeds: Iterable[int], progress: Callable = iter, names: Iterable[str] | None = None
+    profile: Profile,
+    split: Split,
+    seeds: Iterable[int],
+    progress: Callable = iter,
+    names: Iterable[str] = (*RECIPES, *MODELS),
+    workers: int | None = None,
+    store: Store | None = None,
 ) -> Results:
     """Results on validation people by (name of `RECIPES` or `MODELS`, seed); for some also with `FLIP` behind it."""
-    store, results = Store(split), {}
-    names = [*RECIPES, *MODELS] if names is None else names
-    for name, seed in progress([(name, seed) for seed in seeds for name in names]):
-        options = RECIPES.get(name, MODELS.get(name))
-        epochs = profile.recipe_epochs if name in RECIPES else profile.baseline_epochs
-        base = None
-        if options.get("use_lora_attention"):
-            base, _ = base_model(store, split, profile, seed, wide=True)
-            options, epochs = options | {"base_model_path": base.name}, profile.recipe_epochs
-        config = replace(COMMON, seed=seed, epochs=epochs, **options)
-        key = {"name": f"recipe {name}", "config": config.to_dict()}
-        found = store.get(key, partial(_try, name, config, base, split))
-        results[name, seed] = found
+    store, seeds = store or Store(split), list(seeds)
+    work = partial(tried, store, split, profile)
+    jobs = [(name, seed) for seed in seeds for name in names]
+    wide = [(seed, True) for seed in seeds if any(MODELS.get(name) for name, _ in jobs)]
+    side_by_side(partial(base_model, store, split, profile), wide, workers)
+    side_by_side(work, jobs, workers, progress)
+    results = {}
+    for name, seed in jobs:
+        results[name, seed] = found = work(name, seed)
         if "flip" in found:
             results[name + FLIP, seed] = found["flip"]
     return results
 
 
-def _try(name: str, config: TrainConfig, base: Path | None, split: Split, path: Path) -> dict:
+def tried(store: Store, split: Split, profile: Profile, name: str, seed: int) -> dict:
+    """The result of one of `RECIPES` or `MODELS`, trained if it is not stored."""
+    options = RECIPES.get(name, MODELS.get(name))
+    epochs = profile.baseline_epochs if name in MODELS and not options else profile.recipe_epochs
+    base = None
+    if options.get("use_lora_attention"):
+        base = str(base_model(store, split, profile, seed, wide=True)[0])
+    config = replace(profile.common, seed=seed, epochs=epochs, base_model_path=base, **options)
+    return store.get(f"recipe {name}, code {CODE}", config, lambda: _try(name, config, split))
+
+
+def _try(name: str, config: TrainConfig, split: Split) -> dict:
     """Train one recipe; score it on validation people only."""
-    faces, model = split.train, None
+    model = None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if name.startswith("MLP"):
-            model = MLP(faces.feature_dim, hidden=2048 if "2048" in name else 1024)
+            model = MLP(split.train.feature_dim, hidden=2048 if "2048" in name else 1024)
         elif name == "DREAM":
-            model = DREAM(faces.feature_dim)
+            model = DREAM(split.train.feature_dim)
         elif name.endswith("gate by yaw"):
-            model = YawGated(prepare_model(config, faces.feature_dim)[0])
+            model = YawGated(prepare_model(config, split.train.feature_dim)[0])
+    people = split
     if name.endswith("mirrored people"):
         # as many steps as the others
-        faces, config = with_mirrored(faces), replace(config, epochs=max(1, config.epochs // 2))
-    if base:
-        config = replace(config, base_model_path=str(base))
-    run = train(with_cuda_graph(config), faces, split.val, model, progress=False)
+        people = replace(split, train=with_mirrored(split.train))
+        config = replace(config, epochs=max(1, config.epochs // 2))
+    (run,) = train_pass([config], people, model)
     predicted = predict(run.model, split.val)
     result = score(predicted, split.val, "val") | {"train_seconds": run.train_seconds}
-    if name == RECIPE or base:
+    if name == RECIPE or config.base_model_path:
         result["flip"] = score(predicted + swap_halves(predict(run.model, mirrored(split.val))), split.val, "val")
     return result
 

@@ -1,17 +1,21 @@
+from dataclasses import replace
+
 import pytest
 import torch
-from conftest import people
+from studies_fixture import TINY, small_split
 
-from viewdiff_nb.faces import split_by_person
 from viewdiff_nb.metrics import COUNTS
 from viewdiff_nb.studies import adaptation
+from viewdiff_nb.studies import store as store_module
 from viewdiff_nb.studies.adaptation import run_study
 from viewdiff_nb.studies.significance import RESAMPLES
 from viewdiff_nb.studies.store import Store
 
 
-def test_study_trains_everything_once_and_reuses_it(small, tiny, monkeypatch):
-    results = run_study(tiny, small, workers=1)
+def test_study_trains_everything_once_and_reuses_it(monkeypatch, tmp_path):
+    split = small_split()
+    store = Store(split, tmp_path)
+    results = run_study(TINY, split, workers=1, store=store)
     assert {name for name, _ in results} == {*adaptation.BASELINES, "base", *adaptation.STUDIED, *adaptation.ALL_YAWS}
     for result in results.values():
         assert 0 <= result["test"]["all"]["rank1"] <= 1 and result["test"]["all"]["views"] == 40 * 12
@@ -23,45 +27,34 @@ def test_study_trains_everything_once_and_reuses_it(small, tiny, monkeypatch):
     def fail(*_, **__):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(adaptation, "train", fail)
-    assert run_study(tiny, small, workers=1) == results
-    assert run_study(tiny, small, workers=2) == results  # nothing is missing, so no process starts
+    monkeypatch.setattr(store_module, "train", fail)
+    assert run_study(TINY, split, workers=1, store=store) == results
+    assert run_study(TINY, split, workers=2, store=store) == results  # nothing is missing, so no process starts
+    path, result = adaptation.base_model(store, split, TINY, seed=0)
+    assert path.is_file() and result == results["base", 0]
 
 
-def test_processes_side_by_side_give_the_results_of_one(tiny, monkeypatch, tmp_path):
-    split = split_by_person(people(110, views=12), val=40, test=40)
-    names = ("mean face", "MLP", "base")
-    found = []
-    for workers in (1, 2):
-        monkeypatch.setattr(Store.__init__, "__defaults__", (tmp_path / str(workers),))
-        monkeypatch.setenv("VIEWDIFF_NB_RUNS", str(tmp_path / str(workers)))  # the processes' own default
-        found.append(run_study(tiny, split, names=names, workers=workers))
-    for job, result in found[0].items():
+def test_processes_side_by_side_give_the_results_of_one(tmp_path):
+    split = small_split()
+    names = ("mean face", "MLP", "base", "full fine-tuning")
+    one, two = (
+        run_study(TINY, split, names=names, workers=workers, store=Store(split, tmp_path / str(workers)))
+        for workers in (1, 2)
+    )
+    for job, result in one.items():
         for part in ("val", "test"):  # another process lays out memory otherwise, which changes last bits
-            assert found[1][job][part]["all"] == pytest.approx(result[part]["all"], abs=1e-3), job
-    assert not list((tmp_path / "2/study").glob("*.part")) and len(found[1]) == 3
+            assert two[job][part]["all"] == pytest.approx(result[part]["all"], abs=1e-3), job
+    assert not list((tmp_path / "2/study").glob("*.part")) and len(two) == len(names)
 
 
-def test_a_result_is_stored_under_all_that_made_it(small):
-    store = Store(small)
-    key = {"name": "x", "config": {"lr": 1.0}}
-    made = []
-    for k in (key, key, {"name": "x", "config": {"lr": 2.0}}):
-        store.get(k, lambda path: made.append(path) or {"value": len(made)})
-    assert len(made) == 2 and made[0] != made[1]
-    other = Store(split_by_person(people(110, views=12, noise=0.4), val=40, test=40))
-    assert other.path(key) != store.path(key)
-
-
-def test_an_interrupted_result_is_not_kept(small):
-    store = Store(small)
-
-    def interrupted(path):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        store.get({"name": "y"}, interrupted)
-    assert store.get({"name": "y"}, lambda path: {"value": 1})["value"] == 1
+def test_what_is_adapted_needs_no_base_beforehand(tmp_path):
+    split = small_split()
+    store = Store(split, tmp_path)
+    alone = run_study(TINY, split, names=["LoRA r=8"], workers=1, store=store)
+    config = adaptation.config_of(store, TINY, "LoRA r=8", 0)
+    assert len(alone) == 1 and store.find("base", adaptation.config_of(store, TINY, "base", 0), with_weights=True)
+    other = replace(TINY, common=replace(TINY.common, lr=1e-3))
+    assert adaptation.config_of(store, other, "LoRA r=8", 0).base_model_path != config.base_model_path
 
 
 def test_the_shipped_set_loads_and_splits():

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+from studies_fixture import SAME_MASKS, small_split
 
 from viewdiff_nb.metrics import recognition_by_yaw
 from viewdiff_nb.modules.baselines import RawEmbedding
@@ -101,21 +102,32 @@ def test_validation_people_choose_and_test_people_judge(results):
 
 
 @pytest.fixture
-def toy(small, monkeypatch):
-    for module in (adaptation, forgetting):
-        monkeypatch.setattr(module, "COMMON", replace(adaptation.COMMON, dropout=0.0))
-    return small
+def split():
+    return small_split()
 
 
-def test_runs_are_those_of_the_main_study(toy, tiny):
+@pytest.fixture
+def store(split, tmp_path):
+    return Store(split, tmp_path)
+
+
+def test_runs_are_those_of_the_main_study(split, store):
     """Two processes; a pass of LoRA gives what trainings alone give."""
-    found = forgetting.run_forgetting(toy, tiny, (0.0, 30.0), seeds=(0, 1), epochs=2, workers=2)
+    found = forgetting.run_forgetting(split, SAME_MASKS, (0.0, 30.0), (0, 1), epochs=2, workers=2, store=store)
     names = [f"{method}, lambda {weight}" for method in ("LoRA r=8", "full fine-tuning") for weight in (0, 30)]
     assert set(found) == {("base", 0)} | {(name, seed) for name in names for seed in (0, 1)}
-    store, cosines = Store(toy), []
-    for name, options in (("LoRA r=8", adaptation.LORA_8), ("full fine-tuning", adaptation.FINE_TUNING)):
-        options = options | {"use_prior_preservation": True, "lambda_prior": 30.0, "epochs": 2}
-        alone = adaptation.adaptation(store, toy, tiny, options, seed=0)["test"]
+    base, on_base = adaptation.base_model(store, split, SAME_MASKS, seed=0)
+    cosines = []
+    for name, options in forgetting.METHODS.items():
+        config = replace(
+            SAME_MASKS.common,
+            **options,
+            use_prior_preservation=True,
+            lambda_prior=30.0,
+            epochs=2,
+            base_model_path=str(base),
+        )
+        alone = adaptation.trained(store, split, "alone", config)["test"]
         expected = [alone[where]["cosine"] for where in ("0-45", "45-90")]
         ours = [found[f"{name}, lambda 30", 0]["test"][where]["cosine"] for where in ("0-45", "45-90")]
         assert ours == pytest.approx(expected, abs=1e-5)
@@ -123,13 +135,13 @@ def test_runs_are_those_of_the_main_study(toy, tiny):
     assert cosines[0] != pytest.approx(cosines[1], abs=1e-4)  # or the comparison could not fail
     for name in names:
         assert found[name, 0]["test"] != found[name, 1]["test"]
-    base = adaptation.base_model(store, toy, tiny, seed=0)[1]["test"]
-    assert found["base", 0]["test"]["0-45"]["cosine"] == pytest.approx(base["0-45"]["cosine"], abs=1e-6)
+    expected = on_base["test"]["0-45"]["cosine"]
+    assert found["base", 0]["test"]["0-45"]["cosine"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_each_side_of_45_degrees_has_a_threshold_of_its_own(toy):
+def test_each_side_of_45_degrees_has_a_threshold_of_its_own(split):
     """A side is scored as if the other were not there."""
-    scores, faces = forgetting._score(RawEmbedding(), toy)["test"], toy.test
+    scores, faces = forgetting._score(RawEmbedding(), split)["test"], split.test
     together = recognition_by_yaw(faces.src, faces.front, faces.person, faces.abs_yaw)
     for where, side in (("0-45", faces.abs_yaw < 45), ("45-90", faces.abs_yaw >= 45)):
         own = faces.where(side)
@@ -139,27 +151,26 @@ def test_each_side_of_45_degrees_has_a_threshold_of_its_own(toy):
     assert scores["45-90"]["tar"] != together["45-90"]["tar"]
 
 
-def test_what_is_stored_is_not_trained_again(toy, tiny, monkeypatch):
-    passes, alone, totals = [], [], []
-    together, train = forgetting.train_together, forgetting.train
-    monkeypatch.setattr(forgetting, "train_together", lambda c, *sets: passes.append(c) or together(c, *sets))
-    monkeypatch.setattr(forgetting, "train", lambda c, *sets, **o: alone.append(c) or train(c, *sets, **o))
-    options = {"epochs": 1, "workers": 1, "progress": lambda jobs, total: totals.append(total) or jobs}
-    first = forgetting.run_forgetting(toy, tiny, (0.0, 1.0), seeds=(0,), **options)
-    again = forgetting.run_forgetting(toy, tiny, (0.0, 1.0), seeds=(0, 1), **options)
-    assert [[(c.lambda_prior, c.seed) for c in group] for group in passes] == [[(0, 0), (1, 0)], [(0, 1), (1, 1)]]
-    assert [(c.lambda_prior, c.seed) for c in alone] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+def test_what_is_stored_is_not_trained_again(split, store, monkeypatch):
+    trained, totals, train_pass = [], [], forgetting.train_pass
+    monkeypatch.setattr(forgetting, "train_pass", lambda c, split: trained.append(c) or train_pass(c, split))
+    options = {"epochs": 1, "workers": 1, "progress": lambda jobs: totals.append(len(jobs)) or jobs, "store": store}
+    first = forgetting.run_forgetting(split, SAME_MASKS, (0.0, 1.0), seeds=(0,), **options)
+    again = forgetting.run_forgetting(split, SAME_MASKS, (0.0, 1.0), seeds=(0, 1), **options)
+    passes = [[(c.lambda_prior, c.seed) for c in group] for group in trained if group[0].use_lora_attention]
+    alone = [[(c.lambda_prior, c.seed) for c in group] for group in trained if not group[0].use_lora_attention]
+    assert passes == [[(0, 0), (1, 0)], [(0, 1), (1, 1)]] and alone == [[(0, 0)], [(1, 0)], [(0, 1)], [(1, 1)]]
     assert totals == [3, 3] and {key: again[key] for key in first} == first
 
 
-def test_a_diverged_adaptation_is_an_error_and_not_a_result(toy, tiny, monkeypatch):
+def test_a_diverged_adaptation_is_an_error_and_not_a_result(split, store, monkeypatch):
     def diverging(configs, train_faces, val_faces):
         return [
             TrainResult(build_model(config, 32), pd.DataFrame(), 1.0, 1, how, None)
             for config, how in zip(configs, ("diverged", "finished"), strict=True)
         ]
 
-    monkeypatch.setattr(forgetting, "train_together", diverging)
+    monkeypatch.setattr("viewdiff_nb.studies.store.train_together", diverging)
     with pytest.raises(FloatingPointError, match="lambda 5, seed 3: the loss is not finite"):
-        forgetting.run_forgetting(toy, tiny, (5.0, 6.0), seeds=(3,), epochs=1, workers=1)
-    assert len(list(Store(toy).folder.glob("*.json"))) == 1  # the base
+        forgetting.run_forgetting(split, SAME_MASKS, (5.0, 6.0), seeds=(3,), epochs=1, workers=1, store=store)
+    assert len(list(store.folder.glob("*.json"))) == 1  # the base

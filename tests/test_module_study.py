@@ -1,13 +1,17 @@
 import module_study as study
 import pytest
 from conftest import people
+from studies_fixture import TINY, small_split
 
 from viewdiff_nb.modules.baselines import RawEmbedding
+from viewdiff_nb.studies.store import Store
 
 
-def test_all_modules_and_view_counts_run_and_are_tabled(small, tiny, tmp_path):
-    modules = study.module_study(tiny, small, seeds=[0, 1])
-    views = study.multi_view_study(tiny, small, seeds=[0, 1])
+def test_all_modules_and_view_counts_run_and_are_tabled(tmp_path):
+    split = small_split()
+    options = {"seeds": [0, 1], "workers": 1, "store": Store(split, tmp_path)}
+    modules = study.module_study(TINY, split, **options)
+    views = study.multi_view_study(TINY, split, **options)
     assert {name for name, _ in modules} == {"base", *study.MODULES}
     assert modules["LoRA without pose", 0]["trainable"] < modules["LoRA", 0]["trainable"]
     table = study.module_table(modules, "val")

@@ -2,18 +2,15 @@ import pytest
 import recipe_study as study
 import torch
 from conftest import people
-from mirror import mirrored
+from studies_fixture import TINY, small_split
 
 from viewdiff_nb.modules.baselines import RawEmbedding
+from viewdiff_nb.studies.store import Store
 
 
-def test_every_recipe_and_model_runs_and_is_tabled(small, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        study,
-        "MODELS",
-        {name: options | ({"voxel_resolution": 4} if options else {}) for name, options in study.MODELS.items()},
-    )
-    results = study.recipe_study(tiny, small, seeds=[0, 1])
+def test_every_recipe_and_model_runs_and_is_tabled(tmp_path):
+    split = small_split()
+    results = study.recipe_study(TINY, split, seeds=[0, 1], workers=1, store=Store(split, tmp_path))
     flipped = {name + study.FLIP for name in (study.RECIPE, *study.MODELS) if "LoRA" in name or name == study.RECIPE}
     assert {name for name, _ in results} == {*study.RECIPES, *study.MODELS, *flipped}
     assert not any("test" in result for result in results.values())  # test people are for the end

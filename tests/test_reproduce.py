@@ -2,11 +2,13 @@ import os
 import subprocess
 import sys
 
+import reproduce
+
 
 def test_a_folder_that_cannot_be_written_to_is_found_before_any_notebook_runs(tmp_path):
     (tmp_path / "file").write_text("")
     done = subprocess.run(
-        [sys.executable, "-m", "reproduce", "--fast"],
+        [sys.executable, reproduce.__file__, "--fast"],
         capture_output=True,
         text=True,
         check=False,

@@ -28,11 +28,11 @@ from viewdiff_nb.studies import tables
 from viewdiff_nb.studies.adaptation import (
     ALL_YAWS,
     BASELINES,
+    BASES,
     FAST_PROFILE,
     FIXED,
     FULL_PROFILE,
     STUDIED,
-    WIDE_BASE,
     Profile,
     load_split,
     run_job,
@@ -41,7 +41,6 @@ from viewdiff_nb.studies.adaptation import (
 from viewdiff_nb.studies.benchmark import machine
 from viewdiff_nb.studies.store import Store
 
-BASES = ("base", WIDE_BASE)
 ADAPTED = (ALL_YAWS[-1], *(name for name in (*ALL_YAWS[:-1], *BASELINES, *STUDIED) if name not in BASES))
 RATES = ("rank1", "tar", "auc", "eer", "cosine")
 Task = tuple[str, str, int]  # study, model, seed
@@ -62,10 +61,10 @@ def work(task: Task) -> tuple[Task, float]:
     if study == "main":
         run_job(Store(_split), _split, _profile, name, seed)
     elif study == "recipe":
-        recipe_study(_profile, _split, [seed], names=[name])
+        recipe_study(_profile, _split, [seed], names=[name], workers=1)
     else:
         of_study = {"modules": module_study, "views": multi_view_study}[study]
-        of_study(FAST_PROFILE if _profile is FAST_PROFILE else FULL_MODULES, _split, [seed])
+        of_study(FAST_PROFILE if _profile is FAST_PROFILE else FULL_MODULES, _split, [seed], workers=1)
     return task, time.perf_counter() - started
 
 

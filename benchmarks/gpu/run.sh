@@ -43,7 +43,7 @@ for step in "${@:-tests speed compiled training quality one_pass loop grid}"; do
             done
             ;;
         loop) timeout 240 $PYTHON benchmarks/loop_profile.py --epochs 1 --batch_size 32 | tee "$OUT/loop.txt" ;;
-        grid) $PYTHON -m viewdiff_nb.studies.ablation --backend sequential --out "$OUT" ;;
+        grid) $PYTHON benchmarks/ablation.py --workers 1 --out "$OUT" ;;
         *) echo "unknown step $part"; exit 2 ;;
         esac
     done

@@ -2,71 +2,54 @@
 
 For every seed a base is trained on |yaw| < 45 degrees, then adapted to |yaw| >= 45 degrees. Beside it stand models
 that see all yaws: simple baselines, the plain transformer, the same adapted by LoRA and the 3-D projection, and a
-small transformer. Every trained model is scored once on the test people, and every result is kept under a key of all
-that made it, so a second run only does what is missing.
+small transformer. Every trained model is scored once on the test people.
 """
 
-import os
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 
-from viewdiff_nb.faces.splits import Split, split_by_person
-from viewdiff_nb.faces.views import FaceViews, load_face_views
+from viewdiff_nb.faces import FaceViews, Split, load_face_views, split_by_person
 from viewdiff_nb.files import HEADS
 from viewdiff_nb.metrics import recognition_by_yaw
 from viewdiff_nb.modules.baselines import DREAM, MLP, MeanFace, PoseRidge, RawEmbedding
 from viewdiff_nb.studies.significance import FARS, resampled_people, resampled_rates
-from viewdiff_nb.studies.store import FinishedStore, NotFinishedError, Store
+from viewdiff_nb.studies.store import Store, side_by_side, train_pass
+from viewdiff_nb.training import TrainConfig, predict
 from viewdiff_nb.training.checkpoint import build_model, save_checkpoint
-from viewdiff_nb.training.config import TrainConfig
-from viewdiff_nb.training.devices import with_cuda_graph
-from viewdiff_nb.training.evaluation import predict
-from viewdiff_nb.training.loop import train
-from viewdiff_nb.training.result import TrainingAdvice
 
 BOUNDARY = 45.0  # degrees of |yaw|: the base's domain below, the adapted one from there on
+
+# scored at the end; the recipe (loss, mix-up) was chosen on validation people, see benchmarks/recipe_study.py
+COMMON = TrainConfig(val_people=200, test_people=300, batch_size=128, dropout=0.2, lr=5e-4, mixup=True, val_every=1000)
 
 
 @dataclass(frozen=True)
 class Profile:
-    """How much work a study does."""
+    """How much work a study does, by default all of it, and the config that its trainings have in common."""
 
-    name: str
-    seeds: int
-    train_people: int | None  # None: all
-    base_epochs: int
-    adapt_epochs: int
-    wide_base_epochs: int  # for the base that sees all yaws
-    wide_epochs: int  # for its adaptation to all yaws
-    small_epochs: int  # of the small transformer, all yaws
-    baseline_epochs: int  # all yaws, too
-    recipe_epochs: int  # of each of recipe_study.py
+    name: str = "full"
+    seeds: int = 5
+    train_people: int | None = None  # None: all
+    base_epochs: int = 5
+    adapt_epochs: int = 7
+    wide_base_epochs: int = 4  # for the base that sees all yaws
+    wide_epochs: int = 7  # for its adaptation to all yaws
+    small_epochs: int = 16  # of the small transformer, all yaws
+    baseline_epochs: int = 12  # all yaws, too
+    recipe_epochs: int = 8  # of each of benchmarks/recipe_study.py
+    common: TrainConfig = COMMON
 
 
-FULL_PROFILE = Profile(
-    "full",
-    5,
-    None,
-    base_epochs=5,
-    adapt_epochs=7,
-    wide_base_epochs=4,
-    wide_epochs=7,
-    small_epochs=16,
-    baseline_epochs=12,
-    recipe_epochs=8,
-)
+FULL_PROFILE = Profile()
 FAST_PROFILE = Profile(
     "fast",
-    1,
-    300,
+    seeds=1,
+    train_people=300,
     base_epochs=2,
     adapt_epochs=2,
     wide_base_epochs=1,
@@ -76,8 +59,6 @@ FAST_PROFILE = Profile(
     recipe_epochs=2,
 )
 
-# scored at the end; the recipe (loss, mix-up) was chosen on validation people, see recipe_study.py
-COMMON = TrainConfig(val_people=200, test_people=300, batch_size=128, dropout=0.2, lr=5e-4, mixup=True, val_every=1000)
 FINE_TUNING = {"min_yaw": BOUNDARY, "lr": 2e-4, "lora_lr": 1e-2}  # chosen among three each on validation people
 LORA = FINE_TUNING | {"use_lora_attention": True, "freeze_base": True}
 LORA_8 = LORA | {"rank": 8, "lora_alpha": 8.0}
@@ -92,94 +73,125 @@ ADAPTATIONS: dict[str, dict] = {
     "LoRA r=8 + prior": LORA_8 | {"use_prior_preservation": True},
 }
 STUDIED = tuple(name for name in ADAPTATIONS if "16³" not in name)  # which is there for its speed
-MODEL_OPTIONS = ("use_lora_attention", "rank", "lora_alpha", "use_projection_layer", "voxel_resolution")
+WIDE_OPTIONS = LORA_8 | PROJECTION | {"min_yaw": 0.0}
+SMALL_OPTIONS = {"d_model": 256, "num_layers": 2, "dim_feedforward": 512, "lr": 1e-3, "weight_decay": 1.0}
 WIDE_BASE, WIDE = "transformer, all yaws", "LoRA r=8 + 3-D, all yaws"
 SMALL = "small transformer, all yaws"  # sizes and weight decay were chosen on validation people, seed 0
-SMALL_OPTIONS = {"d_model": 256, "num_layers": 2, "dim_feedforward": 512, "lr": 1e-3, "weight_decay": 1.0}
 ALL_YAWS = (WIDE_BASE, WIDE, SMALL)
-WIDE_OPTIONS = ADAPTATIONS["LoRA r=8 + 3-D projection"] | {"min_yaw": 0.0}
+BASES = ("base", WIDE_BASE)  # others start from their weights
+BASELINES: dict[str, Callable[[FaceViews], nn.Module]] = {
+    "raw side view": lambda train: RawEmbedding(),
+    "mean face": lambda train: MeanFace(train.front),
+    "pose ridge": lambda train: PoseRidge(train.src[:], train.angles, train.target),
+    "DREAM": lambda train: DREAM(train.feature_dim),
+    "MLP": lambda train: MLP(train.feature_dim),
+}
+FIXED = ("raw side view", "mean face", "pose ridge")  # nothing random in them
+
+
+MODELS: dict[str, tuple[str, dict, str | None]] = {
+    "base": ("base_epochs", {"max_yaw": BOUNDARY}, None),
+    **{name: ("adapt_epochs", options, "base") for name, options in ADAPTATIONS.items()},
+    WIDE_BASE: ("wide_base_epochs", {}, None),
+    WIDE: ("wide_epochs", WIDE_OPTIONS, WIDE_BASE),
+    SMALL: ("small_epochs", SMALL_OPTIONS, None),
+    **{name: ("baseline_epochs", {}, None) for name in BASELINES},
+}
+"""How each is trained: its epochs' field in `Profile`, changes to the profile's common config, what it starts from."""
 
 
 def load_split(profile: Profile = FULL_PROFILE, folder: Path = HEADS) -> Split:
     """The shipped people, split; a smaller profile trains on fewer people, and tests on the same."""
-    split = split_by_person(load_face_views(folder), COMMON.val_people, COMMON.test_people, COMMON.split_seed)
+    common = profile.common
+    split = split_by_person(load_face_views(folder), common.val_people, common.test_people, common.split_seed)
     if profile.train_people is None:
         return split
     return replace(split, train=split.train.select(torch.arange(profile.train_people)))
 
 
-def base_model(
-    store: Store, split: Split, profile: Profile, seed: int, wide: bool = False, recipe: dict | None = None
-) -> tuple[Path, dict]:
-    """Checkpoint and result of the base of a seed, trained if there is none yet.
+def run_study(
+    profile: Profile,
+    split: Split,
+    progress: Callable = iter,
+    seeds: Iterable[int] | None = None,
+    names: Iterable[str] = (*BASELINES, "base", *STUDIED, *ALL_YAWS),
+    workers: int | None = None,
+    store: Store | None = None,
+) -> dict[tuple[str, int], dict]:
+    """All results of the study by (name, seed); what was done before is reused.
 
     Args:
-        wide: let it see all yaws.
-        recipe: changes to `COMMON`.
+        progress: wraps lists of trainings, e.g. tqdm.
+        seeds: by default those of the profile.
+        names: which of `MODELS`.
+        workers: trainings side by side, see `store.side_by_side`.
+        store: by default that of split.
     """
-    domain = {"epochs": profile.wide_base_epochs} if wide else {"epochs": profile.base_epochs, "max_yaw": BOUNDARY}
-    config = replace(COMMON, seed=seed, **domain | (recipe or {}))
+    store = store or Store(split)
+    seeds = range(profile.seeds) if seeds is None else seeds
+    jobs = [(name, seed) for seed in seeds for name in names if seed == 0 or name not in FIXED]
+    jobs.sort(key=lambda job: job[0] not in BASES)  # the others start from them
+    for bases in (True, False):
+        stage = [job for job in jobs if (job[0] in BASES) == bases]
+        missing = [job for job in stage if not store.find(job[0], config_of(store, profile, *job), with_weights=bases)]
+        side_by_side(partial(run_job, store, split, profile), missing, workers, progress)
+    return {job: run_job(store, split, profile, *job) for job in jobs}
 
-    def make(path: Path) -> dict:
-        run = train(with_cuda_graph(config), split.train, split.val, progress=False)
-        save_checkpoint(path.with_suffix(".pth"), {"model": run.model.state_dict()})
-        return score_model(run.model, split, run.train_seconds)
 
-    return store.get_with_weights({"name": "base", "config": config.to_dict()}, make)
+def config_of(store: Store, profile: Profile, name: str, seed: int) -> TrainConfig:
+    """How one of `MODELS` is trained, from a base in store."""
+    epochs, options, base = MODELS[name]
+    path = base and str(store.checkpoint(base, config_of(store, profile, base, seed)))
+    return replace(profile.common, seed=seed, epochs=getattr(profile, epochs), base_model_path=path, **options)
 
 
-def adaptation(
+def run_job(store: Store, split: Split, profile: Profile, name: str, seed: int) -> dict:
+    """The result of one of `MODELS`; it, and the base it starts from, are trained if they are not stored."""
+    if base := MODELS[name][2]:
+        run_job(store, split, profile, base, seed)
+    config = config_of(store, profile, name, seed)
+    return trained(store, split, name, config, BASELINES.get(name), keep_weights=name in BASES)
+
+
+def base_model(store: Store, split: Split, profile: Profile, seed: int, wide: bool = False) -> tuple[Path, dict]:
+    """Checkpoint and result of the base of a seed, trained if there is none yet; wide: the one that sees all yaws."""
+    name = WIDE_BASE if wide else "base"
+    result = run_job(store, split, profile, name, seed)
+    return store.checkpoint(name, config_of(store, profile, name, seed)), result
+
+
+def trained(
     store: Store,
     split: Split,
-    profile: Profile,
-    options: dict,
-    seed: int,
-    wide: bool = False,
-    recipe: dict | None = None,
+    name: str,
+    config: TrainConfig,
+    build: Callable[[FaceViews], nn.Module] | None = None,
+    keep_weights: bool = False,
+    score: Callable[[nn.Module, Split, float], dict] | None = None,
 ) -> dict:
-    """Result of adapting the base of a seed.
+    """Scores of a training, which is done if it is not stored under its name and config.
 
     Args:
-        options: of the adaptation, as in `ADAPTATIONS`.
-        wide: adapt the base that sees all yaws.
-        recipe: changes to `COMMON`, for the base and its adaptation alike.
+        build: makes the model, if it is not the one that config describes; without parameters it is only scored.
+        keep_weights: leave a checkpoint in the store, too.
+        score: of model, split and seconds of training; by default `score_model`.
     """
-    base, _ = base_model(store, split, profile, seed, wide, recipe)
-    options = {"epochs": profile.wide_epochs if wide else profile.adapt_epochs} | options | (recipe or {})
-    config = replace(COMMON, seed=seed, base_model_path=base.name, **options)
+    score = score or score_model
 
-    def make(path: Path) -> dict:
-        here = with_cuda_graph(replace(config, base_model_path=str(base)))
-        run = train(here, split.train, split.val, progress=False)
-        return score_model(run.model, split, run.train_seconds)
+    def make() -> dict:
+        model = None
+        if build:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                model = build(split.train)
+            if not list(model.parameters()):
+                return score(model, split, 0.0)
+        (run,) = train_pass([config], split, model)
+        if keep_weights:
+            save_checkpoint(store.checkpoint(name, config), {"model": run.model.state_dict()})
+        return score(run.model, split, run.train_seconds)
 
-    return store.get({"name": "adaptation", "config": config.to_dict()}, make)
-
-
-FIXED = ("raw side view", "mean face", "pose ridge")  # nothing random in them
-BASELINES: dict[str, Callable[[FaceViews], nn.Module]] = {
-    "raw side view": lambda train: RawEmbedding(),
-    "mean face": lambda train: MeanFace(train.front),
-    "pose ridge": lambda train: PoseRidge(train.src, train.angles, train.target),
-    "DREAM": lambda train: DREAM(train.feature_dim),
-    "MLP": lambda train: MLP(train.feature_dim),
-}
-
-
-def baseline(store: Store, split: Split, profile: Profile, name: str, seed: int) -> dict:
-    """Result of one of `BASELINES`, trained (where it is trained at all) on all yaws with the models' own recipe."""
-    config = replace(COMMON, epochs=profile.baseline_epochs, seed=seed)
-
-    def make(path: Path) -> dict:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = BASELINES[name](split.train)
-        if not list(model.parameters()):
-            return score_model(model, split, 0.0)
-        run = train(with_cuda_graph(config), split.train, split.val, model, progress=False)
-        return score_model(run.model, split, run.train_seconds)
-
-    return store.get({"name": name, "config": config.to_dict()}, make)
+    return store.get(name, config, make, keep_weights)
 
 
 def score_model(model: nn.Module, split: Split, seconds: float) -> dict:
@@ -203,7 +215,8 @@ def configuration_counts() -> dict[str, dict[str, int]]:
     """`parameter_counts` of every configuration of `ADAPTATIONS`, untrained."""
     counts = {}
     for name, options in ADAPTATIONS.items():
-        model = build_model(replace(COMMON, **{k: v for k, v in options.items() if k in MODEL_OPTIONS}), COMMON.d_model)
+        built = options | {"freeze_base": None, "use_prior_preservation": False}  # which need a base to load
+        model = build_model(replace(COMMON, **built), COMMON.d_model)
         if options.get("freeze_base"):
             model.freeze_base()
         counts[name] = parameter_counts(model)
@@ -212,94 +225,9 @@ def configuration_counts() -> dict[str, dict[str, int]]:
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """Numbers of parameters: all, trainable, and in LoRA layers."""
-    roles = model.parameter_roles() if hasattr(model, "parameter_roles") else {}
+    roles: dict[str, str] = getattr(model, "parameter_roles", dict)()
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "lora": sum(p.numel() for n, p in model.named_parameters() if roles.get(n) == "lora"),
     }
-
-
-def _train_and_score(config: TrainConfig, split: Split, path: Path) -> dict:
-    run = train(with_cuda_graph(config), split.train, split.val, progress=False)
-    return score_model(run.model, split, run.train_seconds)
-
-
-def run_job(store: Store, split: Split, profile: Profile, name: str, seed: int) -> dict:
-    """The result of one model of the study, trained if there is none yet."""
-    if name == SMALL:
-        config = replace(COMMON, seed=seed, epochs=profile.small_epochs, **SMALL_OPTIONS)
-        return store.get({"name": name, "config": config.to_dict()}, partial(_train_and_score, config, split))
-    if name in BASELINES:
-        return baseline(store, split, profile, name, seed)
-    if name in ("base", WIDE_BASE):
-        return base_model(store, split, profile, seed, wide=name == WIDE_BASE)[1]
-    if name == WIDE:
-        return adaptation(store, split, profile, WIDE_OPTIONS, seed, wide=True)
-    return adaptation(store, split, profile, ADAPTATIONS[name], seed)
-
-
-def run_study(
-    profile: Profile,
-    split: Split,
-    progress: Callable = iter,
-    seeds: Iterable[int] | None = None,
-    names: Iterable[str] = (*BASELINES, "base", *STUDIED, *ALL_YAWS),
-    workers: int | None = None,
-) -> dict[tuple[str, int], dict]:
-    """All results of the study by (name, seed); what was done before is reused.
-
-    Args:
-        progress: wraps lists of (name, seed), e.g. tqdm.
-        seeds: by default those of the profile.
-        names: which models.
-        workers: processes that train side by side, by default `default_workers`. Steps of this model are small: two
-            processes with a core each get more done than one with two cores.
-    """
-    store, finished = Store(split), FinishedStore(split)
-    seeds = range(profile.seeds) if seeds is None else seeds
-    workers = default_workers() if workers is None else workers
-    jobs = [(name, seed) for seed in seeds for name in names if seed == 0 or name not in FIXED]
-    results: dict[tuple[str, int], dict] = {}
-    bases = [job for job in jobs if job[0] in ("base", WIDE_BASE)]
-    for stage in (bases, [job for job in jobs if job not in bases]):  # the others start from the bases
-        missing = [job for job in stage if not _is_done(finished, split, profile, *job)] if workers > 1 else []
-        with _pool(split, min(workers, len(missing))) as pool:
-            running = {job: pool.submit(_work, profile, *job) for job in missing}
-            for job in progress(stage):
-                if job in running:
-                    running[job].result()
-                with warnings.catch_warnings(action="ignore", category=TrainingAdvice):
-                    results[job] = run_job(store, split, profile, *job)
-    return results
-
-
-def default_workers() -> int:
-    """One process per core, eight at most; a single one if there is a GPU."""
-    return 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 8)
-
-
-def _is_done(finished: FinishedStore, split: Split, profile: Profile, name: str, seed: int) -> bool:
-    try:
-        run_job(finished, split, profile, name, seed)
-    except NotFinishedError:
-        return False
-    return True
-
-
-def _pool(split: Split, workers: int):
-    if workers < 1:
-        return nullcontext()
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (split, threads))
-
-
-def _start_worker(split: Split, threads: int) -> None:
-    global _of_worker
-    torch.set_num_threads(threads)
-    _of_worker = Store(split), split
-    warnings.simplefilter("ignore", TrainingAdvice)  # a study compares settings, bad ones too
-
-
-def _work(profile: Profile, name: str, seed: int) -> None:
-    run_job(*_of_worker, profile, name, seed)

@@ -1,52 +1,35 @@
 """Forgetting against adaptation: what each weight of the prior keeps of a base, and what it costs beyond.
 
-The base of the main study, trained on |yaw| < 45 degrees with seed 0, is adapted to |yaw| >= 45 degrees by LoRA and
-by full fine-tuning, for several weights lambda of the prior and several seeds of the adaptation. LoRA with all weights
-of a seed is trained in one pass. All runs of a seed see the same views and the same prior samples in the same order;
-with lambda 0 the prior samples are there and weigh nothing.
+The base of the main study with seed 0 is adapted to |yaw| >= 45 degrees by LoRA and by full fine-tuning, for several
+weights lambda of the prior. All runs of a seed see the same views and the same prior samples in the same order; with
+lambda 0 the prior samples are there and weigh nothing.
 
 Both sides of 45 degrees are scored alone, so TAR has a threshold of the side's own. With one threshold for all views,
-as in the tables of the main study, near-frontal TAR falls when side views move the threshold, though nothing is
-forgotten.
+near-frontal TAR falls when side views move the threshold, though nothing is forgotten.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
+from itertools import product
 
 import pandas as pd
-import seaborn as sns
 from torch import nn
 
-from viewdiff_nb.faces.splits import Split
-from viewdiff_nb.metrics import FAR, recognition_by_yaw
-from viewdiff_nb.studies.adaptation import (
-    BOUNDARY,
-    COMMON,
-    FINE_TUNING,
-    LORA_8,
-    Profile,
-    base_model,
-    default_workers,
-    score,
-)
+from viewdiff_nb.faces import Split
+from viewdiff_nb.metrics import FAR
+from viewdiff_nb.studies.adaptation import BOUNDARY, FINE_TUNING, LORA_8, Profile, base_model, score
 from viewdiff_nb.studies.significance import correction, judged, over_seeds
-from viewdiff_nb.studies.store import Store
+from viewdiff_nb.studies.store import Store, passes, side_by_side, train_pass
 from viewdiff_nb.studies.tables import Results, difference
+from viewdiff_nb.training import TrainConfig, predict
 from viewdiff_nb.training.checkpoint import prepare_model
-from viewdiff_nb.training.config import TrainConfig
-from viewdiff_nb.training.devices import with_cuda_graph
-from viewdiff_nb.training.evaluation import predict
-from viewdiff_nb.training.loop import train
-from viewdiff_nb.training.one_pass import train_together
-from viewdiff_nb.training.result import TrainingAdvice
 
-METHODS = {"LoRA r=8": LORA_8, "full fine-tuning": FINE_TUNING}
+METHODS: dict[str, dict] = {"LoRA r=8": LORA_8, "full fine-tuning": FINE_TUNING}
 LAMBDAS = (0.0, 0.1, 1.0, 10.0)
 KEPT, GAINED = "0-45", "45-90"  # degrees of |yaw|: what the base was trained on, and what it is adapted to
+SIDES = {KEPT: "|yaw| < 45°", GAINED: "|yaw| ≥ 45°"}
 RATES = {"rank1": "rank-1", "tar": "TAR at FAR 1e-3"}
-COLOURS = sns.color_palette("colorblind")
 
 
 def name_of(method: str, weight: float) -> str:
@@ -61,15 +44,15 @@ def run_forgetting(
     seeds: Iterable[int] = range(3),
     epochs: int = 1,
     workers: int | None = None,
-    progress: Callable | None = None,
+    progress: Callable = iter,
+    store: Store | None = None,
 ) -> Results:
     """Results of ("base", 0) and of (`name_of` method and lambda, seed); what is stored is not trained again.
 
     Args:
-        lambdas, seeds: of the adaptations.
-        epochs: of each.
-        workers: trainings side by side, by default `default_workers`.
-        progress: wraps an iterator of trainings, given total; e.g. tqdm.
+        workers: passes side by side, see `store.side_by_side`.
+        progress: wraps the list of passes, e.g. tqdm.
+        store: by default that of split.
 
     Returns:
         for each {val, test}: rates by side, `KEPT` and `GAINED`; test_people: `RATES` in resamples of the people;
@@ -78,82 +61,49 @@ def run_forgetting(
     Raises:
         FloatingPointError, TrainingDiverged: if an adaptation diverged.
     """
-    import joblib
-
-    store = Store(split)
+    store = store or Store(split)
     base, _ = base_model(store, split, profile, seed=0)
-    common = replace(COMMON, use_prior_preservation=True, epochs=epochs, base_model_path=str(base))
+    unadapted = replace(profile.common, epochs=epochs, base_model_path=str(base))
+    common = replace(unadapted, use_prior_preservation=True)
     configs = {
-        (name_of(method, weight), seed): replace(common, **options, lambda_prior=float(weight), seed=seed)
-        for seed in seeds
-        for method, options in METHODS.items()
-        for weight in lambdas
+        (name_of(method, weight), seed): replace(common, **METHODS[method], lambda_prior=float(weight), seed=seed)
+        for seed, method, weight in product(seeds, METHODS, lambdas)
     }
-    missing = [config for config in configs.values() if store.find(_key(config)) is None]
-    jobs = [
-        group
-        for seed in dict.fromkeys(c.seed for c in missing)
-        if (group := [c for c in missing if c.seed == seed and c.use_lora_attention])
-    ]
-    jobs += [[config] for config in missing if not config.use_lora_attention]
-    if jobs:
-        side_by_side = min(default_workers() if workers is None else workers, len(jobs))
-        run = joblib.Parallel(side_by_side, return_as="generator_unordered", batch_size=1)
-        done = run(joblib.delayed(_train_and_keep)(store, split, job) for job in jobs)
-        for _ in progress(done, total=len(jobs)) if progress else done:
-            pass
-    untrained = replace(common, use_prior_preservation=False)
-    scores = store.get(
-        _key(untrained) | {"name": "forgetting, base"},
-        lambda _: _score(prepare_model(untrained, split.test.feature_dim)[0], split),
-    )
-    return {("base", 0): scores} | {job: store.find(_key(config)) for job, config in configs.items()}
-
-
-def _key(config: TrainConfig) -> dict:
-    named = replace(config, base_model_path=Path(config.base_model_path).name)  # wherever the base lies
-    return {"name": "forgetting", "config": named.to_dict()}
+    missing = [config for config in configs.values() if store.find("forgetting", config) is None]
+    of_seed = [[c for c in missing if c.seed == seed] for seed in dict.fromkeys(c.seed for c in missing)]
+    jobs = [(job,) for group in of_seed for job in passes(group, len(lambdas))]
+    side_by_side(partial(_train_and_keep, store, split), jobs, workers, progress)
+    model, _ = prepare_model(unadapted, split.test.feature_dim)
+    results = {("base", 0): store.get("forgetting, base", unadapted, lambda: _score(model, split))}
+    return results | {job: found for job, config in configs.items() if (found := store.find("forgetting", config))}
 
 
 def _train_and_keep(store: Store, split: Split, configs: list[TrainConfig]) -> None:
-    """Train configs, several in one pass; score and store each."""
-    # a prior that is too weak is here on purpose
-    with warnings.catch_warnings(action="ignore", category=TrainingAdvice):
-        if configs[0].use_lora_attention:
-            runs = train_together([with_cuda_graph(config) for config in configs], split.train, split.val)
-        else:
-            runs = [train(with_cuda_graph(config), split.train, split.val, progress=False) for config in configs]
-    for config, run in zip(configs, runs, strict=True):
-        if run.stopped == "diverged":
-            raise FloatingPointError(f"lambda {config.lambda_prior:g}, seed {config.seed}: the loss is not finite")
+    for config, run in zip(configs, train_pass(configs, split), strict=True):
         scores = _score(run.model, split) | {"train_seconds": run.train_seconds}
-        store.get(_key(config), lambda _, scores=scores: scores)
+        store.get("forgetting", config, partial(dict, scores))
 
 
 def _score(model: nn.Module, split: Split) -> dict:
     """Rates of each side of 45 degrees alone, as `run_forgetting` returns them."""
     scores: dict[str, dict] = {"val": {}, "test": {}, "test_people": {}}
-    for part in ("val", "test"):
-        faces = getattr(split, part)
+    for part, faces in (("val", split.val), ("test", split.test)):
         predicted = predict(model, faces)
         for where, side in ((KEPT, faces.abs_yaw < BOUNDARY), (GAINED, faces.abs_yaw >= BOUNDARY)):
-            found, own = predicted[side], faces.where(side)
-            if part == "val":
-                scores["val"][where] = recognition_by_yaw(found, own.front, own.person, own.abs_yaw)["all"]
-                continue
-            of_side = score(found, own, "test", (FAR,))
-            scores["test"][where] = of_side["test"]["all"]
-            scores["test_people"][where] = {rate: of_side["test_people"]["all"][rate] for rate in RATES}
+            of_side = score(predicted[side], faces.where(side), part, (FAR,))
+            scores[part][where] = of_side[part]["all"]
+            if part == "test":
+                resampled = of_side["test_people"]["all"]
+                scores["test_people"][where] = {rate: resampled[rate] for rate in RATES}
     return scores
 
 
 def _methods(results: Results) -> dict[str, list[float]]:
     """The lambdas of each method of results, in rising order."""
-    found: dict[str, set[float]] = {}
-    for name, _ in results:
-        if name != "base":
-            method, _, weight = name.rpartition(", lambda ")
-            found.setdefault(method, set()).add(float(weight))
+    found: dict[str, list[float]] = {}
+    for name in {name: None for name, _ in results if name != "base"}:
+        method, _, weight = name.rpartition(", lambda ")
+        found.setdefault(method, []).append(float(weight))
     return {method: sorted(weights) for method, weights in found.items()}
 
 
@@ -167,48 +117,29 @@ def changes(results: Results) -> pd.DataFrame:
     """
     rows = []
     for method, weights in _methods(results).items():
-        for weight in weights:
-            for rate in RATES:
-                for where in (KEPT, GAINED):
-                    apart = difference(results, name_of(method, weight), "base", rate, where)
-                    rows.append(
-                        {
-                            "method": method,
-                            "weight": weight,
-                            "rate": rate,
-                            "where": where,
-                            "mean": apart.mean,
-                            "half": apart.half,
-                        }
-                    )
-    return pd.DataFrame(rows)
+        for weight, rate, where in product(weights, RATES, SIDES):
+            apart = difference(results, name_of(method, weight), "base", rate, where)
+            rows.append((method, weight, rate, where, apart.mean, apart.half))
+    return pd.DataFrame(rows, columns=["method", "weight", "rate", "where", "mean", "half"])
 
 
 def changes_table(results: Results) -> pd.DataFrame:
     """`changes` as text: a row per method and lambda, a column per rate and side, e.g. '-0.011 ± 0.005'."""
-    rows: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
-    sides = {KEPT: "|yaw| < 45°", GAINED: "|yaw| ≥ 45°"}
-    for row in changes(results).itertuples():
-        cell = f"{row.mean:+.3f} ± {row.half:.3f}"
-        rows.setdefault((row.method, f"{row.weight:g}"), {})[sides[row.where], RATES[row.rate]] = cell
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis(["adapted by", "lambda"])
-    columns = [(side, rate) for side in sides.values() for rate in RATES.values()]
-    return table[columns].set_axis(pd.MultiIndex.from_tuples(columns), axis=1)
+    columns = pd.MultiIndex.from_product((SIDES.values(), RATES.values()))
+    rows: dict[tuple[str, str], dict] = {}
+    for method, weight, rate, where, mean, half in changes(results).itertuples(index=False):
+        rows.setdefault((method, f"{weight:g}"), {})[SIDES[where], RATES[rate]] = f"{mean:+.3f} ± {half:.3f}"
+    return pd.DataFrame(rows.values(), rows, columns).rename_axis(["adapted by", "lambda"])
 
 
 def _compared(results: Results, pairs: Sequence[tuple[str, str]], rate: str) -> dict[tuple[str, str], str]:
     """{(name, other): their difference on both sides of 45 degrees}, in words; p-values corrected for all of them."""
-    words = judged(
-        {(pair, where): difference(results, *pair, rate, where) for pair in pairs for where in (KEPT, GAINED)}
-    )
+    words = judged({(pair, where): difference(results, *pair, rate, where) for pair in pairs for where in SIDES})
     return {pair: f"{words[pair, KEPT]} below 45°, {words[pair, GAINED]} beyond" for pair in pairs}
 
 
 def findings(results: Results, rate: str = "tar") -> str:
-    """What is forgotten without a prior, and what each lambda changes against lambda 0, as a Markdown list.
-
-    Test people; differences are paired by seed and by people.
-    """
+    """On test people: what is forgotten without a prior, and what each lambda changes against 0, as a Markdown list."""
     pairs = []
     for method, (zero, *weights) in _methods(results).items():
         none = name_of(method, zero)
@@ -230,18 +161,15 @@ def recommendation(results: Results, rate: str = "tar") -> str:
         found = [result["val"] for (other, _), result in results.items() if other == name]
         return over_seeds((rates[KEPT][rate] + rates[GAINED][rate]) / 2 for rates in found).mean
 
-    chosen = {
-        method: max((name_of(method, weight) for weight in weights), key=on_validation)
-        for method, weights in _methods(results).items()
-    }
-    zeros = {method: name_of(method, weights[0]) for method, weights in _methods(results).items()}
-    pairs = [(name, zeros[method]) for method, name in chosen.items() if name != zeros[method]]
-    words = {
-        name: f"; on test people, against {other}: {found}"
-        for (name, other), found in _compared(results, pairs, rate).items()
-    }
-    lines = [f"- **{name}** is best on validation people{words.get(name, '')}." for name in chosen.values()]
+    best, pairs = [], []
+    for method, weights in _methods(results).items():
+        zero, *others = [name_of(method, weight) for weight in weights]
+        best.append(max((zero, *others), key=on_validation))
+        if best[-1] != zero:
+            pairs.append((best[-1], zero))
+    compared = _compared(results, pairs, rate)
+    words = {name: f"; on test people, against {other}: {found}" for (name, other), found in compared.items()}
+    lines = [f"- **{name}** is best on validation people{words.get(name, '')}." for name in best]
     seeds = len({seed for name, seed in results if name != "base"})
     note = "one seed: take this for a smoke test" if seeds == 1 else f"{seeds} seeds"
-    lines.append(f"- {RATES[rate]}; {note}; {correction(2 * len(pairs))}.")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"- {RATES[rate]}; {note}; {correction(2 * len(pairs))}."])

@@ -1,18 +1,28 @@
-"""Finished results of studies, kept so that a second run only does what is missing."""
+"""Trainings of studies, side by side; their results are kept, so that a second run only does what is missing."""
 
 import ast
 import functools
 import hashlib
 import json
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
+import joblib
 import torch
+from joblib.parallel import get_active_backend
+from torch import nn
 
-from viewdiff_nb.faces.splits import Split
+from viewdiff_nb.faces import Split
 from viewdiff_nb.files import RUNS, read_json, write_text
+from viewdiff_nb.training import TrainConfig, TrainingAdvice, TrainResult, train, train_together
+from viewdiff_nb.training.devices import with_cuda_graph
+from viewdiff_nb.training.one_pass import refusal, shared_part
 
+Result = TypeVar("Result")
 PACKAGE = Path(__file__).parents[1]
 RESULT_CODE = (
     "faces/geometry.py",
@@ -25,80 +35,79 @@ RESULT_CODE = (
     "studies/adaptation.py",
     "studies/forgetting.py",
     "studies/significance.py",
+    "studies/store.py",
 )
-"""What trains and scores; the rest of the package draws, tells, or makes faces, whose tensors are in the key."""
+"""What trains and scores. The rest of the package draws, or makes faces, whose tensors are in the key."""
 
 
 class DamagedResult(UserWarning):
     """A stored result that cannot be read, and is made again."""
 
 
-class _Unreadable(ValueError):
-    pass
-
-
 class Store:
-    """Finished results, one JSON file per key: config, data, the code that makes the result, and torch's version.
+    """Finished results of trainings, a JSON file each.
 
-    Training times are those of the machine, and of its load, on which a result was made.
+    Its name is a hash of all that made it: the training's name and config, the data, the code and torch's version. A
+    base model counts by the name of its file, wherever that lies. Training times are those of the machine, and of its
+    load, on which a result was made.
     """
 
     def __init__(self, split: Split, folder: Path = RUNS) -> None:
         self.folder = folder / "study"
-        self.data = fingerprint(split)
+        self.made_by = {"data": fingerprint(split), "code": code_fingerprint(), "torch": torch.__version__}
 
-    def path(self, key: dict) -> Path:
-        made_by = {"data": self.data, "code": code_fingerprint(), "torch": torch.__version__}
-        text = json.dumps(key | made_by, sort_keys=True)
+    def path(self, name: str, config: TrainConfig) -> Path:
+        text = json.dumps(_key(name, config) | self.made_by, sort_keys=True)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
 
-    def get(self, key: dict, make: Callable[[Path], dict]) -> dict:
-        """The stored result of key, or make(path), stored; make may put further files beside path."""
-        if (found := self.find(key)) is not None:
-            return found
-        path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"key": key} | make(path)))
-        return read_json(path, _Unreadable)
+    def checkpoint(self, name: str, config: TrainConfig) -> Path:
+        """Where weights are kept beside the result."""
+        return self.path(name, config).with_suffix(".pth")
 
-    def find(self, key: dict) -> dict | None:
-        """The stored result of key; None if there is none, or (with a warning) if its file is damaged."""
-        path = self.path(key)
-        if not path.is_file():
+    def find(self, name: str, config: TrainConfig, with_weights: bool = False) -> dict | None:
+        """The stored result; None if it or its `checkpoint` is missing, or (with a warning) if it is damaged."""
+        path = self.path(name, config)
+        if not path.is_file() or (with_weights and not self.checkpoint(name, config).is_file()):
             return None
         try:
-            found = read_json(path, _Unreadable)
-            if not isinstance(found, dict) or found.get("key") != json.loads(json.dumps(key)):
-                raise _Unreadable(f"{path}: is not the result of its key")
-        except _Unreadable as error:
+            found = read_json(path, ValueError)
+            if not isinstance(found, dict) or found.get("key") != _key(name, config):
+                raise ValueError(f"{path}: is not the result of its key")
+        except ValueError as error:
             warnings.warn(f"{error}; the result is made again", DamagedResult, stacklevel=3)
             return None
         return found
 
-    def get_with_weights(self, key: dict, make: Callable[[Path], dict]) -> tuple[Path, dict]:
-        """As `get`, for a make that also writes a checkpoint, path with suffix .pth; made again if that is gone."""
-        checkpoint = self.path(key).with_suffix(".pth")
-        if not checkpoint.is_file():
-            self.path(key).unlink(missing_ok=True)
-        return checkpoint, self.get(key, make)
+    def get(self, name: str, config: TrainConfig, make: Callable[[], dict], with_weights: bool = False) -> dict:
+        """The stored result, or make(), stored; with_weights: make also writes the file `checkpoint`."""
+        if (found := self.find(name, config, with_weights)) is not None:
+            return found
+        path = self.path(name, config)
+        write_text(path, json.dumps({"key": _key(name, config)} | make()))
+        return read_json(path, ValueError)
+
+
+def _key(name: str, config: TrainConfig) -> dict:
+    base = config.base_model_path and Path(config.base_model_path).name
+    return json.loads(json.dumps({"name": name, "config": replace(config, base_model_path=base).to_dict()}))
 
 
 def fingerprint(split: Split) -> str:
     """A hash of all tensors of a split."""
     digest = hashlib.sha256()
     for faces in (split.train, split.val, split.test):
-        for tensor in (faces.front, faces.src, faces.keypoints_3d, faces.angles, faces.person):
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        for rows in (faces.front, faces.src, faces.keypoints_3d, faces.angles, faces.person):
+            digest.update(rows[:].cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 @functools.cache
-def code_fingerprint(package: Path = PACKAGE) -> str:
-    """A hash of what `RESULT_CODE` does; comments, docstrings and the layout of the lines are no part of it."""
+def code_fingerprint(folder: Path = PACKAGE, patterns: Iterable[str] = RESULT_CODE) -> str:
+    """A hash of what Python files do; comments, docstrings and the layout of the lines are no part of it."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in RESULT_CODE for path in package.glob(pattern)):
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
         tree = _WithoutTexts().visit(ast.parse(path.read_text(encoding="utf-8")))
-        digest.update(f"{path.relative_to(package).as_posix()} {ast.dump(tree)}\n".encode())
+        digest.update(f"{path.relative_to(folder).as_posix()} {ast.dump(tree)}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -109,14 +118,51 @@ class _WithoutTexts(ast.NodeTransformer):
         return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
 
 
-class NotFinishedError(LookupError):
-    """The result asked for is not stored."""
+def passes(configs: Iterable[TrainConfig], most: int) -> list[list[TrainConfig]]:
+    """Configs grouped by what can be trained in one pass, at most so many; expensive passes first."""
+    groups: dict[TrainConfig, list[TrainConfig]] = {}
+    for config in configs:
+        groups.setdefault(config if refusal(config) else shared_part(config), []).append(config)
+    found = [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
+    return sorted(found, key=lambda group: -len(group) * group[0].voxel_resolution ** 3 * group[0].use_projection_layer)
 
 
-class FinishedStore(Store):
-    """Tells whether a result is stored: `get` makes nothing, and raises `NotFinishedError` instead."""
+def train_pass(configs: Sequence[TrainConfig], split: Split, model: nn.Module | None = None) -> list[TrainResult]:
+    """Train a config, or several in one pass; on a GPU as a CUDA graph.
 
-    def get(self, key: dict, make: Callable[[Path], dict]) -> dict:
-        if self.find(key) is None:
-            raise NotFinishedError(self.path(key).name)
-        return {}
+    Raises:
+        FloatingPointError, TrainingDiverged: if a loss is not finite.
+    """
+    configs = [with_cuda_graph(config) for config in configs]
+    with warnings.catch_warnings(action="ignore", category=TrainingAdvice):  # bad settings are compared on purpose
+        if len(configs) == 1:
+            return [train(configs[0], split.train, split.val, model, progress=False)]
+        results = train_together(configs, split.train, split.val)
+    for config, result in zip(configs, results, strict=True):
+        if result.stopped == "diverged":
+            what = f"rank {config.rank}, lambda {config.lambda_prior:g}, seed {config.seed}"
+            raise FloatingPointError(f"{what}: the loss is not finite")
+    return results
+
+
+def side_by_side(
+    function: Callable[..., Result], jobs: Sequence[tuple], workers: int | None = None, progress: Callable = iter
+) -> list[Result]:
+    """function(*job) of every job, in the order in which they are done.
+
+    The caller's `joblib.parallel_config` says where: by default in processes of this machine, which share its cores.
+    Steps of these models are small: two processes with a core each get more done than one with two.
+
+    Args:
+        workers: at once; by default what the parallel_config says, or one per core, eight at most; one if there is a
+            GPU.
+        progress: wraps the list of jobs, e.g. tqdm.
+    """
+    if not jobs:
+        return []
+    backend, configured = get_active_backend()
+    workers = workers or configured or (1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 8))
+    return_as = "generator_unordered" if backend.supports_return_generator else "list"
+    parallel = joblib.Parallel(min(workers, len(jobs)), return_as=return_as, batch_size=1)
+    done = parallel(joblib.delayed(function)(*job) for job in jobs)
+    return [result for _, result in zip(progress(jobs), done, strict=True)]

@@ -1,4 +1,4 @@
-"""Words and pictures of grids whose answer is known by construction."""
+"""What is said of grids whose answer is known by construction."""
 
 import itertools
 

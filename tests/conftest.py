@@ -3,15 +3,12 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import module_study
 import numpy as np
 import pytest
-import recipe_study
 import torch
 from chromium import CHROMIUM, HOW_TO_GET
 
-from viewdiff_nb.faces import FaceViews, split_by_person
-from viewdiff_nb.studies import adaptation
+from viewdiff_nb.faces import FaceViews
 from viewdiff_nb.training.checkpoint import save_checkpoint
 from viewdiff_nb.training.config import TrainConfig
 from viewdiff_nb.training.loop import train
@@ -124,39 +121,6 @@ def face_set(tmp_path):
     """A folder with a small valid set."""
     write_set(tmp_path / "faces", people(8))
     return tmp_path / "faces"
-
-
-@pytest.fixture
-def tiny():
-    """One seed, one epoch of everything."""
-    return adaptation.Profile(
-        "tiny",
-        seeds=1,
-        train_people=None,
-        base_epochs=1,
-        adapt_epochs=1,
-        wide_base_epochs=1,
-        wide_epochs=1,
-        small_epochs=1,
-        baseline_epochs=1,
-        recipe_epochs=1,
-    )
-
-
-@pytest.fixture
-def small(monkeypatch, tmp_path):
-    """A split of random people, models of toy size, and results in a folder of their own."""
-    sizes = {"d_model": 32, "nhead": 4, "num_layers": 2, "dim_feedforward": 48, "voxel_resolution": 4}
-    common = replace(adaptation.COMMON, **sizes)
-    for module in (adaptation, module_study, recipe_study):
-        monkeypatch.setattr(module, "COMMON", common)
-    for name, options in adaptation.ADAPTATIONS.items():
-        small_options = options | ({"voxel_resolution": 4} if "voxel_resolution" in options else {})
-        monkeypatch.setitem(adaptation.ADAPTATIONS, name, small_options)
-    monkeypatch.setattr(adaptation, "WIDE_OPTIONS", adaptation.WIDE_OPTIONS | {"voxel_resolution": 4})
-    monkeypatch.setattr(adaptation, "SMALL_OPTIONS", sizes | {"weight_decay": 1.0})
-    monkeypatch.setattr(adaptation.Store.__init__, "__defaults__", (tmp_path,))
-    return split_by_person(people(110, views=12), val=40, test=40)
 
 
 @pytest.fixture(scope="module")

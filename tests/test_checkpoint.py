@@ -31,7 +31,7 @@ from viewdiff_nb.training.checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from viewdiff_nb.training.evaluation import predict
+from viewdiff_nb.training.result import predict
 
 CONTENT = {
     "model": {"w": torch.arange(5000.0)},

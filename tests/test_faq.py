@@ -13,9 +13,15 @@ from viewdiff_nb.faces import FaceViews
 from viewdiff_nb.training import loop as trainer
 from viewdiff_nb.training.checkpoint import build_model
 from viewdiff_nb.training.config import TrainConfig
-from viewdiff_nb.training.evaluation import predict
 from viewdiff_nb.training.loop import train
-from viewdiff_nb.training.result import MUCH_PRIOR_LOSS, TrainingAdvice, TrainingDiverged, advice, memory_advice
+from viewdiff_nb.training.result import (
+    MUCH_PRIOR_LOSS,
+    TrainingAdvice,
+    TrainingDiverged,
+    advice,
+    memory_advice,
+    predict,
+)
 
 ADAPTED = replace(CONFIG, use_lora_attention=True)
 

@@ -14,9 +14,9 @@ from torch import nn
 from viewdiff_nb.faces import FaceViews, load_face_views
 from viewdiff_nb.modules.baselines import MLP
 from viewdiff_nb.training.checkpoint import build_model, load_checkpoint, save_checkpoint
-from viewdiff_nb.training.evaluation import predict
 from viewdiff_nb.training.loop import train
 from viewdiff_nb.training.losses import LOSSES, build_optimizer, warmup_cosine
+from viewdiff_nb.training.result import predict
 
 
 @pytest.mark.parametrize("loss", LOSSES)

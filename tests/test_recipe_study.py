@@ -2,6 +2,7 @@ import pytest
 import recipe_study as study
 import torch
 from conftest import people
+from mirror import mirrored
 from studies_fixture import TINY, small_split
 
 from viewdiff_nb.modules.baselines import RawEmbedding

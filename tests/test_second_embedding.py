@@ -8,8 +8,8 @@ from viewdiff_nb.faces import load_face_views, split_by_person
 from viewdiff_nb.files import HEADS
 from viewdiff_nb.metrics import recognition_by_yaw
 from viewdiff_nb.training.config import TrainConfig
-from viewdiff_nb.training.evaluation import predict
 from viewdiff_nb.training.loop import train
+from viewdiff_nb.training.result import predict
 
 HEADS_192 = HEADS.with_name("heads_192")
 SMALL = {"d_model": 64, "nhead": 4, "num_layers": 2, "dim_feedforward": 96, "voxel_resolution": 4}

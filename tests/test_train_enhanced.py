@@ -11,7 +11,7 @@ from viewdiff_nb import train_enhanced
 from viewdiff_nb.faces import save_split, split_by_person
 from viewdiff_nb.train_enhanced import main
 from viewdiff_nb.training.checkpoint import load_model
-from viewdiff_nb.training.evaluation import predict
+from viewdiff_nb.training.result import predict
 
 SMALL = [
     "--d_model",

@@ -23,7 +23,6 @@ from viewdiff_nb.training.batches import (
 from viewdiff_nb.training.checkpoint import PERIODIC, find_checkpoint, load_checkpoint, prepare_model
 from viewdiff_nb.training.config import TrainConfig
 from viewdiff_nb.training.devices import GraphedFunction, connect, manual_seed, set_capturable
-from viewdiff_nb.training.evaluation import check_people, evaluate
 from viewdiff_nb.training.losses import LOSSES, Objective, build_optimizer, set_rates, warmup_cosine
 from viewdiff_nb.training.result import (
     StopRequest,
@@ -31,7 +30,9 @@ from viewdiff_nb.training.result import (
     TrainingInterrupted,
     TrainResult,
     advise,
+    check_people,
     diverged,
+    evaluate,
     find_cause,
     memory_advice,
 )

@@ -161,7 +161,7 @@ class Objective:
         person, conditions = batch.person, batch.conditions()
         loss_of = partial(mean_loss, LOSSES[self.config.loss], self.front, partner=partner, weight=weight)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            if self.task is not None and self.prior is not None:
+            if self.task is not None and self.prior is not None and kept is not None:
                 loss, terms = self.task.compute_loss(batch.src, conditions, person, loss_of, prior=self.prior[kept])
                 return Cost(loss, terms["prior_loss"])
             predicted = self.model(batch.src, **conditions, return_residual=False)

@@ -30,9 +30,8 @@ from viewdiff_nb.training.batches import (
 from viewdiff_nb.training.checkpoint import prepare_model
 from viewdiff_nb.training.config import TrainConfig
 from viewdiff_nb.training.devices import GraphedFunction, choose_device, connect
-from viewdiff_nb.training.evaluation import evaluate
 from viewdiff_nb.training.losses import LOSSES, Objective, amp_dtype_for, mean_loss, warmup_cosine
-from viewdiff_nb.training.result import TrainResult
+from viewdiff_nb.training.result import TrainResult, evaluate
 
 MAY_DIFFER = ("rank", "lora_alpha", "lora_lr", "lambda_prior", "seed")  # between the runs of one pass
 
@@ -160,7 +159,7 @@ class _Pass:
             mixing = partner.view(runs, -1), weight
         src, conditions = batch.src, batch.conditions()
         size = len(src) // runs
-        if objective.prior is not None:
+        if objective.prior is not None and prior_rows is not None:
             prior = objective.prior[prior_rows]
             src = _join(src, prior["inputs"])
             conditions = {name: _join(value, prior["conditions"][name]) for name, value in conditions.items()}

@@ -18,7 +18,7 @@ from viewdiff_nb.faces.geometry import normalise_keypoints
 from viewdiff_nb.faces.turntable import RecordedPeople, Turntable, load_turntable
 from viewdiff_nb.faces.views import FaceViews
 from viewdiff_nb.files import TURNTABLE
-from viewdiff_nb.training.evaluation import predict
+from viewdiff_nb.training.result import predict
 from viewdiff_nb.widgets.explorer import DPI, LOOK, Explorer, LiveFigure, Stage, png, pose_sliders, pose_text
 
 People = Turntable | RecordedPeople

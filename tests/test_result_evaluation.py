@@ -7,11 +7,11 @@ import torch
 from conftest import CONFIG, people
 
 from viewdiff_nb.modules.baselines import MLP
-from viewdiff_nb.training import evaluation
+from viewdiff_nb.training import result as evaluation
 from viewdiff_nb.training.checkpoint import build_model
-from viewdiff_nb.training.evaluation import evaluate, probes_to_score
 from viewdiff_nb.training.loop import train
 from viewdiff_nb.training.losses import LOSSES
+from viewdiff_nb.training.result import evaluate, probes_to_score
 
 CROSS = replace(CONFIG, use_cross_view=True, n_views=4, batch_size=16, epochs=1)
 

@@ -63,9 +63,11 @@ NEEDS = {
     "test_*_against_peft.py": "PEFT",
     "test_*_in_onnx.py": "ONNX",
     "test_*_on_clusters.py": "dask and ray",
+    "test_*_in_processes.py": "minutes: training in several processes",
+    "programs": "minutes: the studies of benchmarks/",
     "test_embed.py": "InsightFace",
 }
-"""Tests that need more than `make test` installs; `make test-all`, which sets ALL, runs them."""
+"""Tests that need more than `make test` installs, or long; `make test-all`, which sets ALL, runs them."""
 
 ALL = bool(os.environ.get("ALL"))
 LEFT_OUT = {name: what for name, what in NEEDS.items() if not ALL or (name == "browser" and not CHROMIUM)}

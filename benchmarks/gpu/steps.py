@@ -72,10 +72,11 @@ class CapturedStep:
         set_capturable(step.optimizer, self.device, True)
         self.captured = GraphedFunction(step.learn, self.device, warmup)
         for _ in range(warmup):
-            self()
+            rows = step.draw_prior()
+            self.captured(rows)
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        self.captured.record(step.draw_prior())
+        self.captured.record(rows)  # no step, so nothing is drawn for it
         self.peak = torch.cuda.max_memory_allocated(self.device) - step.allocated_before
 
     def __call__(self) -> None:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What a GPU is asked, step by step; results go to the folder OUT. Without steps all of them.
 #   OUT=folder bash benchmarks/gpu/run.sh [tests] [speed] [compiled] [training] [quality] [one_pass] [loop] [grid]
+#   OUT=folder bash benchmarks/gpu/run.sh several        (two GPUs against one)
 # Time limits in seconds: SPEED_SECONDS, COMPILED_SECONDS, QUALITY_SECONDS. What was not reached is said so in the tables;
 # quality goes on where it was when it is started again. Trainings side by side: WORKERS.
 set -uo pipefail
@@ -43,6 +44,7 @@ for step in "${@:-tests speed compiled training quality one_pass loop grid}"; do
             done
             ;;
         loop) timeout 240 $PYTHON benchmarks/loop_profile.py --epochs 1 --batch_size 32 | tee "$OUT/loop.txt" ;;
+        several) timeout 400 $PYTHON benchmarks/gpu/several.py "$OUT/several" | tee "$OUT/several.txt" ;;
         grid) $PYTHON benchmarks/ablation.py --workers 1 --out "$OUT" ;;
         *) echo "unknown step $part"; exit 2 ;;
         esac

@@ -120,7 +120,8 @@ def connect(config: TrainConfig) -> Processes:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        on_gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
         atexit.register(dist.destroy_process_group)
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     return Processes(device, dist.get_world_size(), dist.get_rank())

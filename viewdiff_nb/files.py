@@ -203,40 +203,32 @@ class DiskRows:
 
     Args:
         rows: (M,) int64, which rows of the file are meant, in which order; by default all.
-        steps: functions applied, one after the other, to what is read; each keeps the shape.
     """
 
     device, dtype = torch.device("cpu"), torch.float32
 
-    def __init__(self, path: Path, rows: np.ndarray | None = None, steps: tuple[Callable, ...] = ()) -> None:
-        self.path, self.steps = path, steps
+    def __init__(self, path: Path, rows: np.ndarray | None = None) -> None:
+        self.path = path
         self.array = read_npy(path, ValueError, mmap=True)
         self.rows = np.arange(len(self.array)) if rows is None else rows
         self.shape = (len(self.rows), *self.array.shape[1:])
 
     def __reduce__(self) -> tuple[type["DiskRows"], tuple]:
-        return DiskRows, (self.path, self.rows, self.steps)  # a worker opens the file itself
+        return DiskRows, (self.path, self.rows)  # a worker opens the file itself
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: Tensor | slice | int) -> Tensor:
         """Read the rows of an index or a mask."""
-        values = torch.from_numpy(np.array(self.array[self._rows_of(index)], np.float32))
-        for step in self.steps:
-            values = step(values)
-        return values
+        return torch.from_numpy(np.array(self.array[self._rows_of(index)], np.float32))
 
     def _rows_of(self, index: Tensor | slice | int) -> np.ndarray:
         return self.rows[index.cpu().numpy() if isinstance(index, Tensor) else index]
 
     def pick(self, index: Tensor | slice) -> "DiskRows":
         """Only the rows of an index or a mask, not yet read."""
-        return DiskRows(self.path, self._rows_of(index), self.steps)
-
-    def then(self, step: Callable[[Tensor], Tensor]) -> "DiskRows":
-        """The same rows, step being applied to what is read."""
-        return DiskRows(self.path, self.rows, (*self.steps, step))
+        return DiskRows(self.path, self._rows_of(index))
 
     def read(self, device: torch.device | str = "cpu") -> Tensor:
         """All rows in the memory of a device, read in chunks."""

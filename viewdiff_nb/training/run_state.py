@@ -24,8 +24,6 @@ from viewdiff_nb.training.checkpoint import BEST, BEST_WEIGHTS, LAST, PREVIOUS, 
 from viewdiff_nb.training.config import ARCHITECTURE, MONITORED, TrainConfig
 from viewdiff_nb.training.devices import CPU, generator
 
-TRACE = ("loss", "grad_norm", "prior_loss")  # of every batch; the norm only where a window of batches ends
-
 # Settings that may change between epochs, but not within one, since they say which batches it has.
 WITHIN_EPOCH = {"batch_size", "gradient_accumulation_steps", "n_views", "mixup", "paired_views", "seed"}
 # Settings that may change without a word: what they lead to is compared itself, or they change no weight.
@@ -75,7 +73,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     generator: torch.Generator
-    trace: Tensor  # (batches, 3) of the epoch that runs, see `TRACE`
+    trace: Tensor  # (batches, 3) of the epoch that runs: loss, gradient norm where a window ends, prior loss
     epoch: int = 0  # how many are finished
     batch: int = 0  # how many of the epoch that runs are finished
     steps: int = 0

@@ -457,8 +457,7 @@ def test_a_damaged_config_in_the_header_is_refused(files):
 def test_a_run_cannot_go_on_from_weights_alone(files):
     _, path, other = files
     for weights in (path, other):
-        assert find_checkpoint(str(weights), None) == weights
         with pytest.raises(
             CheckpointError, match=f"{weights.name} holds weights, but no training run .*base_model_path"
         ):
-            checkpoint.check_run(weights, load_checkpoint(weights))
+            find_checkpoint(str(weights), None)

@@ -4,6 +4,7 @@ import resource
 import signal
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -160,3 +161,13 @@ def test_changed_bytes_raise_no_other_error(tmp_path, read):
 def test_a_fingerprint_is_of_all_bytes():
     """Such values stand in checkpoints and split files."""
     assert fingerprint(b"a", b"bc") == fingerprint(b"abc") == "ba7816bf8f01cfea"
+
+
+def test_a_compressed_archive_is_refused_also_by_a_quick_look(tmp_path):
+    torch.save({"weight": torch.ones(64)}, tmp_path / "plain.pth")
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(tmp_path / "small.pth", "w", 8) as small:
+        for entry in plain.infolist():
+            small.writestr(entry.filename, plain.read(entry))
+    for mmap in (False, True):
+        with pytest.raises(ValueError, match=r"small\.pth .*does not compress"):
+            read_torch(tmp_path / "small.pth", ValueError, mmap=mmap)

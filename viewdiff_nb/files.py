@@ -155,6 +155,7 @@ def read_npy(
     with _refusing(f"{path}: not a readable .npy array", error):
         array = np.load(path, mmap_mode="r", allow_pickle=False)  # takes no memory, whatever the header says
         if not isinstance(array, np.memmap):
+            array.close()
             raise ValueError("it is an archive of several")
         if (size := os.stat(path).st_size - array.offset) != array.nbytes:
             raise ValueError(f"damaged, since {size} bytes are no {array.dtype} numbers of shape {array.shape}")
@@ -176,6 +177,8 @@ def read_torch(
     with _refusing(f"{path} is truncated, damaged or no checkpoint", error):
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise ValueError("torch.save does not compress")
             if any(entry.is_dir() or entry.external_attr & ZIP_FOLDER for entry in entries):
                 raise ValueError("an entry says that it is a folder, and torch would read nothing of it")
             if sum(entry.file_size for entry in entries) > os.stat(path).st_size:

@@ -41,15 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)  # no line of this program
         try:
             config = parse(arguments)
-            if config.devices > 1 and not devices.started_by_torchrun():
-                devices.relaunch(sys.argv[1:] if arguments is None else arguments, config.devices)
-            if not config.save_dir:
-                config = replace(config, save_dir=_new_folder())
             faces = load_face_views(config.data_dir)
             if config.split_file:
                 split = load_split_file(config.split_file, faces)
             else:
                 split = split_by_person(faces, config.val_people, config.test_people, config.split_seed)
+            if config.devices > 1 and not devices.started_by_torchrun():
+                devices.relaunch(sys.argv[1:] if arguments is None else arguments, config.devices)
+            if not config.save_dir:
+                config = replace(config, save_dir=_new_folder())
             sizes = [len(part.names) for part in (split.train, split.val, split.test)]
             people = "{} people train, {} validate, {} are kept for a test (val_people, test_people)".format(*sizes)
             _say(f"{people}; everything is kept in {config.save_dir}")

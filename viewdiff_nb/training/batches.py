@@ -83,6 +83,7 @@ def feed(
     """The batches with these indices, on the device; the same values wherever faces lies.
 
     Args:
+        index_batches: (B,) rows of faces each.
         num_workers: processes that read ahead; only for a set that is not on the device.
     """
     if not faces.on_disk and faces.device.type == device.type:

@@ -3,6 +3,7 @@
 A checkpoint is a file of `torch.save`. Weights alone travel as safetensors, with the model's config in their header.
 """
 
+import hashlib
 import json
 import warnings
 from contextlib import suppress
@@ -61,7 +62,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu", mmap: 
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it is truncated, damaged, or not a checkpoint of this kit.
+        CheckpointError: if it is truncated, damaged, or not a checkpoint of this kit; nothing but tensors and plain
+            values is unpickled.
     """
     content = _read(Path(path), "checkpoint", device, mmap)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -86,6 +88,12 @@ def _read(path: Path, what: str, device: torch.device | str = "cpu", mmap: bool 
     return content
 
 
+def file_fingerprint(path: str | Path) -> str:
+    """A hash of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 def check_run(source: str | Path, content: dict[str, Any]) -> None:
     """Raise CheckpointError if content lacks what a run needs to go on."""
     if missing := ", ".join(sorted(NEEDED.keys() - content.keys())):
@@ -108,6 +116,9 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
     """
     found, refused = [], []
     for path in Path(folder).glob("*.pth"):
+        if not path.is_file():
+            refused.append(f"{path}, which is no file")
+            continue
         try:
             found.append((*progress(path), path))
         except CheckpointError as error:
@@ -141,7 +152,7 @@ def find_checkpoint(resume: str | None, save_dir: str | None) -> Path | None:
             raise FileNotFoundError(f"there is no checkpoint in {path} to resume from")
         return newest
     try:
-        load_checkpoint(path)
+        check_run(path, load_checkpoint(path))
     except CheckpointError as error:
         other = None
         with suppress(CheckpointError):  # where none beside it is any better

@@ -50,7 +50,7 @@ LIMITS: dict[str, Check] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """What `build_model` builds from."""
 
@@ -75,7 +75,7 @@ class Architecture:
 ARCHITECTURE = tuple(field.name for field in fields(Architecture))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(Architecture):
     """A training run. Field names are the flags of the command line."""
 
@@ -173,7 +173,8 @@ class TrainConfig(Architecture):
         narrowest = min(self.d_model, self.dim_feedforward) if "feed_forward" in self.lora_targets else self.d_model
         return {
             f"d_model must be a multiple of nhead={self.nhead}, got {self.d_model}": self.d_model % self.nhead > 0,
-            f"rank must not exceed {narrowest}, the width of the narrowest adapted layer, got {self.rank}": (
+            f"rank must not exceed {narrowest}, the width of the narrowest adapted layer (d_model={self.d_model}, "
+            f"dim_feedforward={self.dim_feedforward}), got {self.rank}": (
                 self.use_lora_attention and self.rank > narrowest
             ),
             "use_lora_attention adapts nothing; name attention or feed_forward in lora_targets": (
@@ -200,6 +201,9 @@ class TrainConfig(Architecture):
             and self.use_cross_view,
             f"use_cuda_graph records one batch, and gradient_accumulation_steps is {self.gradient_accumulation_steps}; "
             "give --no-use_cuda_graph": self.use_cuda_graph and self.gradient_accumulation_steps > 1,
+            f"use_cuda_graph is for one process, and devices is {self.devices}; give --no-use_cuda_graph": (
+                self.use_cuda_graph and self.devices > 1
+            ),
         }
 
     @property

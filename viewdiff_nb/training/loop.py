@@ -20,7 +20,7 @@ from viewdiff_nb.training.batches import (
     move_if_it_fits,
     views_to_train,
 )
-from viewdiff_nb.training.checkpoint import PERIODIC, find_checkpoint, load_checkpoint, prepare_model
+from viewdiff_nb.training.checkpoint import PERIODIC, file_fingerprint, find_checkpoint, load_checkpoint, prepare_model
 from viewdiff_nb.training.config import TrainConfig
 from viewdiff_nb.training.devices import GraphedFunction, connect, manual_seed, set_capturable
 from viewdiff_nb.training.losses import LOSSES, Objective, build_optimizer, set_rates, warmup_cosine
@@ -36,7 +36,7 @@ from viewdiff_nb.training.result import (
     find_cause,
     memory_advice,
 )
-from viewdiff_nb.training.run_state import RunFolder, TrainingLog, TrainingState, data_fingerprint, file_fingerprint
+from viewdiff_nb.training.run_state import RunFolder, TrainingLog, TrainingState, data_fingerprint
 
 logger = logging.getLogger(__name__)
 CHECK_EVERY = 1.0  # seconds; a check of the loss waits for the device
@@ -99,21 +99,21 @@ class _Run:
         self.processes = connect(config)
         self.device, self.is_first = self.processes.device, self.processes.rank == 0
         self.progress = progress and self.is_first
-        self.all_faces = move_if_it_fits(train_faces, self.device)
-        self.faces = views_to_train(self.all_faces, config)
+        all_faces = move_if_it_fits(train_faces, self.device)
+        self.faces = views_to_train(all_faces, config)
         self.val_faces = move_if_it_fits(val_faces, self.device)
         self.mixup = Mixup(self.faces) if config.mixup else None
         self.batches, self.window = count_batches(self.faces, config), config.gradient_accumulation_steps
         self.windows = math.ceil(self.batches / self.window)  # of an epoch; each ends with a step of the optimiser
 
-        self._build(model)
+        self._build(model, all_faces)
         manual_seed(config.seed)  # dropout
         self._resume()
         self.state.optimizer.zero_grad(set_to_none=True)  # what a model that was given may have of earlier steps
         self.good = [p.detach().clone() for p in self.trainable]  # after the last epoch that ended well
         self.save_at, self.check_at = time.monotonic() + 60 * config.save_minutes, time.monotonic() + CHECK_EVERY
 
-    def _build(self, model: nn.Module | None) -> None:
+    def _build(self, model: nn.Module | None, all_faces: FaceViews) -> None:
         """What learns: the model, its objective and its optimiser, in their first state."""
         config, base, prior_faces = self.config, None, None
         if model is None:
@@ -127,15 +127,14 @@ class _Run:
         self.forward = self.processes.share(model, config.views_together)
         if base is not None:
             base = base.to(self.device)
-            prior_faces = self.all_faces.where(self.all_faces.abs_yaw < config.prior_max_yaw)
-            prior_faces = prior_faces.in_memory().to(self.device)
+            prior_faces = all_faces.where(all_faces.abs_yaw < config.prior_max_yaw).in_memory().to(self.device)
         front = self.faces.front.to(self.device)
         self.objective = Objective(config, self.forward, front, self.device, base, prior_faces)
         self.graph = None
         if config.use_cuda_graph:
             self.graph = GraphedFunction(lambda *t: self._learn(FaceBatch(*t[:4]), *t[4:]), self.device)
         data = {"train": data_fingerprint(self.faces), "val": data_fingerprint(self.val_faces)}
-        data["base"] = file_fingerprint(config.base_model_path)
+        data["base"] = file_fingerprint(config.base_model_path) if config.base_model_path else ""
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.objective.amp_dtype is torch.float16)
         generator = torch.Generator().manual_seed(config.seed)
         trace = torch.zeros(self.batches, 3, device=self.device)  # loss, gradient norm and prior loss of each batch
@@ -148,7 +147,7 @@ class _Run:
             resumed = state.load_state_dict(load_checkpoint(path, self.device), str(path))
             same_goal = resumed.same_goal
             if state.epoch >= config.epochs:
-                raise ValueError(f"{path} has {state.epoch} epochs behind it; ask for more epochs than {config.epochs}")
+                raise ValueError(f"{path} has {state.epoch} epochs behind it; ask for more, not for {config.epochs}")
             if self.is_first and str(resumed):
                 logger.warning(f"the run goes on from {path} with {resumed}")
         weights = sum(p.nbytes for p in state.model.parameters())
@@ -162,8 +161,9 @@ class _Run:
         state, config = self.state, self.config
         log_dir = config.log_dir if self.is_first else None
         done = state.epoch * self.batches + state.batch
+        self.log = TrainingLog(log_dir, config.epochs, self.batches, done, self.progress)
         self.processes.wait()  # until all have read the checkpoint: the first may move files now
-        with self.folder, TrainingLog(log_dir, config.epochs, self.batches, done, self.progress) as self.log, self.stop:
+        with self.log, self.folder, self.stop:
             best = state.best, state.stale  # forgotten if the first process finds no best model in the folder
             state.best, state.stale = self.processes.from_first(best)
             if config.base_model_path and not state.history and config.val_every <= config.epochs:
@@ -297,7 +297,8 @@ class _Run:
         try:
             return self.processes.from_first(evaluate(self.state.model, self.val_faces, LOSSES[self.config.loss]))
         except TrainingDiverged as error:
-            raise self._diverged(f"after epoch {epoch} {error}") from error
+            what = f"after epoch {epoch} {error}, though every loss and gradient was" if epoch else str(error)
+            raise self._diverged(what) from error
 
     @torch.no_grad()
     def _finish_epoch(self) -> None:

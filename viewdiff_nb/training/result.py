@@ -283,7 +283,7 @@ def probes_to_score(model: nn.Module | TrainConfig, faces: FaceViews) -> int:
 def check_people(config: TrainConfig, train_faces: FaceViews, val_faces: FaceViews, model: nn.Module | None) -> None:
     """
     Raises:
-        ValueError: if people are in both sets, or too few validate for what is monitored.
+        ValueError: if people are in both sets, too few validate for what is monitored, or a front is not finite.
     """
     if overlap := set(train_faces.names) & set(val_faces.names):
         raise ValueError(f"{len(overlap)} people are in both training and validation, e.g. {min(overlap)!r}")
@@ -291,6 +291,8 @@ def check_people(config: TrainConfig, train_faces: FaceViews, val_faces: FaceVie
     found = f"{people} validation people with {probes} predictions"
     if people < 2 or not probes:
         raise ValueError(f"validation needs 2 people or more, with views enough to be scored; got {found}")
+    if not (finite := val_faces.front.isfinite().all(1)).all():
+        raise ValueError(f"the frontal embedding of {val_faces.names[int(finite.int().argmin())]!r} is not finite")
     impostors = probes * (people - 1)
     if config.monitor == "val_tar" and not can_tell(impostors):
         raise ValueError(

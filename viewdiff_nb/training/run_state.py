@@ -1,5 +1,6 @@
 """What a training run is made of while it runs: its state, the folder that it writes to, and what is seen of it."""
 
+import errno
 import logging
 import math
 import re
@@ -48,11 +49,6 @@ def data_fingerprint(faces: FaceViews) -> str:
     """A hash of whom a set shows and how often, without reading the embeddings."""
     about = repr((faces.names, faces.feature_dim, len(faces)))
     return fingerprint(about.encode(), faces.angles.cpu().numpy().tobytes())
-
-
-def file_fingerprint(path: str | Path | None) -> str:
-    """A hash of a file's bytes; empty for no file."""
-    return "" if path is None else fingerprint(Path(path).read_bytes())
 
 
 class Resumption(NamedTuple):
@@ -129,7 +125,7 @@ class TrainingState:
         settings = [dict(group) for group in self.optimizer.param_groups]
         try:
             for name in checkpoint.STATE_DICTS:
-                if state[name]:  # a scaler has no state where none was needed
+                if state[name] or name != "scaler":  # which has no state where none was needed
                     getattr(self, name).load_state_dict(state[name])
             if "seed" not in changed:  # else what is drawn from here on is the new seed's
                 self._load_generators(state)
@@ -172,12 +168,14 @@ class TrainingState:
         if not state["batch"]:
             return
         before, now = len(state["trace"]), len(self.trace)
-        remedy = "keep it, or take a checkpoint of a whole epoch"
+        if not 0 <= state["batch"] < before:
+            yield f"is damaged: it was saved after batch {state['batch']} of {before}"
+        whole = "take a checkpoint of a whole epoch"
         if before != now:
-            yield f"was saved within an epoch of {before} batches, and here it has {now}: batch_size, n_views; {remedy}"
+            yield f"was saved within an epoch of {before} batches; keep batch_size and n_views (here {now}), or {whole}"
         for name, (before, now) in changed.items():
             if name in WITHIN_EPOCH:
-                yield f"was saved within an epoch, and {name} was {before} and is {now} here; {remedy}"
+                yield f"was saved within an epoch, and {name} was {before} and is {now} here; keep it, or {whole}"
 
 
 @dataclass
@@ -223,7 +221,7 @@ class RunFolder:
         if (free := shutil.disk_usage(self.folder).free) < self.wanted:
             what = f"the checkpoints of this run need about {self.wanted / 1e9:.2f} GB"
             remedy = "make room, choose another save_dir or raise save_every"
-            raise OSError(f"{self.path} has {free / 1e9:.2f} GB free, and {what}; {remedy}")
+            raise OSError(errno.ENOSPC, f"{self.path} has {free / 1e9:.2f} GB free, and {what}; {remedy}")
         earlier = sorted(path for path in self.folder.iterdir() if OWN_FILES.fullmatch(path.name))
         if self.base and Path(self.base).resolve() in {path.resolve() for path in earlier}:
             what = f"base_model_path {self.base} is a file that runs write in save_dir {self.path}"
@@ -246,7 +244,7 @@ class RunFolder:
             return False
         try:
             return all(checkpoint.progress(path)[:2] <= here for path in earlier if path.suffix == ".pth")
-        except CheckpointError:  # what is damaged is put aside
+        except (CheckpointError, FileNotFoundError):  # what is damaged, or no file, is put aside
             return False
 
     def _best_so_far(self) -> dict[str, Any] | None:

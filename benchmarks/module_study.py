@@ -32,7 +32,7 @@ from viewdiff_nb.studies.adaptation import (
 )
 from viewdiff_nb.studies.benchmark import machine
 from viewdiff_nb.studies.significance import correction, judged, over_seeds
-from viewdiff_nb.studies.store import Store, code_fingerprint, side_by_side
+from viewdiff_nb.studies.store import Store, code_fingerprint, run_jobs
 from viewdiff_nb.studies.tables import Results
 from viewdiff_nb.training.batches import view_groups
 
@@ -82,8 +82,8 @@ def module_study(
     """Results by (name of `MODULES` or "base", seed)."""
     work = partial(adapted, store or Store(split), split, profile)
     jobs = [(name, seed) for seed in seeds for name in ("base", *MODULES)]
-    side_by_side(work, [job for job in jobs if job[0] == "base"], workers)
-    side_by_side(work, jobs, workers, progress)
+    run_jobs(work, [job for job in jobs if job[0] == "base"], workers)
+    run_jobs(work, jobs, workers, progress)
     return {job: work(*job) for job in jobs}
 
 
@@ -202,8 +202,8 @@ def multi_view_study(
     """
     work = partial(fused, store or Store(split), split, profile)
     jobs = [(name, seed) for seed in seeds for name in ("average", *(f"cross-view {views}" for views in VIEW_COUNTS))]
-    side_by_side(work, [job for job in jobs if job[0] == "average"], workers)
-    side_by_side(work, jobs, workers, progress)
+    run_jobs(work, [job for job in jobs if job[0] == "average"], workers)
+    run_jobs(work, jobs, workers, progress)
     return {job: work(*job) for job in jobs}
 
 

@@ -34,7 +34,7 @@ from viewdiff_nb.studies.adaptation import (
     score,
 )
 from viewdiff_nb.studies.benchmark import machine
-from viewdiff_nb.studies.store import Store, code_fingerprint, side_by_side, train_pass
+from viewdiff_nb.studies.store import Store, code_fingerprint, run_jobs, train_pass
 from viewdiff_nb.studies.tables import Results, difference, rate_estimate
 from viewdiff_nb.training import TrainConfig, predict
 from viewdiff_nb.training.checkpoint import prepare_model
@@ -104,8 +104,8 @@ def recipe_study(
     work = partial(tried, store, split, profile)
     jobs = [(name, seed) for seed in seeds for name in names]
     wide = [(seed, True) for seed in seeds if any(MODELS.get(name) for name, _ in jobs)]
-    side_by_side(partial(base_model, store, split, profile), wide, workers)
-    side_by_side(work, jobs, workers, progress)
+    run_jobs(partial(base_model, store, split, profile), wide, workers)
+    run_jobs(work, jobs, workers, progress)
     results = {}
     for name, seed in jobs:
         results[name, seed] = found = work(name, seed)

@@ -303,3 +303,18 @@ def test_nothing_to_save_or_to_load(tmp_path):
         save_adapter(trained_base(), tmp_path)
     with pytest.raises(FileNotFoundError, match=r"lacks adapter_model.safetensors and adapter_config.json"):
         load_adapter(adapted(trained_base()), tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("part", ["layers", "settings"])
+def test_a_config_that_names_more_is_refused_whatever_it_says(tmp_path, part):
+    model = adapted(trained_base())
+    save_adapter(model, tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config[part]["more"] = None
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(
+        weights, tmp_path / "adapter_model.safetensors", {"format": "pt", "adapter_config.json": json.dumps(config)}
+    )
+    with pytest.raises(AdapterError, match="more"):
+        load_adapter(adapted(trained_base()), tmp_path)

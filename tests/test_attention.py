@@ -262,3 +262,43 @@ def test_batch_must_be_a_multiple_of_the_views():
 
 def test_guide_sizes():
     assert CrossViewAttention(512, num_heads=8, n_views=5)(torch.randn(40, 512)).shape == (40, 512)
+
+
+class Wrapper(nn.Module):
+    """What a library may put around a layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *arguments):
+        return self.layer(*arguments)
+
+
+def test_wrapped_layers_are_given_the_pose():
+    torch.manual_seed(0)
+    attention = PoseConditionedLoRAAttention(16, num_heads=4)
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    features, pose, memory = torch.randn(3, 16), torch.randn(3, 3), torch.randn(3, 6, 16)
+    wanted = attention(features, pose, memory)
+    attention.query, attention.value = Wrapper(attention.query), Wrapper(attention.value)
+    torch.testing.assert_close(attention(features, pose, memory), wanted)
+
+
+def test_a_pose_of_another_shape_is_refused_also_while_merged():
+    attention = PoseConditionedLoRAAttention(16, num_heads=4)
+    attention.merge(torch.zeros(3))
+    attention(torch.randn(2, 16))
+    with pytest.raises(ValueError, match="pose"):
+        attention(torch.randn(2, 16), torch.zeros(2, 2))
+
+
+def test_trainable_parameters_come_in_the_order_of_the_layers():
+    for rank in (0, 2):
+        attention = PoseConditionedLoRAAttention(16, num_heads=4, rank=rank)
+        layers = (attention.query, attention.key, attention.value, attention.out)
+        wanted = [p for layer in layers for p in ((layer.lora_down, layer.lora_up) if rank else layer.parameters())]
+        assert all(a is b for a, b in zip(attention.get_trainable_parameters(), wanted, strict=True))
+    with pytest.raises(RuntimeError, match="rank 0"):
+        PoseConditionedLoRAAttention(16, num_heads=4, rank=0).merge()

@@ -215,3 +215,16 @@ def test_every_module_is_in_its_own_mode_again():
     with evaluation_mode(model):
         assert not any(module.training for module in model.modules()) and not torch.is_grad_enabled()
     assert [module.training for module in model] == [True, False, True] and model.training
+
+
+def test_wrapping_a_layer_draws_no_more_than_its_adapter():
+    linear = nn.Linear(12, 8)
+    torch.manual_seed(5)
+    wrapped = LoRALinearLayer.from_linear(linear, rank=3)
+    after = torch.get_rng_state()
+    torch.manual_seed(5)
+    wanted = nn.init.kaiming_uniform_(torch.empty(3, 12), a=5**0.5)
+    assert torch.equal(wrapped.lora_down, wanted) and torch.equal(torch.get_rng_state(), after)
+    assert not wrapped.lora_up.any() and wrapped.weight is linear.weight
+    with pytest.raises(TypeError):
+        LoRALinearLayer.from_linear(linear, rank=3, dtype=torch.float64)

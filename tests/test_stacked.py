@@ -154,3 +154,18 @@ def test_what_cannot_be_stacked():
         stack_adapters([crossed])
     with pytest.raises(ValueError, match="no dropout of their own"):
         stack_adapters(models({"use_projection_layer": False, "lora_dropout": 0.1}))
+
+
+def test_all_have_a_projection_of_one_resolution_or_none():
+    def built(**options):
+        torch.manual_seed(0)
+        sizes = {"d_model": 16, "nhead": 2, "num_layers": 1, "dim_feedforward": 24}
+        model = EnhancedTransformerDecoderOnly3D(**sizes, **options)
+        model.freeze_base()
+        return model
+
+    coarse, fine = (built(use_projection_layer=True, voxel_resolution=size) for size in (4, 8))
+    without = built(use_projection_layer=False)
+    for pair in ([coarse, without], [without, coarse], [coarse, fine]):
+        with pytest.raises(ValueError, match="projection of one voxel_resolution, or none"):
+            stack_adapters(pair)

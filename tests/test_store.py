@@ -15,7 +15,7 @@ from viewdiff_nb.studies.store import (
     Store,
     code_fingerprint,
     passes,
-    side_by_side,
+    run_jobs,
     train_pass,
 )
 from viewdiff_nb.training import TrainResult
@@ -147,16 +147,16 @@ def whole_quotient(number, divisor):
 def test_jobs_are_done_here_or_in_processes(workers):
     seen = []
     jobs = [(number, 2) for number in range(6)]
-    found = side_by_side(whole_quotient, jobs, workers, lambda jobs: seen.extend(jobs) or jobs)
+    found = run_jobs(whole_quotient, jobs, workers, lambda jobs: seen.extend(jobs) or jobs)
     assert sorted(value for _, value in found) == [0, 0, 1, 1, 2, 2] and seen == jobs
     assert ({process for process, _ in found} == {os.getpid()}) == (workers == 1)
-    assert side_by_side(whole_quotient, [], workers) == []
+    assert run_jobs(whole_quotient, [], workers) == []
     with pytest.raises(ZeroDivisionError):
-        side_by_side(whole_quotient, [(1, 1), (1, 0)], workers)
+        run_jobs(whole_quotient, [(1, 1), (1, 0)], workers)
 
 
 def test_the_caller_says_where():
     with joblib.parallel_config("threading", n_jobs=2):
-        assert {process for process, _ in side_by_side(whole_quotient, [(1, 1)] * 4)} == {os.getpid()}
+        assert {process for process, _ in run_jobs(whole_quotient, [(1, 1)] * 4)} == {os.getpid()}
     with joblib.parallel_config("multiprocessing", n_jobs=2):  # which hands out whole lists only
-        assert os.getpid() not in {process for process, _ in side_by_side(whole_quotient, [(1, 1)] * 4)}
+        assert os.getpid() not in {process for process, _ in run_jobs(whole_quotient, [(1, 1)] * 4)}

@@ -152,13 +152,14 @@ def read_npy(
     path: str | Path, error: type[ValueError], shape: tuple[int | None, ...] | None = None, mmap: bool = False
 ) -> np.ndarray:
     """A .npy file of floats of 2, 4 or 8 bytes, left on disk if mmap; in shape, None stands for any length."""
-    with _refusing(f"{path}: not a readable .npy array", error):
+    held = os.stat(path).st_size
+    with _refusing(f"{path}: truncated ({held} bytes), or not a readable .npy array", error):
         array = np.load(path, mmap_mode="r", allow_pickle=False)  # takes no memory, whatever the header says
         if not isinstance(array, np.memmap):
             array.close()
             raise ValueError("it is an archive of several")
-        if (size := os.stat(path).st_size - array.offset) != array.nbytes:
-            raise ValueError(f"damaged, since {size} bytes are no {array.dtype} numbers of shape {array.shape}")
+        if held - array.offset != array.nbytes:
+            raise ValueError(f"{held - array.offset} bytes are no {array.dtype} numbers of shape {array.shape}")
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise error(f"{path}: must hold floats, got {shorten(array.dtype.str)}")
     if shape and (len(shape) != array.ndim or any(w not in (None, n) for n, w in zip(array.shape, shape, strict=True))):

@@ -4,6 +4,7 @@ Small models without dropout are trained on one GPU, then by torchrun on two; a 
 end with the same weights but for the order of sums. A run of two that was resumed is compared with the whole one.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -55,7 +56,9 @@ def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float
 
 
 def main() -> None:
-    out, devices = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", "1"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    out, devices = parser.parse_args().out, int(os.environ.get("WORLD_SIZE", "1"))
     out.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

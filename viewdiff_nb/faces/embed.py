@@ -160,6 +160,8 @@ def load_part(path: Path, fingerprint: str) -> Person | None:
         return None
     if not isinstance(part, dict) or part.get("fingerprint") != fingerprint:
         return None
+    if not {"arrays", "entries", "failed"} <= part.keys():
+        return None
     arrays = {name: values.numpy() for name, values in part["arrays"].items()}
     return Person(arrays, part["entries"], part["failed"])
 

@@ -120,7 +120,7 @@ def load_peft_adapter(model: nn.Module, folder: str | Path) -> None:
     for name in lora_layers(model):
         rank, alpha = ranks.get(name, config["r"]), alphas.get(name, config["lora_alpha"])
         layers[name] = {"rank": rank, "alpha": alpha, "rslora": rslora, "pose_dim": 0}
-    _compare(folder, "adapted layers", _describe(model)["layers"], layers)
+    _compare(folder, "adapted layers", _layers(model), layers)
     renamed = {}
     for key, value in weights.items():
         found = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.(lora_[AB])(?:\.weight)?", key)
@@ -130,12 +130,16 @@ def load_peft_adapter(model: nn.Module, folder: str | Path) -> None:
     _copy(model, {name: model.get_parameter(name) for name in _factors(model)}, renamed, folder)
 
 
+def _layers(model: nn.Module) -> dict[str, dict[str, Any]]:
+    names = ("rank", "alpha", "rslora", "pose_dim")
+    return {name: {n: getattr(layer, n) for n in names} for name, layer in lora_layers(model).items()}
+
+
 def _describe(model: nn.Module) -> dict[str, Any]:
     """The config of the kit's format; settings are what decides the numbers and shows in no weight's shape."""
-    names = ("rank", "alpha", "rslora", "pose_dim")
     return {
         "format": FORMAT,
-        "layers": {name: {n: getattr(layer, n) for n in names} for name, layer in lora_layers(model).items()},
+        "layers": _layers(model),
         "settings": {
             f"{name}.{setting}": getattr(module, setting)
             for name, module in model.named_modules()
@@ -153,7 +157,8 @@ def _check_types(folder: str | Path, config: dict[str, Any], wanted: Mapping[str
 
 
 def _compare(folder: str | Path, what: str, model: dict[str, Any], saved: dict[str, Any]) -> None:
-    if differing := sorted(name for name in model.keys() | saved.keys() if model.get(name) != saved.get(name)):
+    both = model.keys() & saved.keys()
+    if differing := sorted(n for n in model.keys() | saved.keys() if n not in both or model[n] != saved[n]):
         first = differing[0]
         raise AdapterError(
             f"{len(differing)} {what} differ, e.g. {shorten(first)}: {shorten(saved.get(first))} in {folder} and "

@@ -92,7 +92,7 @@ class PoseConditionedLoRAAttention(nn.Module):
         super().__init__()
         _check_heads(feature_dim, num_heads)
         self.feature_dim, self.num_heads, self.rank = feature_dim, num_heads, rank
-        self.pose_dim, self.dropout = (pose_dim, dropout) if rank else (0, 0.0)
+        self.pose_dim, self.dropout = pose_dim if rank else 0, dropout
 
         def linear(pose_dim: int = 0, bias: bool = True) -> nn.Linear:
             if rank == 0:
@@ -127,9 +127,11 @@ class PoseConditionedLoRAAttention(nn.Module):
         return output if weights is None else (output, weights)
 
     def _pose_code(self, pose: Tensor | None, batch: int) -> Tensor | None:
-        """(B, 1, 2 P), or None where no adapter needs it."""
-        conditioned = (isinstance(x, LoRALinearLayer) and x.adapter_active for x in (self.query, self.value))
-        return pose_code(pose, (batch, self.pose_dim)) if self.pose_dim and any(conditioned) else None
+        """(B, 1, 2 P), or None where no layer needs it; what wraps a layer is taken to need it."""
+        idle = all(isinstance(x, LoRALinearLayer) and not x.adapter_active for x in (self.query, self.value))
+        if self.pose_dim == 0 or (pose is None and idle):
+            return None
+        return pose_code(pose, (batch, self.pose_dim))
 
     def _project(self, layer: nn.Linear, tokens: Tensor, code: Tensor | None = None) -> Tensor:
         """(B, T, D) to (B, H, T, d)."""
@@ -175,12 +177,13 @@ class PoseConditionedLoRAAttention(nn.Module):
 
     def get_trainable_parameters(self) -> list[nn.Parameter]:
         """The adapters' parameters (with rank 0: all of them)."""
-        adapters = [p for layer in lora_layers(self).values() for p in layer.get_trainable_parameters()]
-        return adapters if self.rank else list(self.parameters())
+        layers = (self.query, self.key, self.value, self.out)  # an optimiser's state goes by this order
+        own = (x.get_trainable_parameters() if isinstance(x, LoRALinearLayer) else x.parameters() for x in layers)
+        return [parameter for parameters in own for parameter in parameters]
 
     def merge(self, pose: Tensor | None = None) -> None:
         """Fold all four adapters into the frozen weights, exactly, for one pose (P,)."""
-        layers = lora_layers(self)
+        layers = self._adapted()
         if merged := [name for name, layer in layers.items() if layer.is_merged]:
             raise RuntimeError(f"{merged[0]} is merged already; call unmerge() of it first")  # before any other is
         code = None if pose is None else encode_pose(pose)
@@ -188,8 +191,13 @@ class PoseConditionedLoRAAttention(nn.Module):
             layer.merge(code)
 
     def unmerge(self) -> None:
-        for layer in lora_layers(self).values():
+        for layer in self._adapted().values():
             layer.unmerge()
+
+    def _adapted(self) -> dict[str, LoRALinearLayer]:
+        if not self.rank:
+            raise RuntimeError("attention of rank 0 has no adapter to merge; build it with rank 1 or more")
+        return lora_layers(self)
 
 
 class CrossViewAttention(nn.Module):

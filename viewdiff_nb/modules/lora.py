@@ -75,10 +75,14 @@ class LoRALinearLayer(nn.Linear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, rank: int = 4, alpha: float = 1.0, **options: Any) -> "LoRALinearLayer":
         """Wrap an existing layer; its weight and bias are shared (and frozen), not copied."""
-        options |= {"bias": linear.bias is not None, "device": linear.weight.device, "dtype": linear.weight.dtype}
-        layer = cls(linear.in_features, linear.out_features, rank, alpha, **options)
+        bias, dtype = linear.bias is not None, linear.weight.dtype
+        sizes = linear.in_features, linear.out_features
+        layer = cls(*sizes, rank, alpha, bias=bias, dtype=dtype, device="meta", **options)  # W and b are there
         linear.requires_grad_(False)
         layer.weight, layer.bias = linear.weight, linear.bias
+        layer.lora_down = nn.Parameter(torch.empty_like(layer.lora_down, device=linear.weight.device))
+        layer.lora_up = nn.Parameter(torch.zeros_like(layer.lora_up, device=linear.weight.device))
+        nn.init.kaiming_uniform_(layer.lora_down, a=math.sqrt(5))
         return layer
 
     def get_trainable_parameters(self) -> list[nn.Parameter]:

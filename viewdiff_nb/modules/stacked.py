@@ -154,6 +154,9 @@ def stack_adapters(models: Sequence[EnhancedTransformerDecoderOnly3D]) -> Enhanc
     roles = first.parameter_roles()
     if base := [name for name, p in first.named_parameters() if p.requires_grad and roles[name] == "base"]:
         raise ValueError(f"only adapters are trained together, and {base[0]} is trainable; freeze the base")
+    projections = [model.projection for model in models if model.projection is not None]
+    if len(projections) not in (0, len(models)) or len({layer.voxel_resolution for layer in projections}) > 1:
+        raise ValueError("of models that are trained together all have a projection of one voxel_resolution, or none")
     stack = copy.deepcopy(first)
     for block, *originals in zip(stack.blocks, *(model.blocks for model in models), strict=True):
         if block.attention.rank:
@@ -161,7 +164,7 @@ def stack_adapters(models: Sequence[EnhancedTransformerDecoderOnly3D]) -> Enhanc
         if isinstance(block.linear1, LoRALinearLayer):
             block.linear1 = StackedLoRALinear([original.linear1 for original in originals])
             block.linear2 = StackedLoRALinear([original.linear2 for original in originals])
-    if projections := [model.projection for model in models if model.projection is not None]:
+    if projections:
         stack.projection = StackedProjection(projections)  # type: ignore[assignment]  # takes what the original takes
     return stack
 

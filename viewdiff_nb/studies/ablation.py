@@ -26,7 +26,7 @@ from viewdiff_nb.metrics import COUNTS, recognition_by_yaw
 from viewdiff_nb.studies.adaptation import BOUNDARY, FULL_PROFILE, Profile, base_model, parameter_counts
 from viewdiff_nb.studies.benchmark import TrainingStep, machine
 from viewdiff_nb.studies.significance import Estimate, judged_lines, over_seeds, told_apart
-from viewdiff_nb.studies.store import Store, passes, side_by_side, train_pass
+from viewdiff_nb.studies.store import Store, passes, run_jobs, train_pass
 from viewdiff_nb.training import TrainConfig, TrainResult, choose_device, predict
 
 AXES = ("rank", "voxel_resolution", "lora_alpha", "lambda_prior", "lora_lr")
@@ -82,7 +82,7 @@ def run_grid(
     """Train and score the cells that are not stored yet; all of them as a table.
 
     Args:
-        workers: passes side by side, see `store.side_by_side`; a joblib.parallel_config takes them to a cluster.
+        workers: passes side by side, see `store.run_jobs`; a joblib.parallel_config takes them to a cluster.
         cells_per_pass: at most, by default `CELLS_PER_PASS`; 1 trains each alone.
         progress: wraps the list of passes, e.g. tqdm.
         store: by default that of split.
@@ -100,7 +100,7 @@ def run_grid(
     most = cells_per_pass or CELLS_PER_PASS[choose_device(profile.common.device).type]
     jobs = [(job,) for job in passes(missing, most)]
     errors: dict[TrainConfig, str] = {}
-    for failed in side_by_side(partial(_work, store, split), jobs, workers, progress):
+    for failed in run_jobs(partial(_work, store, split), jobs, workers, progress):
         errors |= failed
     rows = []
     for config in configs:

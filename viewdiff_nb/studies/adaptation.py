@@ -18,7 +18,7 @@ from viewdiff_nb.files import HEADS
 from viewdiff_nb.metrics import recognition_by_yaw
 from viewdiff_nb.modules.baselines import DREAM, MLP, MeanFace, PoseRidge, RawEmbedding
 from viewdiff_nb.studies.significance import FARS, resampled_people, resampled_rates
-from viewdiff_nb.studies.store import Store, side_by_side, train_pass
+from viewdiff_nb.studies.store import Store, run_jobs, train_pass
 from viewdiff_nb.training import TrainConfig, predict
 from viewdiff_nb.training.checkpoint import build_model, save_checkpoint
 
@@ -124,7 +124,7 @@ def run_study(
         progress: wraps lists of trainings, e.g. tqdm.
         seeds: by default those of the profile.
         names: which of `MODELS`.
-        workers: trainings side by side, see `store.side_by_side`.
+        workers: trainings side by side, see `store.run_jobs`.
         store: by default that of split.
     """
     store = store or Store(split)
@@ -134,7 +134,7 @@ def run_study(
     for bases in (True, False):
         stage = [job for job in jobs if (job[0] in BASES) == bases]
         missing = [job for job in stage if not store.find(job[0], config_of(store, profile, *job), with_weights=bases)]
-        side_by_side(partial(run_job, store, split, profile), missing, workers, progress)
+        run_jobs(partial(run_job, store, split, profile), missing, workers, progress)
     return {job: run_job(store, split, profile, *job) for job in jobs}
 
 

@@ -17,10 +17,10 @@ import pandas as pd
 from torch import nn
 
 from viewdiff_nb.faces import Split
-from viewdiff_nb.metrics import FAR
+from viewdiff_nb.metrics import FAR, recognition_by_yaw
 from viewdiff_nb.studies.adaptation import BOUNDARY, FINE_TUNING, LORA_8, Profile, base_model, score
 from viewdiff_nb.studies.significance import correction, judged, over_seeds
-from viewdiff_nb.studies.store import Store, passes, side_by_side, train_pass
+from viewdiff_nb.studies.store import Store, passes, run_jobs, train_pass
 from viewdiff_nb.studies.tables import Results, difference
 from viewdiff_nb.training import TrainConfig, predict
 from viewdiff_nb.training.checkpoint import prepare_model
@@ -50,7 +50,7 @@ def run_forgetting(
     """Results of ("base", 0) and of (`name_of` method and lambda, seed); what is stored is not trained again.
 
     Args:
-        workers: passes side by side, see `store.side_by_side`.
+        workers: passes side by side, see `store.run_jobs`.
         progress: wraps the list of passes, e.g. tqdm.
         store: by default that of split.
 
@@ -72,9 +72,9 @@ def run_forgetting(
     missing = [config for config in configs.values() if store.find("forgetting", config) is None]
     of_seed = [[c for c in missing if c.seed == seed] for seed in dict.fromkeys(c.seed for c in missing)]
     jobs = [(job,) for group in of_seed for job in passes(group, len(lambdas))]
-    side_by_side(partial(_train_and_keep, store, split), jobs, workers, progress)
-    model, _ = prepare_model(unadapted, split.test.feature_dim)
-    results = {("base", 0): store.get("forgetting, base", unadapted, lambda: _score(model, split))}
+    run_jobs(partial(_train_and_keep, store, split), jobs, workers, progress)
+    untrained = partial(prepare_model, unadapted, split.test.feature_dim)
+    results = {("base", 0): store.get("forgetting, base", unadapted, lambda: _score(untrained()[0], split))}
     return results | {job: found for job, config in configs.items() if (found := store.find("forgetting", config))}
 
 
@@ -90,11 +90,15 @@ def _score(model: nn.Module, split: Split) -> dict:
     for part, faces in (("val", split.val), ("test", split.test)):
         predicted = predict(model, faces)
         for where, side in ((KEPT, faces.abs_yaw < BOUNDARY), (GAINED, faces.abs_yaw >= BOUNDARY)):
-            of_side = score(predicted[side], faces.where(side), part, (FAR,))
-            scores[part][where] = of_side[part]["all"]
-            if part == "test":
-                resampled = of_side["test_people"]["all"]
-                scores["test_people"][where] = {rate: resampled[rate] for rate in RATES}
+            own = faces.where(side)
+            if part == "val":
+                rates = recognition_by_yaw(predicted[side], own.front, own.person, own.abs_yaw)
+                scores["val"][where] = rates["all"]
+                continue
+            of_side = score(predicted[side], own, "test", (FAR,))
+            scores["test"][where] = of_side["test"]["all"]
+            resampled = of_side["test_people"]["all"]
+            scores["test_people"][where] = {rate: resampled[rate] for rate in RATES}
     return scores
 
 

@@ -145,7 +145,7 @@ def train_pass(configs: Sequence[TrainConfig], split: Split, model: nn.Module | 
     return results
 
 
-def side_by_side(
+def run_jobs(
     function: Callable[..., Result], jobs: Sequence[tuple], workers: int | None = None, progress: Callable = iter
 ) -> list[Result]:
     """function(*job) of every job, in the order in which they are done.

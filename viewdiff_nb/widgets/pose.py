@@ -3,6 +3,7 @@
 import html
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 import ipywidgets as widgets
 import numpy as np
@@ -128,7 +129,7 @@ class PoseExplorer(Explorer):
         self._draw_face(self._face)
         self._live_face = LiveFigure([*self._face.lines, *self._face.collections])
         controls = [self.person, self.yaw, self.pitch, self.roll, self.keypoints]
-        heads = [self.head, self.side, self.front] if isinstance(self.people, Turntable) else [self.head]
+        heads = [self.head, self.side, self.front] if self.people.pitches else [self.head]  # pictures lie on a grid
         super().__init__([[widgets.VBox(controls), *heads], [self.curves, self.readout]], controls)
         self.drag(self.head, self.yaw, self.pitch)
         self.redraw()
@@ -147,15 +148,16 @@ class PoseExplorer(Explorer):
     def _search(self) -> tuple[Search, int]:
         """The search of the person's views over yaw, and which of them is looked at."""
         person, pitch, yaw, roll = self._view()
-        return self._last_search(person, pitch, roll), self.people.closest(person, pitch, yaw, roll)
+        row = (person, pitch, roll) if self.people.pitches else (person, 0.0, 0.0)  # recorded views are all in one
+        return self._last_search(*row), self.people.closest(person, pitch, yaw, roll)
 
     def _search_row(self, person: int, pitch: float, roll: float) -> Search:
         own = self.gallery.names.index(self.people.names[person])
         return search(self.model, self.people.row(person, pitch, roll), self.gallery.front, own)
 
-    def _pictures(self, people: Turntable) -> list[Image.Image]:
+    def _pictures(self) -> list[Image.Image]:
         """The head, with its keypoints if they are wanted, the side view and the frontal view."""
-        view = self._view()
+        people, view = cast(Turntable, self.people), self._view()
         head = people.picture(*view)
         if self.keypoints.value:
             draw, colours = ImageDraw.Draw(head), sns.color_palette("tab10").as_hex()
@@ -180,8 +182,8 @@ class PoseExplorer(Explorer):
     def _draw(self) -> None:
         where = pose_text(*self.pose)
         self.head.label, self.side.label = f"the head at {where}", f"the aligned crop at {where}"
-        if isinstance(self.people, Turntable):  # the head at once; what the model makes of it takes longer
-            for stage, picture in zip((self.head, self.side, self.front), self._pictures(self.people), strict=True):
+        if self.people.pitches:  # the head at once; what the model makes of it takes longer
+            for stage, picture in zip((self.head, self.side, self.front), self._pictures(), strict=True):
                 stage.picture = png(picture)
         else:
             self._draw_face(self._face)
@@ -208,8 +210,8 @@ class PoseExplorer(Explorer):
         fig = Figure((9.5, 5.4), 110, layout="constrained")
         top, bottom = fig.subfigures(2, 1, squeeze=False, height_ratios=(1, 1.15)).flat
         titles = f"{self.person.value}: {pose_text(*self.pose)}", self.side.caption, self.front.caption
-        if isinstance(self.people, Turntable):
-            for ax, picture in zip(top.subplots(1, 3), self._pictures(self.people), strict=True):
+        if self.people.pitches:
+            for ax, picture in zip(top.subplots(1, 3), self._pictures(), strict=True):
                 ax.imshow(picture)
                 ax.axis("off")
         else:

@@ -153,7 +153,7 @@ def read_npy(
 ) -> np.ndarray:
     """A .npy file of floats of 2, 4 or 8 bytes, left on disk if mmap; in shape, None stands for any length."""
     held = os.stat(path).st_size
-    with _refusing(f"{path}: truncated ({held} bytes), or not a readable .npy array", error):
+    with _refusing(f"{path}: not a readable .npy array", error):
         array = np.load(path, mmap_mode="r", allow_pickle=False)  # takes no memory, whatever the header says
         if not isinstance(array, np.memmap):
             array.close()

@@ -35,10 +35,10 @@ ablation: $(VENV)/.kit
 	$(VENV)/bin/python benchmarks/ablation.py $(if $(FAST),--fast)
 
 test: $(VENV)/.test
-	$(VENV)/bin/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n auto
 
 test-all: $(VENV)/.test-all
-	ALL=1 $(VENV)/bin/python -m pytest -q -n auto
+	ALL=1 OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n auto
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff format --check .

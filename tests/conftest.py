@@ -66,6 +66,7 @@ NEEDS = {
     "test_*_in_processes.py": "minutes: training in several processes",
     "programs": "minutes: the studies of benchmarks/",
     "test_embed.py": "InsightFace",
+    "tiny_insightface.py": "InsightFace",
 }
 """Tests that need more than `make test` installs, or long; `make test-all`, which sets ALL, runs them."""
 
@@ -78,7 +79,7 @@ def pytest_report_header() -> str:
     if not LEFT_OUT:
         return f"nothing is left out; browser: {CHROMIUM}"
     how = f" ({HOW_TO_GET})" if ALL else "; make test-all runs them"
-    return f"left out are tests that need {', '.join(LEFT_OUT.values())}{how}"
+    return f"left out are tests that need {', '.join(dict.fromkeys(LEFT_OUT.values()))}{how}"
 
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)

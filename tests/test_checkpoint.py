@@ -457,7 +457,11 @@ def test_a_damaged_config_in_the_header_is_refused(files):
 def test_a_run_cannot_go_on_from_weights_alone(files):
     _, path, other = files
     for weights in (path, other):
-        with pytest.raises(
-            CheckpointError, match=f"{weights.name} holds weights, but no training run .*base_model_path"
-        ):
-            find_checkpoint(str(weights), None)
+        wanted = f"{weights.name} holds weights, but no training run .*base_model_path"
+        with pytest.raises(CheckpointError, match=wanted):
+            checkpoint.check_run(weights, load_checkpoint(weights))
+        if weights.suffix == ".safetensors":
+            with pytest.raises(CheckpointError, match=wanted):
+                find_checkpoint(str(weights), None)
+        else:
+            assert find_checkpoint(str(weights), None) == weights

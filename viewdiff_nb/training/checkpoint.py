@@ -152,7 +152,9 @@ def find_checkpoint(resume: str | None, save_dir: str | None) -> Path | None:
             raise FileNotFoundError(f"there is no checkpoint in {path} to resume from")
         return newest
     try:
-        check_run(path, load_checkpoint(path))
+        content = load_checkpoint(path)
+        if path.suffix == ".safetensors":  # weights for other programs, in which there never is a run
+            check_run(path, content)
     except CheckpointError as error:
         other = None
         with suppress(CheckpointError):  # where none beside it is any better

@@ -172,7 +172,8 @@ class TrainingState:
             yield f"is damaged: it was saved after batch {state['batch']} of {before}"
         whole = "take a checkpoint of a whole epoch"
         if before != now:
-            yield f"was saved within an epoch of {before} batches; keep batch_size and n_views (here {now}), or {whole}"
+            remedy = f"keep batch_size and n_views, or {whole}"
+            yield f"was saved within an epoch of {before} batches, and here it has {now}; {remedy}"
         for name, (before, now) in changed.items():
             if name in WITHIN_EPOCH:
                 yield f"was saved within an epoch, and {name} was {before} and is {now} here; keep it, or {whole}"

@@ -170,20 +170,22 @@ KILLED = {
 }
 
 
-def _train_folder(folder: str, name: str) -> None:
+def _train_folder(folder: str, name: str, epochs: int) -> None:
     torch.set_num_threads(1)
     faces = [load_face_views(f"{folder}/{part}") for part in ("train", "val")]
-    config = replace(KILLED[name], save_dir=f"{folder}/runs", resume="auto", save_minutes=0.0, save_every=2)
+    config = replace(
+        KILLED[name], epochs=epochs, save_dir=f"{folder}/runs", resume="auto", save_minutes=0.0, save_every=2
+    )
     train(config, *faces, progress=False)
 
 
-def killed_and_resumed(tmp_path, name: str, kills: int) -> None:
+def killed_and_resumed(tmp_path, name: str, kills: int, epochs: int) -> None:
     """SIGKILL, which no program can catch, while it computes, validates, or writes; with a write after every step."""
     for part, faces in zip(("train", "val"), sets(), strict=True):
         write_set(tmp_path / part, faces)
     context = multiprocessing.get_context("forkserver")
     # all that is slow to import: what conftest needs, and what torch's first optimiser does
-    context.set_forkserver_preload(["recipe_study", "pytest", "torch._dynamo"])
+    context.set_forkserver_preload(["viewdiff_nb.training", "pytest", "torch._dynamo"])
     moments, last = random.Random(name), tmp_path / "runs" / checkpoint.LAST
 
     def written() -> int:
@@ -194,7 +196,7 @@ def killed_and_resumed(tmp_path, name: str, kills: int) -> None:
 
     for kill in range(kills + 1):
         before = written()
-        process = context.Process(target=_train_folder, args=(str(tmp_path), name))
+        process = context.Process(target=_train_folder, args=(str(tmp_path), name, epochs))
         process.start()
         while kill > 1 and process.is_alive() and written() in (0, before):  # the first ones die before any write
             time.sleep(1e-3)
@@ -206,9 +208,13 @@ def killed_and_resumed(tmp_path, name: str, kills: int) -> None:
     assert process.exitcode == 0
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    whole = train(KILLED[name], *[load_face_views(tmp_path / part) for part in ("train", "val")], progress=False)
+    whole = train(
+        replace(KILLED[name], epochs=epochs),
+        *[load_face_views(tmp_path / part) for part in ("train", "val")],
+        progress=False,
+    )
     torch.set_num_threads(threads)
-    state = load_checkpoint(tmp_path / "runs/checkpoint_epoch_4_enhanced.pth")
+    state = load_checkpoint(tmp_path / f"runs/checkpoint_epoch_{epochs}_enhanced.pth")
     for parameter, value in whole.model.state_dict().items():
         assert torch.equal(state["model"][parameter], value), parameter
     assert [row["val_rank1"] for row in state["history"]] == whole.history["val_rank1"].tolist()
@@ -218,13 +224,13 @@ def killed_and_resumed(tmp_path, name: str, kills: int) -> None:
 
 
 def test_killed_at_many_moments_and_resumed_ends_with_the_same_weights(tmp_path):
-    killed_and_resumed(tmp_path, "LoRA, projection, mix-up, accumulation", kills=12)
+    killed_and_resumed(tmp_path, "LoRA, projection, mix-up, accumulation", kills=12, epochs=4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KILLED)
 def test_killed_far_more_often(tmp_path, name):
-    killed_and_resumed(tmp_path, name, kills=32)
+    killed_and_resumed(tmp_path, name, kills=32, epochs=16)
 
 
 def test_the_previous_checkpoint_is_used_where_the_last_is_truncated(tmp_path):

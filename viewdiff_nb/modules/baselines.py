@@ -25,7 +25,7 @@ class Frontaliser(nn.Module):
         return frontal - src if return_residual else frontal
 
     def predict(self, unit: Tensor, angles: Tensor, keypoints_3d: Tensor) -> Tensor:
-        raise NotImplementedError(f"{type(self).__name__} must define predict")
+        raise TypeError(f"{type(self).__name__} must define predict")
 
 
 class RawEmbedding(Frontaliser):

@@ -3,7 +3,7 @@
 python benchmarks/module_study.py [--fast] [--seeds 5] [--out figures]
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -71,6 +71,20 @@ def adapted(store: Store, split: Split, profile: Profile, name: str, seed: int) 
     return trained(store, split, "module study", config)
 
 
+def all_results(
+    work: Callable[[str, int], dict],
+    names: Sequence[str],
+    seeds: Iterable[int],
+    workers: int | None,
+    progress: Callable,
+) -> Results:
+    """work(name, seed) for all names and seeds; the first name goes first, since the others start from it."""
+    jobs = [(name, seed) for seed in seeds for name in names]
+    run_jobs(work, [job for job in jobs if job[0] == names[0]], workers)
+    run_jobs(work, jobs, workers, progress)
+    return {job: work(*job) for job in jobs}
+
+
 def module_study(
     profile: Profile,
     split: Split,
@@ -81,10 +95,7 @@ def module_study(
 ) -> Results:
     """Results by (name of `MODULES` or "base", seed)."""
     work = partial(adapted, store or Store(split), split, profile)
-    jobs = [(name, seed) for seed in seeds for name in ("base", *MODULES)]
-    run_jobs(work, [job for job in jobs if job[0] == "base"], workers)
-    run_jobs(work, jobs, workers, progress)
-    return {job: work(*job) for job in jobs}
+    return all_results(work, ("base", *MODULES), seeds, workers, progress)
 
 
 def module_table(results: Results, part: str) -> pd.DataFrame:
@@ -201,10 +212,7 @@ def multi_view_study(
     attention is then trained alone, on top of it, to make the fused prediction of V views right.
     """
     work = partial(fused, store or Store(split), split, profile)
-    jobs = [(name, seed) for seed in seeds for name in ("average", *(f"cross-view {views}" for views in VIEW_COUNTS))]
-    run_jobs(work, [job for job in jobs if job[0] == "average"], workers)
-    run_jobs(work, jobs, workers, progress)
-    return {job: work(*job) for job in jobs}
+    return all_results(work, ("average", *(f"cross-view {views}" for views in VIEW_COUNTS)), seeds, workers, progress)
 
 
 def multi_view_table(results: Results, part: str) -> pd.DataFrame:

@@ -10,7 +10,7 @@ from conftest import CONFIG, people, run, sets
 from torch import nn
 
 from viewdiff_nb.faces import FaceViews
-from viewdiff_nb.training import loop as trainer
+from viewdiff_nb.training import loop
 from viewdiff_nb.training.checkpoint import build_model
 from viewdiff_nb.training.config import TrainConfig
 from viewdiff_nb.training.loop import train
@@ -71,7 +71,7 @@ def test_q2_on_a_gpu(monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(trainer.Objective, "__call__", full)
+    monkeypatch.setattr(loop.Objective, "__call__", full)
     with pytest.raises(MemoryError, match=r"try batch_size 8 .*CUDA out of memory"):
         run(replace(CONFIG, use_amp=True))
     graph = replace(CONFIG, use_cuda_graph=True)
@@ -83,7 +83,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
     def wrong(*_):
         raise RuntimeError("shapes cannot be multiplied")
 
-    monkeypatch.setattr(trainer.Objective, "__call__", wrong)
+    monkeypatch.setattr(loop.Objective, "__call__", wrong)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         run()
 
@@ -223,10 +223,10 @@ def test_a_gradient_that_is_not_finite_changes_no_weight():
     """Not even within the second before anybody looks at it."""
     model = Overflowing(3)
     seen = []
-    original = trainer._Run._update
+    original = loop._Run._update
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer._Run, "_update", lambda run: (original(run), seen.append(model.scale.weight.clone()))[0])
-        patch.setattr(trainer, "CHECK_EVERY", 1e9)
+        patch.setattr(loop._Run, "_update", lambda run: (original(run), seen.append(model.scale.weight.clone()))[0])
+        patch.setattr(loop, "CHECK_EVERY", 1e9)
         with pytest.raises(TrainingDiverged, match="batch 3 of epoch 1"):
             run(model=model)
     assert len(seen) == 15 and not torch.equal(seen[1], seen[2])

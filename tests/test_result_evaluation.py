@@ -7,7 +7,7 @@ import torch
 from conftest import CONFIG, people
 
 from viewdiff_nb.modules.baselines import MLP
-from viewdiff_nb.training import result as evaluation
+from viewdiff_nb.training import result
 from viewdiff_nb.training.checkpoint import build_model
 from viewdiff_nb.training.loop import train
 from viewdiff_nb.training.losses import LOSSES
@@ -25,8 +25,8 @@ def uneven(count=30):
 @pytest.mark.parametrize("config", [CONFIG, CROSS], ids=["views", "groups"])
 def test_as_many_probes_are_told_as_are_scored(config, monkeypatch):
     scored = []
-    original = evaluation.recognition_by_yaw
-    monkeypatch.setattr(evaluation, "recognition_by_yaw", lambda p, *a: scored.append(len(p)) or original(p, *a))
+    original = result.recognition_by_yaw
+    monkeypatch.setattr(result, "recognition_by_yaw", lambda p, *a: scored.append(len(p)) or original(p, *a))
     faces, model = uneven(), build_model(config, 32)
     evaluate(model, faces, LOSSES["cosine"])
     assert scored == [probes_to_score(config, faces)] == [probes_to_score(model, faces)]

@@ -18,8 +18,7 @@ import torch
 from conftest import CONFIG, DEVICES, people, run, sets, write_set
 
 from viewdiff_nb.faces import load_face_views
-from viewdiff_nb.training import checkpoint
-from viewdiff_nb.training import loop as trainer
+from viewdiff_nb.training import checkpoint, loop
 from viewdiff_nb.training.checkpoint import CheckpointError, DamagedCheckpoint, load_checkpoint, save_checkpoint
 from viewdiff_nb.training.config import TrainConfig
 from viewdiff_nb.training.loop import train
@@ -100,8 +99,8 @@ class After:
     """Sends a signal to this process at the n-th batch."""
 
     def __init__(self, monkeypatch, batch: int, number: int = signal.SIGINT) -> None:
-        self.left, self.number, original = batch, number, trainer._Run._update
-        monkeypatch.setattr(trainer._Run, "_update", lambda run: self.count() or original(run))
+        self.left, self.number, original = batch, number, loop._Run._update
+        monkeypatch.setattr(loop._Run, "_update", lambda run: self.count() or original(run))
 
     def count(self) -> None:
         self.left -= 1
@@ -273,10 +272,10 @@ def halfway(tmp_path):
 
 def rates_of(monkeypatch, config: TrainConfig) -> list[float]:
     """The learning rate of every step that a run makes."""
-    seen, original = [], trainer._Run._update
+    seen, original = [], loop._Run._update
     with monkeypatch.context() as patch:
         patch.setattr(
-            trainer._Run, "_update", lambda run: seen.append(run.state.optimizer.param_groups[0]["lr"]) or original(run)
+            loop._Run, "_update", lambda run: seen.append(run.state.optimizer.param_groups[0]["lr"]) or original(run)
         )
         run(config)
     return seen

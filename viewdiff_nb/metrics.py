@@ -27,10 +27,6 @@ FOLDS = 10
 COUNTS = ("views", "people")  # what `recognition_by_yaw` has beside rates
 
 
-class NotFiniteError(ValueError):
-    """Embeddings that hold NaN or infinity cannot be compared."""
-
-
 @dataclass(frozen=True)
 class Scores:
     """M probes scored against a gallery; counts are by group (yaw bin), so that those of a union are sums."""
@@ -72,7 +68,7 @@ def unit_embeddings(predicted: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor]
     if not len(predicted):
         raise ValueError("there is no probe to recognise")
     if not (predicted.isfinite().all() and gallery.isfinite().all()):
-        raise NotFiniteError("predicted and gallery embeddings must be finite; look for NaN in the model's weights")
+        raise ValueError("predicted and gallery embeddings must be finite; look for NaN in the model's weights")
     # in float64 no length of float32 values overflows or vanishes when squared
     probes, fronts = (F.normalize(x.double(), dim=1, eps=1e-100).float() for x in (predicted, gallery))
     return probes, fronts

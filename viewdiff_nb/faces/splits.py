@@ -1,6 +1,5 @@
 """Which people train, validate and test: drawn by identity, written down, read again."""
 
-import hashlib
 import itertools
 import json
 from collections.abc import Iterable
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from viewdiff_nb.faces.views import FaceDataError, FaceViews
-from viewdiff_nb.files import is_text, read_json, shorten, write_text
+from viewdiff_nb.files import fingerprint, is_text, read_json, shorten, write_text
 
 HELD_OUT = (0.10, 0.15)  # shares of the people who validate, and test
 IMPOSTOR_PAIRS = 1000
@@ -114,4 +113,4 @@ def load_split_file(path: str | Path, faces: FaceViews) -> Split:
 
 def names_fingerprint(names: Iterable[str]) -> str:
     """A hash of a set of person names, whatever their order."""
-    return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]
+    return fingerprint("\n".join(sorted(names)).encode())

@@ -33,6 +33,7 @@ SAMPLE_LIMIT = 2**14  # bytes of metadata a sample
 # Of an embedding's length: far from 1e-12, below which F.normalize gives no unit vectors, and from 1e19, above which
 # squares are infinite in float32. Recognisers give 1, or some tens.
 NORMS = (1e-6, 1e6)
+NORMS_WANTED = f"float32 calculates with {NORMS[0]:g} to {NORMS[1]:g}. Scale all embeddings alike"
 CONVENTIONS = {  # of poses and keypoints, as the metadata states them; see viewdiff_nb.faces.geometry
     "pose_order": ["pitch", "yaw", "roll"],
     "pose_unit": "degrees",
@@ -294,7 +295,7 @@ def load_rows(path: Path, shape: tuple[int | None, ...], mmap: bool = False, emb
         worst = norms.min() if norms.min() < NORMS[0] else norms.max()
         raise FaceDataError(
             f"{path}: row {row}: the embedding has length {worst:.3g} ({int((~usable).sum())} such "
-            f"rows); float32 calculates with {NORMS[0]:g} to {NORMS[1]:g}. Scale all embeddings alike"
+            f"rows); {NORMS_WANTED}"
         )
     return DiskRows(path) if mmap else torch.from_numpy(array.astype(np.float32, copy=False))
 

@@ -206,7 +206,7 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
 
 
-YAW_BINS = ("all", "75-90")
+YAWS = ("all", "75-90")
 MODES = ("eager", "graph")  # of the steps measured on a GPU; a CUDA graph replays a whole step
 
 
@@ -216,7 +216,7 @@ def recognition_on_both(here: Path, rate: str, folder: Path = GPU_RESULTS) -> pd
     here: folder with the table4_RATE.csv that notebook 04 wrote.
     """
     ours, theirs = (pd.read_csv(path / f"table4_{rate}.csv", index_col="model", dtype=str) for path in (here, folder))
-    both = {f"{name}, {place}": table[name] for name in YAW_BINS for place, table in (("here", ours), ("GPU", theirs))}
+    both = {f"{name}, {place}": table[name] for name in YAWS for place, table in (("here", ours), ("GPU", theirs))}
     return pd.DataFrame(both).reindex(ours.index).fillna("–")
 
 

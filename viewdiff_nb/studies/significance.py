@@ -208,6 +208,7 @@ def resampled_rates(
     impostor = _impostor_counts(predicted, gallery, person, bins, scores.thresholds, weights)  # (G, B, 2 U + 1)
     total = impostor.sum(0)
     nobody = total.sum(-1) == 0
+    lowest = {far: metrics.lowest_threshold(total, far)[:, None] for far in fars}
     values = metrics.probe_values(predicted, gallery, person, scores)
     rates: dict[str, dict[str, Tensor]] = {}
     for name, picked, inside in metrics.yaw_groups(bins):
@@ -217,10 +218,10 @@ def resampled_rates(
             rate: weights @ torch.bincount(person[inside], value[inside].double(), minlength=people) / drawn
             for rate, value in values.items()
         }
+        accepted = metrics.accept_rates(counts[0])
         for far in fars:
-            shares = metrics.accept_rates(counts[0]).gather(-1, metrics.lowest_threshold(total, far)[:, None])[:, 0]
             unknown = nobody | (not metrics.can_tell(scores.impostor_counts.sum(), far))
-            rates[name][metrics.tar_name(far)] = shares.masked_fill(unknown, math.nan)
+            rates[name][metrics.tar_name(far)] = accepted.gather(-1, lowest[far])[:, 0].masked_fill(unknown, math.nan)
         rates[name] |= {"auc": metrics.roc_auc(*counts), "eer": metrics.equal_error_rate(*counts)}
     return rates
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from viewdiff_nb.faces.geometry import normalise_keypoints
-from viewdiff_nb.faces.views import NORMS, FaceViews, running_number
+from viewdiff_nb.faces.views import NORMS, NORMS_WANTED, FaceViews, running_number
 from viewdiff_nb.training.config import TrainConfig
 
 MEMORY_SHARE = 0.5  # of a GPU's free memory that a face set may take; the model needs the rest
@@ -64,10 +64,7 @@ def views_to_train(faces: FaceViews, config: TrainConfig) -> FaceViews:
     for name, embeddings in checked.items():  # those on disk were checked when they were loaded
         norms = embeddings.norm(dim=1)
         if (odd := (norms < NORMS[0]) | (norms > NORMS[1])).any():
-            raise ValueError(
-                f"{name}: an embedding has length {norms[odd][0].item():.3g}; float32 calculates with "
-                f"{NORMS[0]:g} to {NORMS[1]:g}. Scale all embeddings alike"
-            )
+            raise ValueError(f"{name}: an embedding has length {norms[odd][0].item():.3g}; {NORMS_WANTED}")
     return kept
 
 

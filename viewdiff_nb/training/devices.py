@@ -100,7 +100,7 @@ def connect(config: TrainConfig) -> Processes:
             where there is none.
     """
     several = started_by_torchrun()
-    if config.use_cuda_graph and (several or config.devices > 1):
+    if config.use_cuda_graph and several:  # of devices the config itself says so
         raise ValueError("use_cuda_graph is for one process, and this run has several; give --no-use_cuda_graph")
     if config.devices > 1 and not several:
         raise ValueError(

@@ -170,16 +170,49 @@ def verification_hits(predicted: Tensor, gallery: Tensor, person: Tensor, seed: 
     other = (person + torch.randint(1, people, (len(person),), generator=generator).to(device)) % people
     fold = (torch.randperm(people, generator=generator).to(device) % FOLDS)[person]
     genuine, impostor = (probes * fronts[person]).sum(1), (probes * fronts[other]).sum(1)
-    hits = torch.full_like(genuine, math.nan)
+    similarity, is_genuine = (
+        torch.cat((genuine, impostor)),
+        torch.arange(2 * len(genuine), device=device) < len(genuine),
+    )
+    return fold_hits(similarity, is_genuine, fold.repeat(2)).view(2, -1).mean(0)
+
+
+def fold_hits(similarity: Tensor, same: Tensor, fold: Tensor) -> Tensor:
+    """(N,) 1.0 where a pair is decided right, by the threshold with the best accuracy on the pairs of the other folds.
+
+    NaN for pairs without another fold, or one without a pair of the same person: there is nothing to set it on.
+
+    Args:
+        similarity, same, fold: (N,) each, whether the pair is of the same person, and its fold.
+    """
+    hits = torch.full_like(similarity, math.nan)
     for i in fold.unique():
         held_out, rest = fold == i, fold != i
-        if rest.any():
-            thresholds = genuine[rest].sort().values
-            refused = torch.searchsorted(impostor[rest].sort().values, thresholds)
-            accepted = torch.arange(len(thresholds), 0, -1, device=device)
+        if (rest & same).any():
+            thresholds = similarity[rest & same].sort().values
+            refused = torch.searchsorted(similarity[rest & ~same].sort().values, thresholds)
+            accepted = torch.arange(len(thresholds), 0, -1, device=fold.device)
             best = thresholds[(accepted + refused).argmax()]
-            hits[held_out] = ((genuine[held_out] >= best).float() + (impostor[held_out] < best).float()) / 2
+            hits[held_out] = ((similarity[held_out] >= best) == same[held_out]).to(hits.dtype)
     return hits
+
+
+def pair_counts(similarity: Tensor, same: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """(G, U) genuine and (G, 2 U + 1) impostor similarities of pairs by group and bin, as in `Scores`.
+
+    Args:
+        similarity, same, group: (N,) each; group below groups.
+
+    >>> pairs = torch.tensor([0.9, 0.5, 0.7]), torch.tensor([True, True, False]), torch.tensor([0, 0, 0])
+    >>> roc_auc(*pair_counts(*pairs, 1)).item()   # .9 beats the impostor's .7, .5 does not
+    0.5
+    """
+    thresholds, genuine_bin = similarity[same].unique(return_inverse=True)
+    bins = 2 * len(thresholds) + 1
+    genuine = torch.bincount(group[same] * len(thresholds) + genuine_bin, minlength=groups * len(thresholds))
+    impostor_bin = impostor_bins(thresholds, similarity[~same])
+    impostor = torch.bincount(group[~same] * bins + impostor_bin, minlength=groups * bins)
+    return genuine.double().view(groups, -1), impostor.double().view(groups, -1)
 
 
 def yaw_bin(abs_yaw: Tensor) -> Tensor:

@@ -16,15 +16,16 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from people.recogniser import RECOGNISERS, Recogniser
+from viewdiff_nb.faces.crops import PROFILE_CROPS, crops_of, parse_crop
 from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE
+from viewdiff_nb.faces.recogniser import MobileFaceNet, embed_crops
 from viewdiff_nb.faces.views import CONVENTIONS, write_samples
 from viewdiff_nb.files import read_json, write_atomically, write_text
 
 from .render import PHOTO_FIELD, PHOTO_SIZE, HeadRenderer
 from .scenes import sample_background, sample_light
 
-BUILDER_VERSION = "1"
+BUILDER_VERSION = "2"
 CHUNK = 50  # people in one part
 FRONT_SIGMA, FRONT_LIMIT = 2.0, 5.0  # degrees, every angle
 PITCH_SIGMA, ROLL_SIGMA, TILT_LIMIT = 8.0, 6.0, 20.0  # degrees, side views
@@ -37,11 +38,12 @@ KEYPOINT_DECIMALS = 3
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """What decides the content of the data set."""
+    """What decides the content of the data set; crops: of profiles, see `viewdiff_nb.faces.crops`."""
 
     people: int = 1800
     views: int = 16
     seed: int = 0
+    crops: tuple[str, ...] = PROFILE_CROPS
     chunk: int = CHUNK
     builder_version: str = BUILDER_VERSION
 
@@ -50,6 +52,10 @@ class BuildConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} must be a whole number of {low} or more, got {value!r}")
+        if not self.crops:
+            raise ValueError("crops must name one crop or more")
+        for name in self.crops:
+            parse_crop(name)
 
 
 @dataclass(frozen=True)
@@ -57,12 +63,12 @@ class Samples:
     """One person's renders: the front first, then the side views by rising yaw.
 
     Attributes:
-        crops: (1 + views, 112, 112, 3) uint8 RGB.
+        crops: of each view (K, 112, 112, 3) uint8 RGB, one or more.
         keypoints: (1 + views, 5, 3) pixels of the notional photo, with the detector's error.
         poses: (1 + views, 3) pitch, yaw, roll in degrees, as rendered.
     """
 
-    crops: np.ndarray
+    crops: list[np.ndarray]
     keypoints: np.ndarray
     poses: np.ndarray
 
@@ -98,8 +104,8 @@ class Studio:
         vertices = self._model.vertices(person)
         return HeadRenderer(self._model.mesh(vertices), self._painter.paint(person), self._model.keypoints(vertices))
 
-    def shoot(self, seed, index, views):
-        """The `Samples` of person `index` of a data set."""
+    def shoot(self, seed, index, views, crops=PROFILE_CROPS):
+        """The `Samples` of person `index` of a data set, with these crops of profiles."""
         renderer = self.renderer(seed, index)
         rng = np.random.default_rng(np.random.SeedSequence([seed, index, 1]))
         poses = sample_poses(rng, views)
@@ -110,9 +116,9 @@ class Studio:
         for pose in poses:
             light, background = sample_light(rng), sample_background(rng)
             jitter = rng.normal(0, 1, (5, 3)) * jitter_sigma
-            shots.append(renderer.crop(np.deg2rad(pose), light, background, jitter))
-        crops, keypoints = zip(*shots, strict=True)
-        return Samples(np.stack(crops), np.stack(keypoints), poses)
+            shots.append(renderer.crops(np.deg2rad(pose), crops_of(pose[1], crops), light, background, jitter))
+        found, keypoints = zip(*shots, strict=True)
+        return Samples(list(found), np.stack(keypoints), poses)
 
 
 def build_part(job):
@@ -129,8 +135,8 @@ def build_part(job):
     tools = _tools(make_recogniser)
     features, keypoints, poses = [], [], []
     for index in people:
-        samples = tools.studio.shoot(config.seed, index, config.views)
-        features.append(tools.recogniser.embed(samples.crops))
+        samples = tools.studio.shoot(config.seed, index, config.views, config.crops)
+        features.append(embed_crops(tools.recogniser, samples.crops))
         keypoints.append(samples.keypoints)
         poses.append(samples.poses)
     arrays = {"features": np.stack(features), "keypoints": np.stack(keypoints), "poses": np.stack(poses)}
@@ -180,7 +186,15 @@ def claim_folder(folder, fingerprint):
         )
 
 
-def build(out, config=BuildConfig(), workers=1, work=None, make_recogniser=Recogniser):
+def crop_alone():
+    """The recogniser of 192 numbers."""
+    return MobileFaceNet(mirrored=False)
+
+
+RECOGNISERS = {"mobilefacenet": MobileFaceNet, "mobilefacenet192": crop_alone}
+
+
+def build(out, config=BuildConfig(), workers=1, work=None, make_recogniser=MobileFaceNet):
     """Build a data set.
 
     Args:
@@ -195,7 +209,8 @@ def build(out, config=BuildConfig(), workers=1, work=None, make_recogniser=Recog
         raise ValueError(f"workers must be 1 or more, got {workers}")
     out = Path(out)
     folder = Path(work) if work else out / ".parts"
-    fingerprint = asdict(config) | {"recogniser": make_recogniser.name}
+    name = make_recogniser().name
+    fingerprint = json.loads(json.dumps(asdict(config) | {"recogniser": name}))  # as the file has it
     claim_folder(folder, fingerprint)
     parts = range(-(-config.people // config.chunk))
     jobs = [(config, part, folder, make_recogniser) for part in parts]
@@ -207,7 +222,7 @@ def build(out, config=BuildConfig(), workers=1, work=None, make_recogniser=Recog
             with multiprocessing.get_context("spawn").Pool(workers) as pool:
                 for count in pool.imap_unordered(build_part, jobs):
                     bar.update(count)
-    write_files(out, config, [part_path(folder, part) for part in parts], make_recogniser.name)
+    write_files(out, config, [part_path(folder, part) for part in parts], name)
     if not work:
         shutil.rmtree(folder)
 
@@ -243,6 +258,7 @@ def standard_info(config, recogniser):
         "seed": config.seed,
         "people": config.people,
         "views_per_person": config.views,
+        "crops_of_profiles": list(config.crops),
     }
 
 
@@ -253,7 +269,10 @@ def main(arguments=None):
     parser.add_argument("--people", type=int, default=BuildConfig.people)
     parser.add_argument("--views", type=int, default=BuildConfig.views, help="side views of each person")
     parser.add_argument("--seed", type=int, default=BuildConfig.seed)
-    parser.add_argument("--recogniser", choices=RECOGNISERS, default="mobileface512", help="what embeds the crops")
+    parser.add_argument("--recogniser", choices=RECOGNISERS, default="mobilefacenet", help="what embeds the crops")
+    parser.add_argument(
+        "--crops", nargs="+", default=BuildConfig.crops, help="crops of profiles, e.g. five@1 three@1.12"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes that share the work")
     parser.add_argument("--work", type=Path, help="folder for the parts, kept afterwards; default OUT/.parts, removed")
     parser.add_argument("--sheet", type=Path, help="only draw people 0..11 of this seed into this PNG")
@@ -265,7 +284,7 @@ def main(arguments=None):
         return
     if options.out is None:
         parser.error("give the folder for the six files, or --sheet PATH")
-    config = BuildConfig(people=options.people, views=options.views, seed=options.seed)
+    config = BuildConfig(people=options.people, views=options.views, seed=options.seed, crops=tuple(options.crops))
     options.out.mkdir(parents=True, exist_ok=True)
     build(options.out, config, options.workers, options.work, RECOGNISERS[options.recogniser])
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE, fit_similarity, rotation_matrix
+from viewdiff_nb.faces.crops import CROP_SIZE, FRONT_CROPS, crop_transforms
+from viewdiff_nb.faces.geometry import rotation_matrix
 
 from .raster import draw_mesh
 from .scenes import GAMMA, Background, Light, check_numbers
 
-CROP_SIZE = 112
 PHOTO_SIZE = 256  # of the notional photo from which crops are cut, in pixels
 PHOTO_FIELD = 0.40  # width of what a picture shows at the pivot, in metres
 CAMERA_DISTANCE = 1.0  # metres
@@ -96,27 +96,28 @@ class HeadRenderer:
         self._uv = np.ascontiguousarray(mesh.uv, np.float64)
         self._faces = np.ascontiguousarray(mesh.faces, np.int32)
 
-    def crop(self, angles, light=STUDIO_LIGHT, background=GREY, jitter=None, size=CROP_SIZE):
-        """A crop aligned to `ARCFACE_TEMPLATE`, as a recogniser wants it.
+    def crops(self, angles, names=FRONT_CROPS, light=STUDIO_LIGHT, background=GREY, jitter=None, size=CROP_SIZE):
+        """Aligned crops as a recogniser wants them, each drawn by itself, under one light and before one background.
 
         Args:
             angles: (pitch, yaw, roll) in radians.
+            names: of K crops, see `viewdiff_nb.faces.crops`.
             light: the `Light`.
             background: the `Background`.
             jitter: (5, 3) error of the keypoint detector in pixels of the notional photo, or None for none.
-            size: side of the crop in pixels; the template is scaled with it.
+            size: side of the crops in pixels; the template is scaled with it.
 
         Returns:
-            (size, size, 3) uint8 RGB, and the (5, 3) keypoints with the jitter, in pixels of the notional
-            photo of `PHOTO_SIZE` from which the crop is cut: x right, y down, z toward the camera.
+            (K, size, size, 3) uint8 RGB, and the (5, 3) keypoints with the jitter, in pixels of the notional
+            photo of `PHOTO_SIZE` from which the crops are cut: x right, y down, z toward the camera.
         """
         size = check_size(size)
         keypoints, _ = project(self.keypoints, angles)
         if jitter is not None:
             keypoints = keypoints + check_numbers("jitter", jitter, (5, 3))
-        template = np.array(ARCFACE_TEMPLATE) * size / CROP_SIZE
-        alignment = fit_similarity(keypoints[:, :2], template)
-        return self._draw(angles, light, background, alignment, size, PHOTO_SIZE, PHOTO_FIELD), keypoints
+        transforms = crop_transforms(keypoints[:, :2], angles[1], names, size)
+        drawn = [self._draw(angles, light, background, each, size, PHOTO_SIZE, PHOTO_FIELD) for each in transforms]
+        return np.stack(drawn), keypoints
 
     def picture(self, angles, light=STUDIO_LIGHT, background=GREY, size=PHOTO_SIZE, field=PHOTO_FIELD):
         """An unaligned square picture with the head's pivot in the middle.

@@ -3,14 +3,14 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .render import CROP_SIZE
+from viewdiff_nb.faces.crops import CROP_SIZE
 
 SHEET_PEOPLE = 12
 SHEET_VIEWS = 8
 
 
 def draw_sheet(path, studio, seed=0, people=SHEET_PEOPLE, views=16):
-    """Draw the first people of a data set, exactly as the recogniser sees them.
+    """Draw the first people of a data set, as the recogniser sees them (of several crops the first).
 
     Args:
         path: PNG file to write.
@@ -28,7 +28,7 @@ def draw_sheet(path, studio, seed=0, people=SHEET_PEOPLE, views=16):
         samples = studio.shoot(seed, index, views)
         for place, column in enumerate(columns):
             corner = (place * CROP_SIZE, index * CROP_SIZE)
-            sheet.paste(Image.fromarray(samples.crops[column]), corner)
+            sheet.paste(Image.fromarray(samples.crops[column][0]), corner)
             label = f"{samples.poses[column, 1]:+.0f}°"
             draw.text((corner[0] + 3, corner[1] + 1), label, "white", stroke_width=1, stroke_fill="black")
     sheet.save(path, optimize=True)

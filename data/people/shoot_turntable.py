@@ -13,6 +13,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from viewdiff_nb.faces.crops import crops_of
+from viewdiff_nb.faces.recogniser import MobileFaceNet, embed_crops
 from viewdiff_nb.faces.views import CONVENTIONS
 from viewdiff_nb.files import write_atomically, write_text
 
@@ -62,17 +64,17 @@ def shoot_turntable(out: str | Path, studio, recogniser, config: TurntableConfig
     for index, name in zip(config.people, tqdm(names, unit="person"), strict=True):
         renderer = studio.renderer(config.seed, index)
         sheet = Image.new("RGB", (size * len(config.yaws), size * len(config.pitches)))
-        crops, points = [], []
+        shot, points = [], []
         for row, pitch in enumerate(config.pitches):
             for column, yaw in enumerate(config.yaws):
                 angles = np.deg2rad([pitch, yaw, 0.0])
                 picture, _ = renderer.picture(angles, size=size, field=config.picture_field)
                 sheet.paste(Image.fromarray(picture), (column * size, row * size))
-                crop, found = renderer.crop(angles)
-                crops.append(crop)
+                crops, found = renderer.crops(angles, crops_of(yaw))
+                shot.append(crops)
                 points.append(found)
         sheet.save(out / f"{name}.webp", quality=QUALITY, method=6)
-        features.append(recogniser.embed(np.stack(crops)))
+        features.append(embed_crops(recogniser, shot))
         keypoints.append(np.stack(points))
     grid = len(names), len(config.pitches), len(config.yaws)
     arrays = {
@@ -102,11 +104,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m people.shoot_turntable", description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path, help="folder for the files")
     options = parser.parse_args(arguments)
-    from people.recogniser import Recogniser
-
     from .build import Studio
 
-    shoot_turntable(options.out, Studio(), Recogniser())
+    shoot_turntable(options.out, Studio(), MobileFaceNet())
 
 
 if __name__ == "__main__":

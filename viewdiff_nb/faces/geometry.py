@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 KEYPOINT_NAMES = ("left eye", "right eye", "nose", "mouth left", "mouth right")  # sides of the image
+SEEN_FROM = {True: (1, 2, 4), False: (0, 2, 3)}  # rows of KEYPOINT_NAMES on the side that is seen, by yaw < 0
 YAW_BINS = ((0, 30), (30, 45), (45, 60), (60, 75), (75, 90))  # |yaw| in degrees, upper end included in the last
 
 # Where the five keypoints lie in a 112 x 112 aligned crop (ArcFace / InsightFace template), in pixels.
@@ -25,6 +26,18 @@ ARCFACE_TEMPLATE = (
     (41.5493, 92.3655),
     (70.7299, 92.2041),
 )
+
+# The mean of the shipped people's five keypoints in the face's own frame, about their mean; one unit is the distance
+# from between the eyes to between the mouth corners. People differ from it by SHAPE_ERROR (standard deviation).
+MEAN_FACE = (
+    (-0.430, -0.512, -0.120),
+    (0.430, -0.512, -0.120),
+    (0.0, 0.060, 0.339),
+    (-0.339, 0.482, -0.050),
+    (0.339, 0.482, -0.050),
+)
+SHAPE_ERROR = 0.07
+GAUSS_NEWTON_STEPS = 15
 
 
 def rotation_matrix(angles: Tensor) -> Tensor:
@@ -86,6 +99,54 @@ def face_rotation(keypoints: Tensor) -> Tensor:
     down = (mouth_left + mouth_right) - (left_eye + right_eye)
     y = torch.nn.functional.normalize(down - (down * x).sum(-1, keepdim=True) * x, dim=-1)
     return torch.stack((x, y, torch.linalg.cross(x, y)), -1)
+
+
+def fit_pose(points: Tensor, seen: Tensor, prior: Tensor, prior_error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Head poses of keypoints of which some are hidden: the most likely turn of `MEAN_FACE` under weak perspective.
+
+    Three points do not tell a pose, so it takes what is known beforehand: angles are normal about a prior, and seen
+    points about the turned mean face, with `SHAPE_ERROR`. The maximum a posteriori by Gauss-Newton, its errors by
+    Laplace's approximation, the inverse of J^T J.
+
+    Args:
+        points: (N, 5, 2) pixels; hidden ones hold any finite number.
+        seen: (N, 5) bool, three or more each.
+        prior, prior_error: (N, 3) pitch, yaw, roll in radians, and their standard deviations.
+
+    Returns:
+        angles (N, 3) in radians, their standard errors (N, 3), and all keypoints (N, 5, 3) in pixels: the seen ones
+        where they were seen, the hidden ones and the depths (z toward the camera) from the fit.
+    """
+    if (fewest := int(seen.sum(1).min())) < 3:
+        raise ValueError(f"a pose is fitted to at least 3 seen keypoints, got {fewest}")
+    face, points = torch.tensor(MEAN_FACE, dtype=torch.float64), points.double()
+    prior, prior_error, weight = prior.double(), prior_error.double(), seen.double()
+    middle = (points * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
+    spread = ((points - middle[:, None]) * weight[..., None]).norm(dim=(1, 2))
+    turned = face @ rotation_matrix(prior).mT
+    size = turned[..., :2] - (turned[..., :2] * weight[..., None]).sum(1, keepdim=True) / weight.sum(1)[:, None, None]
+    scale = spread / (size * weight[..., None]).norm(dim=(1, 2))  # pixels a unit, to begin with
+    start = middle - scale[:, None] * ((turned[..., :2] * weight[..., None]).sum(1) / weight.sum(1, keepdim=True))
+    unknown = torch.cat(
+        (prior, torch.zeros_like(scale)[:, None], start / scale[:, None]), 1
+    )  # angles, log scale, shift
+
+    def errors(unknown: Tensor, points: Tensor, weight: Tensor, prior: Tensor, error: Tensor, scale: Tensor) -> Tensor:
+        """Of one face, in standard deviations."""
+        found = unknown[3].exp() * (face @ rotation_matrix(unknown[:3]).mT)[:, :2] + unknown[4:]
+        off = (found - points / scale) * weight[:, None] / SHAPE_ERROR
+        return torch.cat((off.flatten(), (unknown[:3] - prior) / error))
+
+    given = points, weight, prior, prior_error, scale
+    for _ in range(GAUSS_NEWTON_STEPS):
+        jacobian = torch.func.vmap(torch.func.jacfwd(errors))(unknown, *given)
+        normal = jacobian.mT @ jacobian
+        off = torch.func.vmap(errors)(unknown, *given)
+        unknown = unknown - torch.linalg.solve(normal, (jacobian.mT @ off[..., None])[..., 0])
+    errors_of = torch.linalg.inv(normal).diagonal(dim1=1, dim2=2)[:, :3].sqrt()
+    whole = unknown[:, 3:4].exp()[..., None] * (face @ rotation_matrix(unknown[:, :3]).mT) * scale[:, None, None]
+    flat = torch.where(seen[..., None], points, whole[..., :2] + (unknown[:, None, 4:] * scale[:, None, None]))
+    return unknown[:, :3], errors_of, torch.cat((flat, whole[..., 2:]), -1)
 
 
 def fit_similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from viewdiff_nb.faces.crops import CROP_SIZE, PROFILE_CROPS, crop_transforms, crops_of, parse_crop
 from viewdiff_nb.files import install_hint, is_text, shorten
 
 PHOTO_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
@@ -44,8 +45,12 @@ class EmbedOptions:
     """Smallest variance of the Laplacian of the aligned crop; crops blurred by about 1.5 pixels have 10."""
     front_angle: float = 15.0
     """A front looks at most this far past the camera, degrees."""
+    crops: tuple[str, ...] = PROFILE_CROPS
+    """Crops of a profile whose embeddings are averaged; five@1 is InsightFace's own, which all other views have."""
 
     def __post_init__(self) -> None:
+        for name in self.crops:
+            parse_crop(name)
         checks = {
             "frame_stride": (self.frame_stride >= 1, "be 1 or more"),
             "det_size": (self.det_size >= 1 and self.det_size % 32 == 0, "be a multiple of 32 from 32 on"),
@@ -54,6 +59,7 @@ class EmbedOptions:
             "max_faces": (self.max_faces >= 1, "be 1 or more"),
             "min_sharpness": (self.min_sharpness >= 0, "not be negative"),
             "front_angle": (0 < self.front_angle <= 90, "be above 0 and at most 90 degrees"),
+            "crops": (len(self.crops) > 0, "name one crop or more"),
         }
         for name, (fits, wanted) in checks.items():
             if not fits:
@@ -217,18 +223,26 @@ class FaceReader:
         sharpness = _crop_sharpness(picture, face.kps)
         if sharpness < sharp:
             raise RefusedError("too_blurry", f"sharpness is {sharpness:.1f}, it must be {sharp:g}")
-        for task in TASKS[1:]:
-            self._models[task].get(picture, face)
+        self._models["landmark_3d_68"].get(picture, face)
         points_68 = np.asarray(face.landmark_3d_68, np.float64)
         keypoints = np.stack([points_68[list(rows)].mean(0) for rows in FIVE_OF_68])
         # InsightFace decomposes R = Rz(roll) Ry(yaw) Rx(pitch) with its mean face's x to the right, y down and nose
         # at +z (insightface/utils/transform.py, matrix2angle; data/objects/meanshape_68.pkl). These are the
         # conventions of viewdiff_nb.faces.geometry, so neither order nor sign changes.
         pose = np.asarray(face.pose, np.float64)
-        embedding = np.asarray(face.embedding, np.float32)
+        embedding = self._embed(picture, face.kps, pose[1])
         if not all(np.isfinite(values).all() for values in (keypoints, pose, embedding)) or not embedding.any():
             raise RefusedError("not_finite", "InsightFace gave numbers that are not finite, or a zero embedding")
         return Face(embedding, keypoints.astype(np.float32), pose, sharpness)
+
+    def _embed(self, picture: np.ndarray, points: np.ndarray, yaw: float) -> np.ndarray:
+        """(D,) the mean embedding of the view's crops, cut as InsightFace's norm_crop does."""
+        import cv2
+
+        names = crops_of(yaw, self._options.crops)
+        transforms = crop_transforms(points, yaw, names)
+        crops = [cv2.warpAffine(picture, transform, (CROP_SIZE, CROP_SIZE)) for transform in transforms]
+        return np.asarray(self._models["recognition"].get_feat(crops), np.float32).mean(0)
 
 
 def _crop_sharpness(picture: np.ndarray, points: np.ndarray) -> float:

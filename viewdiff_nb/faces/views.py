@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -60,6 +60,7 @@ class FaceViews:
     keypoints_3d: (M, 5, 3) of the side views, pixels, x right, y down, z toward the camera.
     angles: (M, 3) pitch, yaw, roll of the side views in radians.
     person: (M,) int64, the row of front (and of names) that a side view belongs to.
+    pose_error: (M, 3) standard deviations of angles in radians; None where poses are exact.
 
     src and keypoints_3d of a memory-mapped set are `DiskRows`, which give tensors when indexed.
     """
@@ -70,6 +71,7 @@ class FaceViews:
     keypoints_3d: Rows
     angles: Tensor
     person: Tensor
+    pose_error: Tensor | None = None
 
     def __len__(self) -> int:
         """The number of side views."""
@@ -105,9 +107,9 @@ class FaceViews:
         return self.front[self.person]
 
     def conditions(self, index: Tensor | slice = slice(None)) -> dict[str, Tensor]:
-        """The model's inputs beside src for some side views: angles, keypoints_3d, pose."""
-        angles = self.angles[index]
-        return {"angles": angles, "keypoints_3d": self.keypoints_3d[index], "pose": angles}
+        """The model's inputs beside src for some side views."""
+        error = None if self.pose_error is None else self.pose_error[index]
+        return model_conditions(self.angles[index], self.keypoints_3d[index], error)
 
     def to(self, device: torch.device | str) -> "FaceViews":
         """The set on another device; on the CPU a memory-mapped one stays on disk, see `in_memory`."""
@@ -124,6 +126,7 @@ class FaceViews:
             keypoints_3d=_read(self.keypoints_3d, device),
             angles=self.angles.to(device),
             person=self.person.to(device),
+            pose_error=None if self.pose_error is None else self.pose_error.to(device),
         )
 
     def where(self, keep: Tensor) -> "FaceViews":
@@ -134,6 +137,7 @@ class FaceViews:
             keypoints_3d=_pick(self.keypoints_3d, keep),
             angles=self.angles[keep],
             person=self.person[keep],
+            pose_error=None if self.pose_error is None else self.pose_error[keep],
         )
 
     def select(self, people: Tensor) -> "FaceViews":
@@ -176,6 +180,12 @@ class FaceViews:
         return table
 
 
+def model_conditions(angles: Tensor, keypoints_3d: Tensor, pose_error: Tensor | None) -> dict[str, Tensor]:
+    """What a model is told beside the embedding; pose_error only where poses are not exact."""
+    told = {"angles": angles, "keypoints_3d": keypoints_3d, "pose": angles}
+    return told if pose_error is None else told | {"pose_error": pose_error}
+
+
 def _pick(values: Rows, keep: Tensor) -> Rows:
     return values.pick(keep) if isinstance(values, DiskRows) else values[keep]
 
@@ -214,8 +224,8 @@ def load_face_views(folder: str | Path, device: torch.device | str = "cpu", mmap
     paths = [folder / f"{kind}_{part}" for kind in KINDS for part in parts]
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"face set {folder} lacks {', '.join(missing)}")
-    front, _, _, names = _load_samples(folder, "front")
-    src, keypoints, angles, owners = _load_samples(folder, "video", mmap)
+    front, _, _, _, names = _load_samples(folder, "front")
+    src, keypoints, angles, errors, owners = _load_samples(folder, "video", mmap)
     if front.shape[1] != src.shape[1]:
         wide = f"embeddings are {src.shape[1]} wide, the frontal ones {front.shape[1]}"
         raise FaceDataError(f"{folder / 'video_feature.npy'}: {wide}")
@@ -229,11 +239,12 @@ def load_face_views(folder: str | Path, device: torch.device | str = "cpu", mmap
             stranger = f"person {shorten(name)} has no frontal sample"
             raise FaceDataError(f"{folder / 'video_metadata.json'}: row {i}: {stranger}")
     person = torch.tensor([rows[name] for name in owners])
-    return FaceViews(tuple(names), front[:], src, keypoints, angles.deg2rad(), person).to(device)
+    error = None if errors is None else errors.deg2rad()
+    return FaceViews(tuple(names), front[:], src, keypoints, angles.deg2rad(), person, error).to(device)
 
 
-def _load_samples(folder: Path, kind: str, mmap: bool = False) -> tuple[Rows, Rows, Tensor, list[str]]:
-    """One half of a set: features (N, D), keypoints (N, 5, 3), poses in degrees (N, 3), N person names."""
+def _load_samples(folder: Path, kind: str, mmap: bool = False) -> tuple[Rows, Rows, Tensor, Tensor | None, list[str]]:
+    """One half of a set: features (N, D), keypoints (N, 5, 3), poses and their errors in degrees (N, 3), N names."""
     features = load_rows(folder / f"{kind}_feature.npy", (None, None), mmap, embeddings=True)
     count, width = features.shape
     if not count:
@@ -258,7 +269,19 @@ def _load_samples(folder: Path, kind: str, mmap: bool = False) -> tuple[Rows, Ro
         if not isinstance(entry, dict) or not is_text(entry.get("person_name")):
             raise FaceDataError(f"{path}: row {i}: needs a person_name, a text in UTF-8, got {shorten(entry)}")
     angles = torch.tensor(poses, dtype=torch.float32)
-    return features, keypoints, angles, [entry["person_name"] for entry in entries]
+    errors = _pose_errors(path, [entry.get("pose_error") for entry in entries])
+    return features, keypoints, angles, errors, [entry["person_name"] for entry in entries]
+
+
+def _pose_errors(path: Path, found: Sequence[Any]) -> Tensor | None:
+    """(N, 3) degrees; None if no sample tells one."""
+    if all(error is None for error in found):
+        return None
+    for i, error in enumerate(found):
+        if not _is_pose(error) or min(error) < 0:
+            wanted = "if one sample has a pose_error all have, three angles in degrees, none negative"
+            raise FaceDataError(f"{path}: row {i}: {wanted}; got {shorten(error)}")
+    return torch.tensor(found, dtype=torch.float32)
 
 
 def _is_pose(pose: object) -> bool:

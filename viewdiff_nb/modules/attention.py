@@ -10,9 +10,17 @@ Attended = tuple[Tensor, Tensor | None]  # (B, T, D), and if asked the weights (
 FUSED_WIDTH = 256  # wider heads have no fast fused kernel on a GPU; few keys make plain products cheap
 
 
-def encode_pose(pose: Tensor) -> Tensor:
-    """[sin p, cos p] of angles in radians, the same after a full turn: (..., P) to (..., 2 P)."""
-    return torch.cat((pose.sin(), pose.cos()), -1)
+def encode_pose(pose: Tensor, error: Tensor | None = None) -> Tensor:
+    """[sin p, cos p] of angles in radians, the same after a full turn: (..., P) to (..., 2 P).
+
+    error: (..., P) standard deviations of angles that are not exactly known. The code is then its expectation over a
+    normal distribution, sin and cos times exp(-error^2 / 2) (Barron et al. 2021, arXiv:2103.13415, eq. 13).
+
+    >>> encode_pose(torch.tensor([torch.pi / 2]), torch.tensor([10.0])).tolist()   # not known at all
+    [1.9287498933537385e-22, -8.43073281577349e-30]
+    """
+    code = torch.cat((pose.sin(), pose.cos()), -1)
+    return code if error is None else code * torch.cat((error, error), -1).square().div(-2).exp()
 
 
 def pose_code(pose: Tensor | None, shape: tuple[int, int]) -> Tensor:

@@ -132,6 +132,7 @@ class EnhancedTransformerDecoderOnly3D(nn.Module):
         return_residual: bool = True,
         return_attention: bool = False,
         view_mask: Tensor | None = None,
+        pose_error: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """
         Args:
@@ -143,12 +144,13 @@ class EnhancedTransformerDecoderOnly3D(nn.Module):
             return_attention: also return the weights, (B, num_layers, heads, 1, 7) over the feature token itself and
                 `MEMORY_TOKENS`.
             view_mask: (B,) bool with use_cross_view, False for views that only fill up a group of n_views.
+            pose_error: (B, 3) standard deviations of angles in radians, for the pose's memory token; None: exact.
 
         Returns:
             (B, feature_dim).
         """
         h, length = self._embed(src, angles, keypoints_3d)
-        memory = self._encode_memory(angles, keypoints_3d)
+        memory = self._encode_memory(angles, keypoints_3d, pose_error)
         if self.projection is not None:
             h = h + self.projection(h, keypoints_3d, source_pose=angles)
         x = self._attend_across_views(h[:, None] + memory[:, :1], 0, view_mask)
@@ -191,12 +193,12 @@ class EnhancedTransformerDecoderOnly3D(nn.Module):
         unit = src / length.clamp_min(1e-12)
         return self.input(unit * self.feature_dim**0.5), length  # entries of order 1
 
-    def _encode_memory(self, angles: Tensor, keypoints_3d: Tensor) -> Tensor:
+    def _encode_memory(self, angles: Tensor, keypoints_3d: Tensor, pose_error: Tensor | None = None) -> Tensor:
         """The tokens that features attend to, in `MEMORY_TOKENS` order: (B, 6, d_model)."""
         seen = normalise_keypoints(keypoints_3d)
         both = torch.cat((seen, to_face_frame(seen, angles)), -1)  # (B, 5, 6)
         points = self.keypoint_encoder(both) + self.keypoint_identity
-        return torch.cat((self.pose_encoder(encode_pose(angles))[:, None], points), 1)
+        return torch.cat((self.pose_encoder(encode_pose(angles, pose_error))[:, None], points), 1)
 
     def _attend_across_views(self, x: Tensor, blocks_done: int, view_mask: Tensor | None) -> Tensor:
         if self.cross_view is None or str(blocks_done) not in self.cross_view:

@@ -42,6 +42,8 @@ class Profile:
     small_epochs: int = 16  # of the small transformer, all yaws
     baseline_epochs: int = 12  # all yaws, too
     recipe_epochs: int = 8  # of each of benchmarks/recipe_study.py
+    real_epochs: int = 16  # of each training on the folds of a real benchmark
+    real_seeds: int = 3
     common: TrainConfig = COMMON
 
 
@@ -57,6 +59,8 @@ FAST_PROFILE = Profile(
     small_epochs=2,
     baseline_epochs=2,
     recipe_epochs=2,
+    real_epochs=1,
+    real_seeds=1,
 )
 
 FINE_TUNING = {"min_yaw": BOUNDARY, "lr": 2e-4, "lora_lr": 1e-2}  # chosen among three each on validation people

@@ -34,6 +34,8 @@ RESULT_CODE = (
     "studies/ablation.py",
     "studies/adaptation.py",
     "studies/forgetting.py",
+    "studies/real_faces.py",
+    "studies/real_models.py",
     "studies/significance.py",
     "studies/store.py",
 )
@@ -96,8 +98,9 @@ def fingerprint(split: Split) -> str:
     """A hash of all tensors of a split."""
     digest = hashlib.sha256()
     for faces in (split.train, split.val, split.test):
-        for rows in (faces.front, faces.src, faces.keypoints_3d, faces.angles, faces.person):
-            digest.update(rows[:].cpu().contiguous().numpy().tobytes())
+        for rows in (faces.front, faces.src, faces.keypoints_3d, faces.angles, faces.person, faces.pose_error):
+            if rows is not None:
+                digest.update(rows[:].cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from viewdiff_nb.faces.geometry import normalise_keypoints
-from viewdiff_nb.faces.views import NORMS, NORMS_WANTED, FaceViews, running_number
+from viewdiff_nb.faces.views import NORMS, NORMS_WANTED, FaceViews, model_conditions, running_number
 from viewdiff_nb.training.config import TrainConfig
 
 MEMORY_SHARE = 0.5  # of a GPU's free memory that a face set may take; the model needs the rest
@@ -23,16 +23,17 @@ REACH = 0.01  # partners for mix-up are at most this share of the set away when 
 
 
 class FaceBatch(NamedTuple):
-    """B side views: src (B, D), angles (B, 3), keypoints_3d (B, 5, 3), person (B,), as in `FaceViews`."""
+    """B side views: src (B, D), angles (B, 3), keypoints_3d (B, 5, 3), person (B,), pose_error, as in `FaceViews`."""
 
     src: Tensor
     angles: Tensor
     keypoints_3d: Tensor
     person: Tensor
+    pose_error: Tensor | None = None
 
     def conditions(self) -> dict[str, Tensor]:
         """The model's inputs beside src."""
-        return {"angles": self.angles, "keypoints_3d": self.keypoints_3d, "pose": self.angles}
+        return model_conditions(self.angles, self.keypoints_3d, self.pose_error)
 
 
 def move_if_it_fits(faces: FaceViews, device: torch.device, share: float = MEMORY_SHARE) -> FaceViews:
@@ -71,7 +72,8 @@ def views_to_train(faces: FaceViews, config: TrainConfig) -> FaceViews:
 def take(faces: FaceViews, index: Tensor | np.ndarray) -> FaceBatch:
     """The side views in index, (B,)."""
     index = torch.as_tensor(index)
-    return FaceBatch(faces.src[index], faces.angles[index], faces.keypoints_3d[index], faces.person[index])
+    error = None if faces.pose_error is None else faces.pose_error[index]
+    return FaceBatch(faces.src[index], faces.angles[index], faces.keypoints_3d[index], faces.person[index], error)
 
 
 def feed(
@@ -96,7 +98,8 @@ def feed(
         generator=torch.Generator(),  # of its own: dropout's stays where it is
     )
     for batch in loader:
-        yield FaceBatch(*(values.to(device, non_blocking=True) for values in batch))
+        moved = [None if values is None else values.to(device, non_blocking=True) for values in batch]
+        yield FaceBatch(*moved)  # type: ignore[arg-type] # only pose_error may be None
 
 
 def count_batches(faces: FaceViews, config: TrainConfig) -> int:
@@ -209,10 +212,11 @@ def draw_epoch(
 
 def mix(batch: FaceBatch, weight: Tensor) -> tuple[FaceBatch, Tensor]:
     """Mix the first half of a batch (2 B) with the second: the mixture (B), and the partners' persons (B,)."""
-    first, second = (FaceBatch(*half) for half in zip(*(values.chunk(2) for values in batch), strict=True))
+    halves = ((None, None) if values is None else values.chunk(2) for values in batch)
+    first, second = (FaceBatch(*half) for half in zip(*halves, strict=True))
     points = normalise_keypoints(first.keypoints_3d), normalise_keypoints(second.keypoints_3d)
     src, angles, keypoints = (
         torch.lerp(other, own, weight.view(-1, *(1,) * (own.dim() - 1)))
         for own, other in ((first.src, second.src), (first.angles, second.angles), points)
     )
-    return FaceBatch(src, angles, keypoints, first.person), second.person
+    return FaceBatch(src, angles, keypoints, first.person, first.pose_error), second.person

@@ -1,0 +1,163 @@
+"""Verification by pairs: which two pictures, whether they show the same person, and in which fold they are tested."""
+
+import pickle
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from viewdiff_nb.faces.crops import CROP_SIZE
+from viewdiff_nb.faces.views import FaceDataError
+from viewdiff_nb.files import read_bytes, write_text
+
+FOLDS = 10
+HEAD = "first,second,same,fold"
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """N pairs. first, second: (N,) int64 rows of embeddings. same: (N,) bool. fold: (N,) int64 from 0."""
+
+    first: Tensor
+    second: Tensor
+    same: Tensor
+    fold: Tensor
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+
+def pairs_in_order(same: Tensor, folds: int = FOLDS) -> Pairs:
+    """Pictures 0 and 1, 2 and 3, ...; folds of equal size in that order, as InsightFace and LFW have them.
+
+    >>> pairs = pairs_in_order(torch.tensor([True, False, True, False]), folds=2)
+    >>> pairs.first.tolist(), pairs.second.tolist(), pairs.fold.tolist()
+    ([0, 2, 4, 6], [1, 3, 5, 7], [0, 0, 1, 1])
+    """
+    if len(same) < folds or same.all() or not same.any():
+        raise FaceDataError(
+            f"verification needs same and different pairs, and {folds} pairs or more for as many folds; got "
+            f"{int(same.sum())} same and {int((~same).sum())} different ones"
+        )
+    first = 2 * torch.arange(len(same))
+    return Pairs(first, first + 1, same, torch.arange(len(same)) * folds // len(same))
+
+
+def write_pairs(path: str | Path, pairs: Pairs) -> None:
+    """As CSV, rows from 0, same 1 or 0; `read_pairs` reads it."""
+    columns = torch.stack((pairs.first, pairs.second, pairs.same.long(), pairs.fold), 1)
+    write_text(path, "\n".join([HEAD, *(",".join(map(str, row)) for row in columns.tolist())]) + "\n")
+
+
+def read_pairs(path: str | Path, count: int) -> Pairs:
+    """The pairs of a file of `write_pairs`, or made by hand, of count pictures.
+
+    Raises:
+        FaceDataError: naming file and line, for what is no pair of them.
+    """
+    lines = read_lines(path)
+    if not lines or lines[0].strip() != HEAD:
+        raise FaceDataError(f"{path}: line 1: must be {HEAD}")
+    rows = []
+    for number, line in enumerate(lines[1:], 2):
+        where = f"{path}: line {number}"
+        first, second, same, fold = whole_numbers(line, 4, where)
+        if not (0 <= first < count and 0 <= second < count):
+            raise FaceDataError(f"{where}: rows must be from 0 to {count - 1}, got {first} and {second}")
+        if same not in (0, 1) or not 0 <= fold < len(lines):
+            raise FaceDataError(f"{where}: same must be 1 or 0 and folds count from 0, got {same} and {fold}")
+        rows.append((first, second, same, fold))
+    if not rows:
+        raise FaceDataError(f"{path}: holds no pair")
+    first, second, same, fold = torch.tensor(rows).T
+    return Pairs(first, second, same.bool(), fold)
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """A text's lines; a FaceDataError if it is none in UTF-8."""
+    try:
+        return read_bytes(path, FaceDataError).decode().rstrip().splitlines()
+    except UnicodeDecodeError as error:
+        raise FaceDataError(f"{path}: not a text in UTF-8: {error}") from error
+
+
+def whole_numbers(line: str, count: int, where: str) -> list[int]:
+    """Numbers with commas between them; where begins the FaceDataError of a line that is something else."""
+    try:
+        found = [int(part) for part in line.split(",")]
+    except ValueError:
+        found = []
+    if len(found) != count:
+        raise FaceDataError(f"{where}: must be {count} whole numbers with commas between them, got {line.strip()!r}")
+    return found
+
+
+def read_picture_pairs(path: str | Path, images: str | Path) -> tuple[list[Path], Pairs]:
+    """Pairs as CPLFW lists them: two lines a pair, each a picture's name and 1 (same) or 0.
+
+    Returns:
+        the pictures' paths in the folder images, and the pairs of them, folds in the given order.
+
+    Raises:
+        FaceDataError: naming file and line.
+    """
+    lines, paths, marks = read_lines(path), [], []
+    for number, line in enumerate(lines, 1):
+        name, _, mark = line.strip().rpartition(" ")
+        where = f"{path}: line {number}"
+        if not name or mark not in ("0", "1"):
+            raise FaceDataError(f"{where}: must be a picture's name, a space, and 1 or 0, got {line.strip()!r}")
+        if not (Path(images) / name).is_file():
+            raise FaceDataError(f"{where}: there is no picture {Path(images) / name}")
+        paths.append(Path(images) / name)
+        marks.append(mark == "1")
+    if len(lines) % 2:
+        raise FaceDataError(f"{path}: two lines are a pair, and there are {len(lines)}")
+    for number in range(0, len(lines), 2):
+        if marks[number] != marks[number + 1]:
+            raise FaceDataError(f"{path}: line {number + 2}: says {marks[number + 1]:d}, the line before it does not")
+    return paths, pairs_in_order(torch.tensor(marks[::2], dtype=torch.bool))
+
+
+class _Plain(pickle.Unpickler):
+    """Reads lists, tuples, bytes, numbers and bools; anything that names a class or function is refused, not run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it wants to run {module}.{name}")
+
+
+def read_insightface_bin(path: str | Path) -> tuple[np.ndarray, Pairs]:
+    """InsightFace's verification sets: a pickle of (encoded pictures, two a pair; whether a pair is the same person).
+
+    Returns:
+        (2 N, 112, 112, 3) uint8 RGB, and the pairs of them.
+    """
+    try:
+        found = _Plain(BytesIO(read_bytes(path, FaceDataError)), encoding="bytes").load()
+        encoded, same = found
+        usable = len(encoded) == 2 * len(same) and all(isinstance(picture, bytes) for picture in encoded)
+    except Exception as error:  # a damaged pickle raises whatever it likes
+        if isinstance(error, FaceDataError | FileNotFoundError):
+            raise
+        raise FaceDataError(f"{path}: no verification set of InsightFace: {error}") from error
+    if not usable:
+        raise FaceDataError(f"{path}: must hold encoded pictures, two for each of {len(same)} pairs")
+    crops = [open_crop(BytesIO(picture), f"{path}: picture {i}") for i, picture in enumerate(encoded)]
+    return np.stack(crops), pairs_in_order(torch.tensor([bool(value) for value in same]))
+
+
+def open_crop(file: Path | BytesIO, name: str) -> np.ndarray:
+    """(112, 112, 3) uint8 RGB of an aligned crop; name begins the FaceDataError of what is none."""
+    try:
+        with Image.open(file) as picture:
+            crop = np.asarray(picture.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise FaceDataError(f"{name}: cannot be read: {error}") from error
+    if crop.shape != (CROP_SIZE, CROP_SIZE, 3):
+        raise FaceDataError(f"{name}: an aligned crop has {CROP_SIZE} x {CROP_SIZE} pixels, got {crop.shape[:2]}")
+    return crop

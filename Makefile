@@ -2,6 +2,7 @@
 # make modules     which module earns what: 65 trainings, hours on a CPU, minutes on a GPU
 # make recipes     which loss, mix-up, margin … trains best: 63 trainings, hours on a CPU, minutes on a GPU
 # make ablation    the whole grid of rank, resolution and prior weight: 135 trainings, ten minutes on an H200
+# make cfp CFP=…   the kit on real faces: embed the folder of CFP, run notebook 06 on it (needs npm and network once)
 # make test        set up, run the tests
 # make test-all    those too that need the maker of people, a cluster, InsightFace, PEFT, ONNX or a browser
 # make lint        formatter, linter and type checker
@@ -14,16 +15,22 @@
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
+WORKERS ?= 2
 # Without compiling: bytecode is made of what is imported, when it is.
 PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 # A torch that is there already stays, unless TORCH is given.
 KEEP_TORCH := $(if $(filter file,$(origin TORCH)),$(VENV)/bin/python -c "import torch" 2>/dev/null ||)
 
-.PHONY: reproduce modules recipes ablation test test-all lint lab data clean
+.PHONY: reproduce cfp modules recipes ablation test test-all lint lab data clean
 
 reproduce: $(VENV)/.kit
 	$(VENV)/bin/python benchmarks/reproduce.py $(if $(FAST),--fast)
+
+cfp: $(VENV)/.cfp
+	@test -n "$(CFP)" || { echo "give CFP's folder, with Data and Protocol: make cfp CFP=folder (docs/real_faces.md)"; exit 2; }
+	$(VENV)/bin/python -m viewdiff_nb.faces.cfp "$(CFP)" runs/cfp --workers $(WORKERS)
+	$(VENV)/bin/python benchmarks/reproduce.py notebooks/06_real_faces.ipynb
 
 modules: $(VENV)/.kit
 	$(VENV)/bin/python benchmarks/module_study.py $(if $(FAST),--fast)
@@ -51,7 +58,7 @@ lab: $(VENV)/.kit
 data: $(VENV)/.heads
 	PYTHONPATH=data $(VENV)/bin/python -m people.build data/heads
 	PYTHONPATH=data $(VENV)/bin/python -m people.build data/heads_192 --people 400 --views 16 --seed 1 \
-		--recogniser mobilefacenet192
+		--recogniser mobilefacenet192 --crops five@1
 	PYTHONPATH=data $(VENV)/bin/python -m people.shoot_turntable data/turntable
 	PYTHONPATH=data $(VENV)/bin/python -m people.build --sheet figures/heads_contact_sheet.png
 
@@ -66,6 +73,10 @@ $(VENV)/.torch:
 
 $(VENV)/.kit: $(VENV)/.torch pyproject.toml
 	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.cfp: $(VENV)/.kit
+	$(PIP) --editable ".[cfp]"
 	touch $@
 
 $(VENV)/.heads: $(VENV)/.kit

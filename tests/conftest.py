@@ -66,6 +66,7 @@ NEEDS = {
     "test_*_in_processes.py": "minutes: training in several processes",
     "programs": "minutes: the studies of benchmarks/",
     "test_embed.py": "InsightFace",
+    "test_*_with_insightface.py": "InsightFace",
     "tiny_insightface.py": "InsightFace",
 }
 """Tests that need more than `make test` installs, or long; `make test-all`, which sets ALL, runs them."""

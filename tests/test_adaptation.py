@@ -16,7 +16,14 @@ def test_study_trains_everything_once_and_reuses_it(monkeypatch, tmp_path):
     split = small_split()
     store = Store(split, tmp_path)
     results = run_study(TINY, split, workers=1, store=store)
-    assert {name for name, _ in results} == {*adaptation.BASELINES, "base", *adaptation.STUDIED, *adaptation.ALL_YAWS}
+    rows = (
+        *adaptation.BASELINES,
+        *adaptation.CLOSED_FORMS,
+        *adaptation.STUDIED,
+        *adaptation.ALL_YAWS,
+        *adaptation.STEP_CHOSEN,
+    )
+    assert {name for name, _ in results} == {*rows, "base"}
     for result in results.values():
         assert 0 <= result["test"]["all"]["rank1"] <= 1 and result["test"]["all"]["views"] == 40 * 12
         assert set(result["test"]["all"]) - set(result["test_people"]["all"]) == set(COUNTS)

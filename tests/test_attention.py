@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from viewdiff_nb import CrossViewAttention, PoseConditionedLoRAAttention
-from viewdiff_nb.modules.attention import attention_weights, weighted_tokens
+from viewdiff_nb.modules.attention import attention_weights, encode_pose, weighted_tokens
 from viewdiff_nb.modules.lora import disable_adapters
 from viewdiff_nb.training.batches import FaceBatch
 from viewdiff_nb.training.result import find_cause
@@ -302,3 +302,20 @@ def test_trainable_parameters_come_in_the_order_of_the_layers():
         assert all(a is b for a, b in zip(attention.get_trainable_parameters(), wanted, strict=True))
     with pytest.raises(RuntimeError, match="rank 0"):
         PoseConditionedLoRAAttention(16, num_heads=4, rank=0).merge()
+
+
+def test_the_code_of_an_uncertain_pose_is_the_mean_code():
+    pose, error = torch.randn(6, 3).double(), torch.rand(6, 3).double() * 1.5
+    draws = pose + error * torch.randn(200_000, 6, 3)
+    wanted = torch.cat((draws.sin(), draws.cos()), -1).mean(0)
+    torch.testing.assert_close(encode_pose(pose, error), wanted, atol=0.01, rtol=0)
+    assert (encode_pose(pose, error) - encode_pose(pose)).abs().max() > 0.1
+
+
+def test_an_exact_pose_is_coded_as_ever_and_an_unknown_one_not_at_all():
+    pose = torch.randn(6, 3)
+    assert torch.equal(encode_pose(pose, torch.zeros(6, 3)), encode_pose(pose))
+    assert encode_pose(pose, torch.full((6, 3), 10.0)).abs().max() < 1e-20
+    one = encode_pose(pose, torch.tensor([0.0, 10.0, 0.0]))  # only the yaw is unknown
+    torch.testing.assert_close(one[:, [0, 2, 3, 5]], encode_pose(pose)[:, [0, 2, 3, 5]], rtol=0, atol=0)
+    assert one[:, [1, 4]].abs().max() < 1e-20

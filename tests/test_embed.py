@@ -12,9 +12,11 @@ import torch
 from insightface.model_zoo.arcface_onnx import ArcFaceONNX
 from insightface.model_zoo.landmark import Landmark
 from insightface.model_zoo.scrfd import SCRFD
+from insightface.utils.face_align import estimate_norm, norm_crop
 from tiny_insightface import SIZE, head, make_pack, take_photo
 
 from viewdiff_nb.faces import embed, load_face_views
+from viewdiff_nb.faces.crops import crop_transforms, cut_crops
 from viewdiff_nb.faces.embed import EmbedError, EmbedOptions, embed_folder
 from viewdiff_nb.faces.photo_reader import FaceReader, RefusedError, read_pictures
 
@@ -120,7 +122,7 @@ def model_calls(monkeypatch):
 
         monkeypatch.setattr(kind, method, counted)
 
-    for kind, method in ((SCRFD, "detect"), (Landmark, "get"), (ArcFaceONNX, "get")):
+    for kind, method in ((SCRFD, "detect"), (Landmark, "get"), (ArcFaceONNX, "get_feat")):
         count(kind, method)
     return counts
 
@@ -209,6 +211,47 @@ def test_the_embedding_is_the_models_own(done, models, truth):
     np.testing.assert_allclose(pose, face.pose, rtol=1e-5)
     np.testing.assert_array_equal(keypoints[2:], face.landmark_3d_68[[30, 48, 54]])
     assert abs(np.linalg.norm(embedding) - 1) > 10
+
+
+@pytest.mark.parametrize("crops", [("five@1",), ("five@1.12", "three@1.12")])
+def test_a_profile_is_embedded_by_the_mean_of_its_crops(models, truth, crops):
+    """With points that InsightFace's detector and models find: yaw 55 is a profile, and 20 is none."""
+    reader = FaceReader(options(models, crops=crops))
+    recogniser, detector = reader._models["recognition"], reader._models["detection"]
+    for name, names in (("session 2/right.png", crops), ("04_roll.png", ("five@1",))):
+        picture = truth["anna"][name].picture
+        (points,) = detector.detect(picture, max_num=1)[1]
+        cut = [
+            cv2.warpAffine(picture, transform, (112, 112))
+            for transform in crop_transforms(points, truth["anna"][name].pose[1], names)
+        ]
+        wanted = np.stack([recogniser.get_feat(crop)[0] for crop in cut]).mean(0)
+        np.testing.assert_allclose(reader.read(picture).embedding, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_five_at_1_is_insightfaces_own_crop(truth):
+    photo = truth["anna"]["04_roll.png"]
+    points = photo.keypoints[:, :2].astype(np.float32)
+    (transform,) = crop_transforms(points, 20, ["five@1"])
+    np.testing.assert_allclose(transform, estimate_norm(points), atol=1e-4)
+    wanted = norm_crop(photo.picture, points).astype(int)
+    found = cv2.warpAffine(photo.picture, transform, (112, 112)).astype(int)
+    assert abs(found - wanted).max() <= 1
+
+
+def test_pillow_cuts_what_opencv_cuts(truth):
+    """Their pixel centres are at halves and at whole numbers, and one is cubic, the other linear."""
+    photo = truth["anna"]["00_left.png"]
+    picture = blurred(photo.picture, 3)
+    transforms = crop_transforms(photo.keypoints[:, :2], -40, ["five@1", "three@1.12"])
+    for transform in transforms:
+        from_halves = transform.copy()
+        from_halves[:, 2] += 0.5 - transform[:, :2] @ (0.5, 0.5)
+        (found,) = cut_crops(picture, from_halves[None])
+        wanted = cv2.warpAffine(picture, transform, (112, 112))
+        assert abs(found.astype(int) - wanted)[1:-1, 1:-1].mean() < 1
+        (apart,) = cut_crops(picture, transform[None])
+        assert abs(apart.astype(int) - wanted).mean() < 5
 
 
 def test_the_front_is_the_sharp_near_frontal_one(done):

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -5,8 +6,12 @@ import pytest
 import torch
 
 from viewdiff_nb.faces.geometry import (
+    MEAN_FACE,
+    SEEN_FROM,
+    SHAPE_ERROR,
     euler_angles,
     face_rotation,
+    fit_pose,
     fit_similarity,
     normalise_keypoints,
     rotation_matrix,
@@ -109,3 +114,91 @@ def test_points_in_one_place_are_refused():
 def test_points_that_cannot_be_fitted_are_refused(source, target, message):
     with pytest.raises(ValueError, match=message):
         fit_similarity(source, target)
+
+
+MEAN = torch.tensor(MEAN_FACE).double()
+ALL, NONE = torch.ones(5, dtype=torch.bool), torch.zeros(3).double()
+
+
+def random_poses(count, yaw=80):
+    """Radians, of heads that look anywhere."""
+    return (2 * torch.rand(count, 3).double() - 1) * torch.tensor([30.0, yaw, 40]).deg2rad().double()
+
+
+def photographed(angles, faces=MEAN):
+    """Faces in their own frame turned, and each scaled and shifted: (N, 5, 3) pixels."""
+    size, place = 20 + 80 * torch.rand(len(angles), 1, 1).double(), 400 * torch.rand(len(angles), 1, 3).double()
+    return faces @ rotation_matrix(angles).mT * size + place * torch.tensor([1.0, 1.0, 0.0])
+
+
+def side_seen(angles):
+    """(N, 5) the three points of the side that is seen."""
+    seen = torch.zeros(len(angles), 5, dtype=torch.bool)
+    for row, yaw in enumerate(angles[:, 1].tolist()):
+        seen[row, list(SEEN_FROM[yaw < 0])] = True
+    return seen
+
+
+def test_the_pose_of_a_mean_face_is_found():
+    angles = random_poses(50, yaw=70)
+    points = photographed(angles)
+    prior = angles + 0.2 * (2 * torch.rand(50, 3) - 1)  # only to begin with
+    found, error, keypoints = fit_pose(points[..., :2], ALL.expand(50, 5), prior, torch.full((50, 3), 1e4))
+    torch.testing.assert_close(found, angles, atol=1e-6, rtol=0)
+    torch.testing.assert_close(keypoints[..., :2], points[..., :2], atol=0, rtol=0)
+    torch.testing.assert_close(
+        keypoints[..., 2] - keypoints[..., 2:].mean(1), points[..., 2] - points[..., 2:].mean(1), atol=1e-3, rtol=0
+    )
+    assert (error > 0).all()
+
+
+def test_hidden_points_are_filled_in():
+    """Three points and the right pose; where the hidden ones are said to be does not matter."""
+    angles = random_poses(50)
+    points, seen = photographed(angles), side_seen(angles)
+    given = points[..., :2].where(seen[..., None], 1e3 * torch.randn(50, 5, 2))
+    found, _, keypoints = fit_pose(given, seen, angles, torch.full((50, 3), 0.1))
+    torch.testing.assert_close(found, angles, atol=1e-8, rtol=0)
+    torch.testing.assert_close(keypoints, points, atol=1e-5, rtol=0)
+
+
+def test_place_size_and_hidden_points_change_no_pose():
+    angles = random_poses(20)
+    seen, prior = side_seen(angles), angles + 0.1 * torch.randn(20, 3)
+    points = photographed(angles)[..., :2] + torch.randn(20, 5, 2)
+    wanted, wanted_error, keypoints = fit_pose(points, seen, prior, torch.full((20, 3), 0.3))
+    moved = (7 * points - 300).where(seen[..., None], 0.0)
+    found, error, moved_keypoints = fit_pose(moved, seen, prior, torch.full((20, 3), 0.3))
+    torch.testing.assert_close((found, error), (wanted, wanted_error))
+    torch.testing.assert_close(moved_keypoints, 7 * keypoints - torch.tensor([300.0, 300, 0]), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("hidden", "yaw", "spread"), [(False, 0.0, (20, 20, 20)), (True, 60.0, (10, 10, 20))])
+def test_errors_of_poses_are_as_large_as_they_are_said_to_be(hidden, yaw, spread):
+    """Faces that differ from the mean as people do, and angles that differ from the prior as the prior says."""
+    count, spread = 2000, torch.tensor(spread).deg2rad().double()
+    prior = torch.tensor([0.0, yaw, 0.0]).deg2rad().double().expand(count, 3)
+    angles = prior + spread * torch.randn(count, 3)
+    faces = MEAN + SHAPE_ERROR * torch.randn(count, 5, 3)
+    seen = side_seen(angles) if hidden else ALL.expand(count, 5)
+    found, error, _ = fit_pose(photographed(angles, faces)[..., :2], seen, prior, spread.expand(count, 3))
+    z = (found - angles) / error
+    assert ((z.std(0) - 1).abs() < 0.1).all(), z.std(0)
+    assert (z.mean(0).abs() < 0.2).all() and (error.mean(0) < spread).all()
+
+
+def test_a_tighter_prior_leaves_smaller_errors():
+    angles = random_poses(20)
+    points, seen = photographed(angles, MEAN + SHAPE_ERROR * torch.randn(20, 5, 3))[..., :2], side_seen(angles)
+    errors = [fit_pose(points, seen, angles, torch.full((20, 3), spread))[1] for spread in (0.5, 0.2, 0.05, 1e-4)]
+    for wider, tighter in itertools.pairwise(errors):
+        assert (tighter < wider).all()
+    torch.testing.assert_close(errors[-1], torch.full((20, 3), 1e-4).double(), rtol=1e-3, atol=0)
+    exact, _, _ = fit_pose(points, seen, angles + 0.2, torch.full((20, 3), 1e-6))
+    torch.testing.assert_close(exact, angles + 0.2, atol=1e-6, rtol=0)
+
+
+def test_two_points_tell_no_pose():
+    seen = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 0, 0]]).bool()
+    with pytest.raises(ValueError, match="a pose is fitted to at least 3 seen keypoints, got 2"):
+        fit_pose(torch.randn(2, 5, 2), seen, NONE.expand(2, 3), torch.ones(2, 3))

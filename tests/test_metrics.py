@@ -9,6 +9,8 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from viewdiff_nb import metrics
 from viewdiff_nb.metrics import (
     equal_error_rate,
+    fold_hits,
+    pair_counts,
     rank_rate,
     recognition_by_yaw,
     roc_auc,
@@ -257,3 +259,56 @@ def test_people_of_a_bin_are_those_whose_views_are_in_it():
 
 def test_folds_without_others_to_set_the_threshold_tell_no_accuracy():
     assert verification_hits(torch.ones(3, 4), torch.eye(2, 4), torch.zeros(3, dtype=torch.long)).isnan().all()
+
+
+def test_a_fold_is_decided_by_the_threshold_of_the_others():
+    similarity = torch.tensor([0.9, 0.6, 0.5, 0.4, 0.8, 0.7, 0.3, 0.2])
+    same = torch.tensor([True, False, True, False, True, True, False, False])
+    fold = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    # fold 1 is all right from .7 on, which refuses the .5 of fold 0. Fold 0 has 3 of 4 right from .9 on, and no more
+    # from .5 on; the lower threshold is the first one that is as good, and all of fold 1 is right by it.
+    assert fold_hits(similarity, same, fold).tolist() == [1, 1, 0, 1, 1, 1, 1, 1]
+    equal = torch.tensor([0.5, 0.4, 0.5, 0.3])  # what equals the threshold is accepted
+    assert fold_hits(equal, torch.tensor([True, False] * 2), torch.tensor([0, 0, 1, 1])).tolist() == [1, 1, 1, 1]
+
+
+def test_a_pair_does_not_decide_about_its_own_threshold():
+    """Two folds that want different thresholds: each is wrong by the other's."""
+    similarity, same = torch.tensor([0.9, 0.8, 0.3, 0.2]), torch.tensor([True, False, True, False])
+    assert fold_hits(similarity, same, torch.tensor([0, 0, 1, 1])).tolist() == [1, 0, 0, 1]
+    assert fold_hits(similarity, same, torch.tensor([0, 1, 0, 1])).isfinite().sum() == 2  # fold 1 has one to go by
+    assert fold_hits(similarity, same, torch.zeros(4).long()).isnan().all()
+
+
+@pytest.mark.parametrize("noise", [0.2, 1.0])
+def test_hits_are_those_of_ten_folds_in_words(noise):
+    same, fold = torch.arange(300) % 2 == 0, torch.arange(300) * 10 // 300
+    similarity = same + noise * torch.randn(300)
+    wanted = ten_fold_accuracy(*(similarity[s].numpy() for s in (same, ~same)), fold[same].numpy())
+    assert fold_hits(similarity, same, fold).mean().item() == pytest.approx(wanted)
+    order = torch.randperm(300)
+    assert torch.equal(fold_hits(similarity[order], same[order], fold[order]), fold_hits(similarity, same, fold)[order])
+
+
+def test_counts_of_pairs_by_hand():
+    similarity = torch.tensor([0.5, 0.9, 0.5, 0.5, 0.2, 0.7, 0.95, 0.9])
+    same = torch.tensor([True, True, True, False, False, False, False, False])
+    genuine, impostor = pair_counts(similarity, same, torch.tensor([0, 0, 1, 1, 1, 0, 0, 0]), 3)
+    assert genuine.tolist() == [[1, 1], [1, 0], [0, 0]]  # at .5 and .9
+    # below .5, at .5, between, at .9, above
+    assert impostor.tolist() == [[0, 0, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("decimals", [1, 7])  # with ties, and without
+def test_rates_of_pairs_are_those_of_scikit_learn(decimals):
+    same, group = torch.rand(500) < 0.3, torch.randint(3, (500,))
+    similarity = (same + 1.2 * torch.randn(500)).double().round(decimals=decimals)
+    genuine, impostor = pair_counts(similarity, same, group, 3)
+    for i in range(3):
+        mine = group == i
+        wanted = roc_auc_score(same[mine], similarity[mine])
+        assert roc_auc(genuine[i], impostor[i]).item() == pytest.approx(wanted, abs=1e-9)
+    assert roc_auc(genuine.sum(0), impostor.sum(0)).item() == pytest.approx(roc_auc_score(same, similarity), abs=1e-9)
+    far, tar, _ = roc_curve(same, similarity, drop_intermediate=False)
+    assert equal_error_rate(genuine.sum(0), impostor.sum(0)).item() == pytest.approx(np.maximum(far, 1 - tar).min())
+    assert tar_at_far(genuine.sum(0), impostor.sum(0), 0.1).item() == pytest.approx(tar[far <= 0.1].max())

@@ -19,6 +19,8 @@ from viewdiff_nb.faces.photo_reader import EmbedOptions, FaceReader, list_people
         ({"det_threshold": 1.0}, "det_threshold must be between 0 and 1, got 1.0"),
         ({"min_sharpness": float("nan")}, "min_sharpness must not be negative, got nan"),
         ({"min_sharpness": -1.0}, "min_sharpness must not be negative, got -1.0"),
+        ({"crops": ()}, r"crops must name one crop or more, got \(\)"),
+        ({"crops": ("five@1", "six@1")}, "a crop is named by .* got 'six@1'"),
         ({"front_angle": 0.0}, "front_angle must be above 0 and at most 90 degrees, got 0.0"),
     ],
 )

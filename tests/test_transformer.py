@@ -126,6 +126,32 @@ def test_pose_defaults_to_the_head_pose():
     torch.testing.assert_close(model(**x | {"pose": None}), model(**x))
 
 
+@pytest.mark.parametrize("case", [*MODULES, "base"])
+def test_a_pose_without_error_is_an_exact_one_to_the_last_bit(case):
+    model, x = build(**MODULES.get(case, {})), inputs()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    exact = model(**x)
+    assert torch.equal(model(**x, pose_error=torch.zeros(6, 3)), exact)
+    assert torch.equal(model(**x, pose_error=None), exact)
+    assert (model(**x, pose_error=torch.full((6, 3), 0.5)) - exact).abs().max() > 1e-4
+
+
+def test_an_unknown_yaw_leaves_the_pose_token_without_it():
+    """The keypoints in the face's own frame know the yaw still, so only that token is looked at."""
+    model, x = trained_base(), inputs()
+    turned = x["angles"] + torch.tensor([0.0, 1.0, 0.0])
+
+    def token(angles, error):
+        return model._encode_memory(angles, x["keypoints_3d"], torch.tensor(error).expand(6, 3))[:, 0]
+
+    unknown, known = [0.0, 20.0, 0.0], [0.0, 0.0, 0.0]
+    assert torch.equal(token(turned, unknown), token(x["angles"], unknown))
+    assert (token(turned, known) - token(x["angles"], known)).abs().max() > 1e-3
+    pitched = x["angles"] + torch.tensor([1.0, 0.0, 0.0])
+    assert (token(pitched, unknown) - token(x["angles"], unknown)).abs().max() > 1e-3  # which is known still
+
+
 def test_attention_over_named_tokens():
     model, x = trained_base(), inputs()
     output, weights = model(**x, return_attention=True)

@@ -1,4 +1,5 @@
 import json
+import math
 import pickle
 import struct
 import tracemalloc
@@ -13,6 +14,7 @@ from viewdiff_nb.faces import FaceDataError, FaceViews, load_face_views, split_b
 from viewdiff_nb.files import DiskRows
 from viewdiff_nb.plots import BIN_NAMES
 
+UNSURE = (1.0, 20.0, 5.0)  # degrees, of pitch, yaw, roll
 TENSORS = ("front", "src", "keypoints_3d", "angles", "person")
 
 
@@ -56,6 +58,17 @@ def npy(shape, kind="<f4", length=None):
     """A .npy file with that text as its shape, in numpy's own form, and no numbers."""
     header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
     return lambda path: b"\x93NUMPY\1\0" + struct.pack("<H", length or len(header)) + header
+
+
+def with_errors(row, error, kind="video"):
+    """All poses have errors, and one an odd one."""
+
+    def change(content):
+        for entry in content["metadata"]:
+            entry["pose_error"] = list(UNSURE)
+        content["metadata"][row]["pose_error"] = error
+
+    return metadata(kind, change)
 
 
 def metadata(kind, change):
@@ -178,6 +191,18 @@ BAD = {
         metadata("video", lambda m: m["metadata"][1].update(person_name="x" * 5000)),
         r"row 1: person 'xxx",
     ),
+    "a pose_error of one sample": (
+        metadata("video", lambda m: m["metadata"][2].update(pose_error=list(UNSURE))),
+        r"video_metadata.json: row 0: if one sample has a pose_error all have, three angles.*; got None",
+    ),
+    "a sample without pose_error": (with_errors(7, None), r"video_metadata.json: row 7: if one .*; got None"),
+    "a pose_error of one angle": (with_errors(7, 20.0), r"video_metadata.json: row 7: if one .*; got 20.0"),
+    "a pose_error of two angles": (with_errors(7, [1, 2]), r"video_metadata.json: row 7: if one .*; got \[1, 2\]"),
+    "a negative pose_error": (with_errors(0, [1, -2.5, 0]), r"video_metadata.json: row 0: .* none negative; got"),
+    "an endless pose_error": (with_errors(47, [1, math.inf, 0]), r"video_metadata.json: row 47: if one .*; got"),
+    "a pose_error that is no number": (with_errors(3, [math.nan, 0, 0]), r"video_metadata.json: row 3: if one .*; got"),
+    "a pose_error in words": (with_errors(3, "wide"), r"video_metadata.json: row 3: if one .*; got 'wide'"),
+    "a pose_error of the fronts": (with_errors(5, [-1, 0, 0], "front"), r"front_metadata.json: row 5: if one"),
     "half a character": (
         metadata("front", lambda m: m["metadata"][2].update(person_name="\ud800")),
         r"front_metadata.json: row 2: needs a person_name, a text in UTF-8",
@@ -250,6 +275,53 @@ def test_where_and_select_keep_people_and_views_together():
     for i in range(len(picked)):
         assert torch.equal(picked.target[i], faces.front[faces.names.index(picked.names[picked.person[i]])])
     assert faces.conditions(slice(0, 2))["keypoints_3d"].shape == (2, 5, 3)
+
+
+def tell_errors(folder):
+    """Every side view gets its own pose_error; returns them in degrees."""
+    errors = (torch.rand(48, 3) * 30).round(decimals=2)
+
+    def change(content):
+        for entry, error in zip(content["metadata"], errors.tolist(), strict=True):
+            entry["pose_error"] = error
+
+    edit_json(folder / "video_metadata.json", change)
+    return errors
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_errors_of_poses_are_loaded_in_radians(face_set, mmap):
+    assert load_face_views(face_set, mmap=mmap).pose_error is None
+    errors = tell_errors(face_set)
+    faces = load_face_views(face_set, mmap=mmap)
+    torch.testing.assert_close(faces.pose_error, errors * torch.pi / 180)
+    assert faces.pose_error.dtype == torch.float32
+    assert torch.equal(faces.conditions(slice(3, 5))["pose_error"], faces.pose_error[3:5])
+
+
+def test_a_set_with_exact_poses_tells_models_of_no_error():
+    assert set(people(2).conditions()) == {"angles", "keypoints_3d", "pose"}
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_errors_of_poses_stay_with_their_views(face_set, mmap):
+    tell_errors(face_set)
+    faces = load_face_views(face_set, mmap=mmap)
+    known = dict(zip(map(tuple, faces.angles.tolist()), faces.pose_error.tolist(), strict=True))
+    changed = {
+        "mask": faces.where(faces.abs_yaw > 40),
+        "index": faces.where(torch.tensor([9, 2, 9])),
+        "select": faces.select(torch.tensor([5, 2])),
+        "split": split_by_person(faces, 2, 2).train,
+        "sample": faces.sample_views(2, torch.Generator().manual_seed(0)),
+        "in_memory": faces.in_memory(),
+        "to": faces.to("cpu"),
+    }
+    for name, part in changed.items():
+        assert part.pose_error.shape == (len(part), 3) == part.angles.shape, name
+        for angles, error in zip(part.angles.tolist(), part.pose_error.tolist(), strict=True):
+            assert known[tuple(angles)] == error, name
+    assert faces.to("meta").pose_error.device.type == "meta"
 
 
 def assert_same(a: FaceViews, b: FaceViews) -> None:

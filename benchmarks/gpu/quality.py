@@ -33,6 +33,7 @@ from viewdiff_nb.studies.adaptation import (
     FAST_PROFILE,
     FIXED,
     FULL_PROFILE,
+    STEP_CHOSEN,
     STUDIED,
     Profile,
     load_split,
@@ -40,9 +41,11 @@ from viewdiff_nb.studies.adaptation import (
     run_study,
 )
 from viewdiff_nb.studies.benchmark import machine
+from viewdiff_nb.studies.candidates import CLOSED_FORMS
 from viewdiff_nb.studies.store import Store
 
-ADAPTED = (ALL_YAWS[-1], *(name for name in (*ALL_YAWS[:-1], *BASELINES, *STUDIED) if name not in BASES))
+OTHERS = (*ALL_YAWS[:-1], *BASELINES, *CLOSED_FORMS, *STUDIED, *STEP_CHOSEN)
+ADAPTED = (ALL_YAWS[-1], *(name for name in OTHERS if name not in BASES))
 RATES = ("rank1", "tar", "auc", "eer", "cosine")
 Task = tuple[str, str, int]  # study, model, seed
 

@@ -284,7 +284,10 @@ def main(arguments=None):
         return
     if options.out is None:
         parser.error("give the folder for the six files, or --sheet PATH")
-    config = BuildConfig(people=options.people, views=options.views, seed=options.seed, crops=tuple(options.crops))
+    try:
+        config = BuildConfig(people=options.people, views=options.views, seed=options.seed, crops=tuple(options.crops))
+    except ValueError as error:
+        parser.error(str(error))
     options.out.mkdir(parents=True, exist_ok=True)
     build(options.out, config, options.workers, options.work, RECOGNISERS[options.recogniser])
 

@@ -1,15 +1,17 @@
 """The builder with three people and a small stand-in for the recogniser: no network."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from people import build as builder
-from people.build import BuildConfig, Studio, build, claim_folder, main, sample_poses
-from people.recogniser import MobileFaceNet192, Recogniser
+from people.build import BuildConfig, Studio, build, claim_folder, crop_alone, main, sample_poses
 from people.sheet import draw_sheet
 
+from viewdiff_nb.faces.crops import PROFILE, PROFILE_CROPS
 from viewdiff_nb.faces.geometry import face_rotation, rotation_matrix
+from viewdiff_nb.faces.recogniser import MobileFaceNet, embed_crops
 
 FILES = [f"{kind}_{part}" for kind in ("front", "video") for part in ("feature.npy", "keypoints.npy", "metadata.json")]
 CONFIG = BuildConfig(people=3, views=4, seed=7, chunk=1)
@@ -67,12 +69,13 @@ def test_the_six_files_agree(tmp_path, one_studio, studio):
         assert metadata["feature_dim"] == Averages.feature_dim
         assert metadata["standard_info"]["pose_order"] == ["pitch", "yaw", "roll"]
         assert metadata["standard_info"]["recogniser"] == "block averages"
+        assert metadata["standard_info"]["crops_of_profiles"] == list(PROFILE_CROPS)
     names = [sample["person_name"] for sample in metadata["metadata"]]
     assert names == [f"person_{index:04d}" for index in range(3) for _ in range(4)]
     shot = studio.shoot(7, 1, 4)  # person 1 anew: its samples are where the metadata says
     np.testing.assert_array_equal(metadata["poses"][4:8], shot.poses[1:])
     np.testing.assert_allclose(keypoints[4:8], shot.keypoints[1:], atol=1e-3)
-    np.testing.assert_allclose(features[4:8], Averages().embed(shot.crops)[1:], atol=1e-3)
+    np.testing.assert_allclose(features[4:8], embed_crops(Averages(), shot.crops)[1:], atol=1e-3)
 
 
 def test_metadata_has_one_sample_a_line(tmp_path, one_studio):
@@ -133,11 +136,37 @@ def test_stored_poses_are_those_of_the_keypoints(studio):
     assert spread.max() < 0.35  # a yaw of 20 degrees would make 0.49
 
 
+def same_crops(first, second):
+    return all(np.array_equal(a, b) for a, b in zip(first.crops, second.crops, strict=True))
+
+
+def test_profiles_get_the_named_crops_and_others_one(studio):
+    shot = studio.shoot(0, 0, 8, ("five@1", "three@1.2", "five@0.8"))
+    profile = abs(shot.poses[:, 1]) >= PROFILE
+    assert 2 <= profile.sum() <= 6 and not profile[0]
+    assert [len(crops) for crops in shot.crops] == [3 if side else 1 for side in profile]
+    usual = studio.shoot(0, 0, 8, ("five@1",))  # nothing else depends on the crops
+    assert all(np.array_equal(many[0], one[0]) for many, one in zip(shot.crops, usual.crops, strict=True))
+    np.testing.assert_array_equal(shot.keypoints, usual.keypoints)
+    np.testing.assert_array_equal(shot.poses, usual.poses)
+
+
+def test_crops_decide_what_is_embedded(tmp_path, one_studio):
+    features = []
+    for number, crops in enumerate((("five@1",), ("five@1", "three@1.2"))):
+        (tmp_path / str(number)).mkdir()
+        build(tmp_path / str(number), replace(CONFIG, crops=crops), make_recogniser=Averages)
+        features.append(np.load(tmp_path / str(number) / "video_feature.npy"))
+    poses = np.array(json.loads((tmp_path / "0" / "video_metadata.json").read_text())["poses"])
+    differs = (features[0] != features[1]).any(1)
+    assert (differs == (abs(poses[:, 1]) >= PROFILE)).all() and differs.any() and not differs.all()
+
+
 def test_people_differ_and_are_reproducible(studio):
     first, again, other = studio.shoot(0, 0, 2), studio.shoot(0, 0, 2), studio.shoot(0, 1, 2)
-    assert (first.crops == again.crops).all()
-    assert (first.crops != other.crops).any() and (first.poses != other.poses).any()
-    assert (first.crops != studio.shoot(1, 0, 2).crops).any()
+    assert same_crops(first, again)
+    assert not same_crops(first, other) and (first.poses != other.poses).any()
+    assert not same_crops(first, studio.shoot(1, 0, 2))
 
 
 @pytest.mark.parametrize(
@@ -146,6 +175,8 @@ def test_people_differ_and_are_reproducible(studio):
         ({"people": 0}, "people must be a whole number of 1 or more, got 0"),
         ({"views": 1.5}, "views .* got 1.5"),
         ({"seed": -1}, "seed must be a whole number of 0 or more, got -1"),
+        ({"crops": ()}, "crops must name one crop or more"),
+        ({"crops": ("five@1", "side@1")}, "a crop is named by .* got 'side@1'"),
     ],
 )
 def test_bad_configurations_are_refused(change, message):
@@ -171,8 +202,20 @@ def test_the_command_line_builds(tmp_path, one_studio, monkeypatch):
     flags = ["--people", "5", "--views", "3", "--seed", "2", "--workers", "2"]
     main([str(tmp_path / "new"), *flags])
     main([str(tmp_path / "new"), *flags, "--recogniser", "mobilefacenet192"])
-    config = BuildConfig(people=5, views=3, seed=2)
-    assert calls == [(tmp_path / "new", config, 2, None, r) for r in (Recogniser, MobileFaceNet192)]
+    main([str(tmp_path / "new"), *flags, "--crops", "five@1", "three@1.3"])
+    usual = BuildConfig(people=5, views=3, seed=2)
+    assert calls == [
+        (tmp_path / "new", usual, 2, None, MobileFaceNet),
+        (tmp_path / "new", usual, 2, None, crop_alone),
+        (tmp_path / "new", replace(usual, crops=("five@1", "three@1.3")), 2, None, MobileFaceNet),
+    ]
+    assert usual.crops == PROFILE_CROPS
+
+
+def test_recognisers_are_made_by_their_names(monkeypatch):
+    monkeypatch.setattr(builder, "MobileFaceNet", lambda mirrored=True: mirrored)
+    assert builder.crop_alone() is False and builder.RECOGNISERS["mobilefacenet192"] is crop_alone
+    assert builder.RECOGNISERS["mobilefacenet"] is MobileFaceNet
 
 
 def test_the_command_line_wants_a_folder(capsys):

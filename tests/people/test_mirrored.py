@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from mirror import mirrored
 from people.build import Studio
-from people.recogniser import join_flipped
 from people.render import HeadRenderer, Mesh, project
 from people.scenes import Light
 
@@ -26,8 +25,8 @@ def test_mirrored_views_are_those_of_the_mirrored_head():
     def look(renderer, angles, light):
         pictures, points = zip(*(renderer.picture(a.numpy(), Light(light), size=64) for a in angles), strict=True)
         flat = np.stack(pictures).reshape(len(angles), -1), np.stack(pictures)[:, :, ::-1].reshape(len(angles), -1)
-        embeddings = torch.from_numpy(join_flipped(*(pixels / 255 @ embed for pixels in flat)))
-        return embeddings, torch.from_numpy(np.stack(points)).float()
+        halves = [torch.nn.functional.normalize(torch.from_numpy(pixels / 255 @ embed), dim=1) for pixels in flat]
+        return torch.cat(halves, 1).float() / 2**0.5, torch.from_numpy(np.stack(points)).float()
 
     src, points = look(renderer, angles, (0.3, -0.3, 1.0))
     faces = mirrored(FaceViews(("a",), src[:1], src, points, angles, torch.zeros(3, dtype=torch.long)))

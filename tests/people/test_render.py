@@ -16,6 +16,7 @@ from people.render import (
 )
 from people.scenes import Background, Light, sample_background, sample_light
 
+from viewdiff_nb.faces.crops import crop_transforms
 from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE, fit_similarity, rotation_matrix
 
 BLACK = Background((0.0, 0.0, 0.0))
@@ -122,7 +123,7 @@ def test_mirrored_yaw_gives_a_mirrored_picture():
 
 def test_a_crop_puts_the_features_where_the_template_wants_them():
     marks = [square(point, 0.004, 0) for point in KEYPOINTS]
-    crop, keypoints = renderer_of(*marks).crop((0, 0, 0.3), FRONTAL_LIGHT, BLACK)
+    (crop,), keypoints = renderer_of(*marks).crops((0, 0, 0.3), light=FRONTAL_LIGHT, background=BLACK)
     assert crop.shape == (112, 112, 3) and crop.dtype == np.uint8
     similarity = fit_similarity(keypoints[:, :2], np.array(ARCFACE_TEMPLATE))
     wanted = keypoints[:, :2] @ similarity[:, :2].T + similarity[:, 2]
@@ -131,10 +132,23 @@ def test_a_crop_puts_the_features_where_the_template_wants_them():
     assert abs(wanted - np.array(ARCFACE_TEMPLATE)).max() < 6  # roll is undone, proportions stay the face's own
 
 
+def test_several_crops_show_one_scene_as_their_names_say():
+    marks = [square(point, 0.004, 0) for point in KEYPOINTS]
+    names, angles = ["five@1", "three@1", "five@1.3"], (0, 0.4, 0)
+    crops, keypoints = renderer_of(*marks).crops(angles, names, FRONTAL_LIGHT, BLACK)
+    assert crops.shape == (3, 112, 112, 3)
+    transforms = crop_transforms(keypoints[:, :2], angles[1], names)
+    for crop, transform in zip(crops, transforms, strict=True):
+        for x, y in keypoints[:, :2] @ transform[:, :2].T + transform[:, 2]:
+            assert coloured(crop, 0)[int(y), int(x)]
+    (alone,), _ = renderer_of(*marks).crops(angles, names[1:2], FRONTAL_LIGHT, BLACK)
+    np.testing.assert_array_equal(crops[1], alone)
+
+
 def test_jitter_moves_alignment_and_keypoints():
     renderer = renderer_of(square((0, 0, 0.05), 0.05, 0))
-    still, exact = renderer.crop((0, 0.2, 0))
-    moved, shifted = renderer.crop((0, 0.2, 0), jitter=np.tile((3.0, -2.0, 1.0), (5, 1)))
+    still, exact = renderer.crops((0, 0.2, 0))
+    moved, shifted = renderer.crops((0, 0.2, 0), jitter=np.tile((3.0, -2.0, 1.0), (5, 1)))
     np.testing.assert_allclose(shifted - exact, np.tile((3.0, -2.0, 1.0), (5, 1)))
     assert (still != moved).any()
 
@@ -152,7 +166,7 @@ def test_light_comes_from_its_direction():
 def test_equal_inputs_give_equal_bytes():
     scenes = [(sample_light(np.random.default_rng(3)), sample_background(np.random.default_rng(4))) for _ in range(2)]
     renderer = renderer_of(square((0, 0, 0.05), 0.05, 2))
-    first, second = (renderer.crop((0.1, 0.2, 0.3), *scene)[0] for scene in scenes)
+    first, second = (renderer.crops((0.1, 0.2, 0.3), ["five@1", "three@1"], *scene)[0] for scene in scenes)
     assert (first == second).all()
 
 
@@ -166,14 +180,15 @@ def test_baking_interpolates_linearly_and_leaves_the_rest_empty():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda r: r.crop((0, 0)), r"angles must have shape \(3,\), got \(2,\)"),
-        (lambda r: r.crop((0, math.nan, 0)), "angles holds a value that is not finite"),
-        (lambda r: r.crop((0, 90, 0)), r"angles must lie within -3\.14159.*got 0\.\.90"),
+        (lambda r: r.crops((0, 0)), r"angles must have shape \(3,\), got \(2,\)"),
+        (lambda r: r.crops((0, math.nan, 0)), "angles holds a value that is not finite"),
+        (lambda r: r.crops((0, 90, 0)), r"angles must lie within -3\.14159.*got 0\.\.90"),
         (
-            lambda r: r.crop((0, 0, 0), jitter=np.zeros((5, 2))),
+            lambda r: r.crops((0, 0, 0), jitter=np.zeros((5, 2))),
             r"jitter must have shape \(5, 3\), got \(5, 2\)",
         ),
-        (lambda r: r.crop((0, 0, 0), size=4), "size must be a whole number of pixels from 8 to 2048, got 4"),
+        (lambda r: r.crops((0, 0, 0), ["five"]), "a crop is named by five or three, .* got 'five'"),
+        (lambda r: r.crops((0, 0, 0), size=4), "size must be a whole number of pixels from 8 to 2048, got 4"),
         (lambda r: r.picture((0, 0, 0), field=0), "field must lie within 0.05..5.0, got 0..0"),
         (
             lambda r: HeadRenderer(r.mesh, np.zeros((4, 5, 3), np.uint8), KEYPOINTS),

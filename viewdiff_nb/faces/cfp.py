@@ -20,7 +20,7 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from multiprocessing import get_context
@@ -35,11 +35,11 @@ from tqdm.auto import tqdm
 
 from viewdiff_nb.faces.crops import PROFILE, PROFILE_CROPS, crop_transforms, crops_of, cut_crops, parse_crop
 from viewdiff_nb.faces.geometry import SEEN_FROM, fit_pose
-from viewdiff_nb.faces.pairs import Pairs, read_lines, whole_numbers, write_pairs
+from viewdiff_nb.faces.pairs import Pairs, numbers, read_lines, write_pairs
 from viewdiff_nb.faces.photo_reader import EmbedOptions, FaceReader, RefusedError
 from viewdiff_nb.faces.recogniser import embed_crops, make_recogniser, unit_rows
-from viewdiff_nb.faces.views import CONVENTIONS, FaceDataError, write_samples
-from viewdiff_nb.files import PROJECT, RUNS, fingerprint, read_npy, writable_folder, write_atomically, write_text
+from viewdiff_nb.faces.views import CONVENTIONS, FaceDataError, load_rows, write_samples
+from viewdiff_nb.files import PROJECT, RUNS, fingerprint, writable_folder, write_atomically, write_text
 
 KINDS = {"F": ("frontal", 10), "P": ("profile", 4)}  # of pictures: folder, and how many of a person
 PROTOCOLS = ("FF", "FP")
@@ -79,6 +79,8 @@ class CfpOptions:
             parse_crop(name)
         if self.workers < 1:
             raise ValueError(f"workers must be 1 or more, got {self.workers}")
+        if self.recogniser.endswith(".npy") and self.landmarks == "insightface":
+            raise ValueError("ready embeddings go with CFP's landmarks; leave out the landmarks of InsightFace")
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def read_protocol(cfp: Path, protocol: str, pictures: Sequence[Picture]) -> Pair
         for number, line in enumerate(read_lines(path), 1):
             where = f"{path}: line {number}"
             pair = []
-            for kind, row in zip(protocol, whole_numbers(line, 2, where), strict=True):
+            for kind, row in zip(protocol, numbers(line, 2, where, int), strict=True):
                 start, count = starts[kind]
                 if not 1 <= row <= count:
                     raise FaceDataError(f"{where}: Pair_list_{kind}.txt has rows 1 to {count}, got {row}")
@@ -156,9 +158,8 @@ def read_protocol(cfp: Path, protocol: str, pictures: Sequence[Picture]) -> Pair
             for person in people:
                 before, there = fold_of.setdefault(person, (fold, where))
                 if before != fold:
-                    raise FaceDataError(
-                        f"{where}: person {person + 1:03d} is in fold {fold + 1}, and in fold {before + 1} by {there}"
-                    )
+                    twice = f"person {person + 1:03d} is in fold {fold + 1}, and in fold {before + 1} by {there}"
+                    raise FaceDataError(f"{where}: {twice}")
             rows.append((*pair, same, fold))
     if not rows:
         raise FaceDataError(f"{cfp / 'Protocol' / 'Split' / protocol}: holds no pair")
@@ -180,6 +181,8 @@ def read_landmarks(cfp: Path, pictures: Sequence[Picture]) -> Landmarks:
         eye, nose, mouth = SEEN_FROM[turned_left]
         seen[row, [eye, nose, mouth]] = True
         points[row, [eye, nose, mouth]] = half[EYE].mean(0), half[NOSE_TIP], half[MOUTH_CORNER]
+        if not np.ptp(points[row, seen[row]], axis=0).any():
+            raise FaceDataError(f"{path}: eye, nose and corner of the mouth are in one place")
         prior[row, 1] = picture.profile * PROFILE_YAW * (-1 if turned_left else 1)
     angles, errors, keypoints = fit_pose(
         torch.from_numpy(points),
@@ -191,18 +194,9 @@ def read_landmarks(cfp: Path, pictures: Sequence[Picture]) -> Landmarks:
 
 
 def _read_points(path: Path) -> np.ndarray:
-    lines = read_lines(path)
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            point = [float(value) for value in line.split(",")]
-        except ValueError:
-            point = []
-        if len(point) != 2 or not np.isfinite(point).all():
-            raise FaceDataError(f"{path}: line {number}: must be x,y in pixels, got {line.strip()!r}")
-        found.append(point)
+    found = [numbers(line, 2, f"{path}: line {number}", float) for number, line in enumerate(read_lines(path), 1)]
     if len(found) != POINTS:
-        raise FaceDataError(f"{path}: line {len(found)}: a face has {POINTS} landmarks, got {len(found)}")
+        raise FaceDataError(f"{path}: a face has {POINTS} landmarks, one a line, got {len(found)}")
     return np.array(found)
 
 
@@ -225,57 +219,50 @@ def embed_cfp(
         ImportError: if the recogniser's or InsightFace's package is missing.
     """
     cfp, out = Path(cfp).expanduser(), Path(out).expanduser()
-    inside = out.resolve()
-    if inside.is_relative_to(PROJECT.resolve()) and not inside.is_relative_to(RUNS.resolve()):
-        raise FaceDataError(
-            f"{out} lies in the kit's folder, where embeddings of real people must not be; choose another"
-        )
+    if out.resolve().is_relative_to(PROJECT.resolve()) and not out.resolve().is_relative_to(RUNS.resolve()):
+        raise FaceDataError(f"{out} is in the kit's folder, where no embeddings of real people must be; choose another")
     for needed in (cfp / "Data" / "Images", cfp / "Data" / "Fiducials", cfp / "Protocol" / "Split"):
         if not needed.is_dir():
             raise FaceDataError(f"{cfp} is not CFP: there is no folder {needed}")
+    if (out / "video_feature.npy").exists() and not (out / "pairs_FP.csv").exists():
+        raise FaceDataError(f"{out} holds a face set that this command did not make; choose another folder")
     pictures = read_pictures(cfp)
     pairs = {protocol: read_protocol(cfp, protocol, pictures) for protocol in PROTOCOLS}
     landmarks = read_landmarks(cfp, pictures)
     ready = Path(options.recogniser) if options.recogniser.endswith(".npy") else None
     if ready:
-        features = np.asarray(read_npy(ready, FaceDataError, (None, None)), np.float32)
+        features = np.asarray(load_rows(ready, (None, None), embeddings=True))
         if len(features) != len(pictures):
             raise FaceDataError(f"{ready}: has {len(features)} embeddings, and CFP {len(pictures)} pictures")
-        writable_folder(out)
-        features, name, missed = unit_rows(features), f"embeddings of {ready.name}", 0
+        features, name = unit_rows(features), f"embeddings of {ready.name}"
     else:
-        features, landmarks, name, missed = _embed_pictures(cfp, out, pictures, landmarks, options)
+        features, landmarks, name = _embed_pictures(cfp, out, pictures, landmarks, options)
     write_set(out, pictures, features, landmarks, asdict(replace(options, models=None)) | {"recogniser": name})
     for protocol, found in pairs.items():
         write_pairs(out / f"pairs_{protocol}.csv", found)
-    if options.landmarks == "insightface":
-        print(f"InsightFace found no face in {missed} of {len(pictures)} pictures; those have CFP's landmarks")
     return out
 
 
 def _embed_pictures(
     cfp: Path, out: Path, pictures: Sequence[Picture], landmarks: Landmarks, options: CfpOptions
-) -> tuple[np.ndarray, Landmarks, str, int]:
-    """Embeddings and landmarks of all pictures, the recogniser's name, and how many InsightFace found no face in."""
+) -> tuple[np.ndarray, Landmarks, str]:
+    """Embeddings and landmarks of all pictures, and the recogniser's name; prints where InsightFace found no face."""
     recogniser = make_recogniser(options.recogniser)
     stats = [(cfp / "Data" / "Images" / picture.path).stat() for picture in pictures]
     about = asdict(replace(options, workers=1, models=None)) | {"recogniser": recogniser.name}
     key = [about, [(stat.st_size, stat.st_mtime_ns) for stat in stats], landmarks.keypoints.round(3).tolist()]
     parts = writable_folder(out / ".parts" / fingerprint(json.dumps(key, default=str).encode()))
     for old in set((out / ".parts").iterdir()) - {parts}:
-        shutil.rmtree(old)  # of other options
+        shutil.rmtree(old, ignore_errors=True)  # of other options
     rows = [slice(start, start + PART) for start in range(0, len(pictures), PART)]
     jobs = [(parts / f"{part.start:05d}.npz", cfp, pictures[part], landmarks[part], options) for part in rows]
-    found = []
-    with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=len(pictures), unit="picture", desc="CFP"))
-        pool = options.workers > 1 and stack.enter_context(get_context("spawn").Pool(options.workers))
-        for part in pool.imap(_embed_part, jobs) if pool else map(_embed_part, jobs):
-            found.append(part)
-            bar.update(len(part["features"]))
+    with get_context("spawn").Pool(options.workers) if options.workers > 1 else nullcontext() as pool:
+        found = list(tqdm((pool.imap if pool else map)(_embed_part, jobs), "CFP", len(jobs), unit="part"))
     joined = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-    found_landmarks = Landmarks(joined["keypoints"], joined["poses"], joined["errors"])
-    return joined["features"], found_landmarks, recogniser.name, int(joined["missed"].sum())
+    if options.landmarks == "insightface":
+        missed = f"{joined['missed'].sum()} of {len(pictures)} pictures"
+        print(f"InsightFace found no face in {missed}; those have CFP's landmarks")
+    return joined["features"], Landmarks(joined["keypoints"], joined["poses"], joined["errors"]), recogniser.name
 
 
 def _embed_part(job: tuple[Path, Path, Sequence[Picture], Landmarks, CfpOptions]) -> dict[str, np.ndarray]:
@@ -292,7 +279,7 @@ def _embed_part(job: tuple[Path, Path, Sequence[Picture], Landmarks, CfpOptions]
         try:
             with Image.open(image_path) as image:
                 pixels = np.asarray(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise FaceDataError(f"{picture.listed}: {image_path} cannot be read: {error}") from error
         if options.landmarks == "insightface":
             try:
@@ -300,10 +287,8 @@ def _embed_part(job: tuple[Path, Path, Sequence[Picture], Landmarks, CfpOptions]
                 keypoints[row], poses[row], errors[row] = face.keypoints, face.pose, 0
             except RefusedError:
                 missed[row] = True
-        names = crops_of(
-            poses[row, 1] if options.landmarks == "insightface" else PROFILE * picture.profile, options.crops
-        )
-        transforms = crop_transforms(keypoints[row, :, :2], poses[row, 1], names)
+        looks = poses[row, 1] if options.landmarks == "insightface" else PROFILE * picture.profile
+        transforms = crop_transforms(keypoints[row, :, :2], poses[row, 1], crops_of(looks, options.crops))
         crops.append(cut_crops(pixels, transforms))
     arrays = {
         "features": embed_crops(recogniser, crops),
@@ -330,9 +315,8 @@ def write_set(
     """The six files; see the top of this file."""
     person = np.array([picture.person for picture in pictures])
     frontal = np.array([not picture.profile for picture in pictures])
-    people = range(person.max() + 1)
-    names = [f"{i + 1:03d}" for i in people]
-    rows = [np.flatnonzero(frontal & (person == i)) for i in people]
+    names = [f"{i + 1:03d}" for i in range(person.max() + 1)]
+    rows = [np.flatnonzero(frontal & (person == i)) for i in range(len(names))]
     means = unit_rows(np.stack([unit_rows(features[own]).mean(0) for own in rows]))
     firsts = [own[0] for own in rows]
     info = {

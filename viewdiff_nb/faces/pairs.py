@@ -1,10 +1,11 @@
 """Verification by pairs: which two pictures, whether they show the same person, and in which fold they are tested."""
 
+import math
 import pickle
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,8 +33,10 @@ class Pairs:
         return len(self.first)
 
 
-def pairs_in_order(same: Tensor, folds: int = FOLDS) -> Pairs:
+def pairs_in_order(same: Tensor, folds: int = FOLDS, source: str | Path = "pairs") -> Pairs:
     """Pictures 0 and 1, 2 and 3, ...; folds of equal size in that order, as InsightFace and LFW have them.
+
+    source: what a FaceDataError says they come from.
 
     >>> pairs = pairs_in_order(torch.tensor([True, False, True, False]), folds=2)
     >>> pairs.first.tolist(), pairs.second.tolist(), pairs.fold.tolist()
@@ -41,7 +44,7 @@ def pairs_in_order(same: Tensor, folds: int = FOLDS) -> Pairs:
     """
     if len(same) < folds or same.all() or not same.any():
         raise FaceDataError(
-            f"verification needs same and different pairs, and {folds} pairs or more for as many folds; got "
+            f"{source}: verification needs same and different pairs, and {folds} pairs or more for as many folds; got "
             f"{int(same.sum())} same and {int((~same).sum())} different ones"
         )
     first = 2 * torch.arange(len(same))
@@ -66,7 +69,7 @@ def read_pairs(path: str | Path, count: int) -> Pairs:
     rows = []
     for number, line in enumerate(lines[1:], 2):
         where = f"{path}: line {number}"
-        first, second, same, fold = whole_numbers(line, 4, where)
+        first, second, same, fold = numbers(line, 4, where, int)
         if not (0 <= first < count and 0 <= second < count):
             raise FaceDataError(f"{where}: rows must be from 0 to {count - 1}, got {first} and {second}")
         if same not in (0, 1) or not 0 <= fold < len(lines):
@@ -86,14 +89,18 @@ def read_lines(path: str | Path) -> list[str]:
         raise FaceDataError(f"{path}: not a text in UTF-8: {error}") from error
 
 
-def whole_numbers(line: str, count: int, where: str) -> list[int]:
+Number = TypeVar("Number", int, float)
+
+
+def numbers(line: str, count: int, where: str, kind: type[Number]) -> list[Number]:
     """Numbers with commas between them; where begins the FaceDataError of a line that is something else."""
     try:
-        found = [int(part) for part in line.split(",")]
+        found = [kind(part) for part in line.split(",")]
     except ValueError:
         found = []
-    if len(found) != count:
-        raise FaceDataError(f"{where}: must be {count} whole numbers with commas between them, got {line.strip()!r}")
+    if len(found) != count or not all(math.isfinite(number) for number in found if kind is float):
+        wanted = f"{count} {'whole ' if kind is int else ''}numbers with commas between them"
+        raise FaceDataError(f"{where}: must be {wanted}, got {line.strip()!r}")
     return found
 
 
@@ -121,7 +128,7 @@ def read_picture_pairs(path: str | Path, images: str | Path) -> tuple[list[Path]
     for number in range(0, len(lines), 2):
         if marks[number] != marks[number + 1]:
             raise FaceDataError(f"{path}: line {number + 2}: says {marks[number + 1]:d}, the line before it does not")
-    return paths, pairs_in_order(torch.tensor(marks[::2], dtype=torch.bool))
+    return paths, pairs_in_order(torch.tensor(marks[::2], dtype=torch.bool), source=path)
 
 
 class _Plain(pickle.Unpickler):
@@ -140,15 +147,19 @@ def read_insightface_bin(path: str | Path) -> tuple[np.ndarray, Pairs]:
     try:
         found = _Plain(BytesIO(read_bytes(path, FaceDataError)), encoding="bytes").load()
         encoded, same = found
-        usable = len(encoded) == 2 * len(same) and all(isinstance(picture, bytes) for picture in encoded)
+        usable = len(encoded) == 2 * len(same) and all(value in (0, 1) for value in same)
+        usable = usable and all(isinstance(picture, bytes) for picture in encoded)
     except Exception as error:  # a damaged pickle raises whatever it likes
         if isinstance(error, FaceDataError | FileNotFoundError):
             raise
         raise FaceDataError(f"{path}: no verification set of InsightFace: {error}") from error
     if not usable:
-        raise FaceDataError(f"{path}: must hold encoded pictures, two for each of {len(same)} pairs")
+        raise FaceDataError(
+            f"{path}: must hold encoded pictures, two for each of {len(same)} pairs, which are same or not"
+        )
+    pairs = pairs_in_order(torch.tensor([bool(value) for value in same], dtype=torch.bool), source=path)
     crops = [open_crop(BytesIO(picture), f"{path}: picture {i}") for i, picture in enumerate(encoded)]
-    return np.stack(crops), pairs_in_order(torch.tensor([bool(value) for value in same]))
+    return np.stack(crops), pairs
 
 
 def open_crop(file: Path | BytesIO, name: str) -> np.ndarray:

@@ -96,16 +96,21 @@ class InsightFaceRecogniser:
     """The recognition model of an InsightFace pack: embeddings of crop and mirrored crop summed, as its benchmarks do.
 
     Args:
-        pack: its name, e.g. buffalo_l; InsightFace downloads it when first used, unless models has it.
-        models: InsightFace's root folder with models/PACK/*.onnx.
+        pack: its name, e.g. buffalo_l.
+        models: InsightFace's root folder with models/PACK/*.onnx; if not given, its own, into which it downloads them.
     """
 
-    def __init__(self, pack: str, models: str = "~/.insightface") -> None:
+    def __init__(self, pack: str, models: str | None = None) -> None:
         try:
             from insightface.app import FaceAnalysis
         except ImportError as error:
             raise ImportError(f"an InsightFace pack needs InsightFace: {install_hint('insightface')}") from error
-        app = FaceAnalysis(pack, root=models, allowed_modules=["detection", "recognition"])
+        folder = Path(models or "").expanduser().resolve() / "models" / pack
+        if models is not None and not list(folder.glob("*.onnx")):
+            remedy = f"put the model pack {pack} there, or leave out @{models} and InsightFace downloads it"
+            raise FileNotFoundError(f"{folder} holds no .onnx file; {remedy}")
+        where = pack if models is None else str(folder)  # InsightFace takes a path as it is
+        app = FaceAnalysis(where, allowed_modules=["detection", "recognition"])
         if "recognition" not in app.models:
             raise ValueError(f"the InsightFace pack {pack} has no recognition model")
         self._model = app.models["recognition"]
@@ -115,7 +120,7 @@ class InsightFaceRecogniser:
     def embed(self, crops: np.ndarray) -> np.ndarray:
         bgr = check_crops(crops)[..., ::-1]
         found = [self._model.get_feat([picture, picture[:, ::-1]]).sum(0) for picture in map(np.ascontiguousarray, bgr)]
-        return unit_rows(np.stack(found))
+        return unit_rows(np.reshape(found, (-1, self.feature_dim)))
 
 
 def fetch_model(cache: Path | None = None) -> Path:
@@ -142,11 +147,14 @@ def _download(path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, cwd=temporary)
         if done.returncode != 0:
             raise RuntimeError(f"'{' '.join(command)}' failed with code {done.returncode}:\n{done.stderr.strip()}")
-        (archive_path,) = Path(temporary).glob("*.tgz")
-        with tarfile.open(archive_path) as archive:
-            content = archive.extractfile(f"package/{MODEL_FOLDER}/{MODEL_FILE}")
-            assert content is not None  # a folder has none
-            write_atomically(path, lambda file: file.write(content.read()))
+        try:
+            (packed,) = Path(temporary).glob("*.tgz")
+            with tarfile.open(packed) as archive:
+                found = archive.extractfile(f"package/{MODEL_FOLDER}/{MODEL_FILE}")
+                content = found.read() if found else b""  # a folder has no content
+        except (ValueError, KeyError, EOFError, tarfile.TarError) as error:
+            raise RuntimeError(f"'{' '.join(command)}' gave no {MODEL_FOLDER}/{MODEL_FILE}: {error}") from error
+    write_atomically(path, lambda file: file.write(content))
 
 
 def check_crops(crops: np.ndarray) -> np.ndarray:

@@ -54,8 +54,7 @@ class FaceDataError(ValueError):
 class FaceViews:
     """P people with one frontal embedding each, and M side views of them.
 
-    names: P person names.
-    front: (P, D) frontal embeddings.
+    names, front: P person names, and their (P, D) frontal embeddings.
     src: (M, D) side-view embeddings.
     keypoints_3d: (M, 5, 3) of the side views, pixels, x right, y down, z toward the camera.
     angles: (M, 3) pitch, yaw, roll of the side views in radians.
@@ -87,14 +86,14 @@ class FaceViews:
 
     @property
     def on_disk(self) -> bool:
-        """Whether the side views are read from files when they are asked for."""
+        """Whether side views are read from files when asked for."""
         return isinstance(self.src, DiskRows)
 
     @property
     def nbytes(self) -> int:
         """Bytes that the set takes in memory."""
-        numbers = sum(int(np.prod(values.shape)) for values in (self.front, self.src, self.keypoints_3d, self.angles))
-        return 4 * numbers + 8 * len(self.person)
+        held = self.front, self.src, self.keypoints_3d, self.angles, self.pose_error
+        return 8 * len(self.person) + 4 * sum(int(np.prod(values.shape)) for values in held if values is not None)
 
     @property
     def abs_yaw(self) -> Tensor:
@@ -108,8 +107,7 @@ class FaceViews:
 
     def conditions(self, index: Tensor | slice = slice(None)) -> dict[str, Tensor]:
         """The model's inputs beside src for some side views."""
-        error = None if self.pose_error is None else self.pose_error[index]
-        return model_conditions(self.angles[index], self.keypoints_3d[index], error)
+        return model_conditions(self.angles[index], self.keypoints_3d[index], _pick(self.pose_error, index))
 
     def to(self, device: torch.device | str) -> "FaceViews":
         """The set on another device; on the CPU a memory-mapped one stays on disk, see `in_memory`."""
@@ -126,7 +124,7 @@ class FaceViews:
             keypoints_3d=_read(self.keypoints_3d, device),
             angles=self.angles.to(device),
             person=self.person.to(device),
-            pose_error=None if self.pose_error is None else self.pose_error.to(device),
+            pose_error=_read(self.pose_error, device),
         )
 
     def where(self, keep: Tensor) -> "FaceViews":
@@ -137,7 +135,7 @@ class FaceViews:
             keypoints_3d=_pick(self.keypoints_3d, keep),
             angles=self.angles[keep],
             person=self.person[keep],
-            pose_error=None if self.pose_error is None else self.pose_error[keep],
+            pose_error=_pick(self.pose_error, keep),
         )
 
     def select(self, people: Tensor) -> "FaceViews":
@@ -181,17 +179,17 @@ class FaceViews:
 
 
 def model_conditions(angles: Tensor, keypoints_3d: Tensor, pose_error: Tensor | None) -> dict[str, Tensor]:
-    """What a model is told beside the embedding; pose_error only where poses are not exact."""
+    """What a model is told beside the embedding."""
     told = {"angles": angles, "keypoints_3d": keypoints_3d, "pose": angles}
     return told if pose_error is None else told | {"pose_error": pose_error}
 
 
-def _pick(values: Rows, keep: Tensor) -> Rows:
-    return values.pick(keep) if isinstance(values, DiskRows) else values[keep]
+def _pick(values: Any, keep: Tensor | slice) -> Any:  # rows, or None where there are none
+    return values.pick(keep) if isinstance(values, DiskRows) else values if values is None else values[keep]
 
 
-def _read(values: Rows, device: torch.device | str) -> Tensor:
-    return values.read(device) if isinstance(values, DiskRows) else values.to(device)
+def _read(values: Any, device: torch.device | str) -> Any:
+    return values.read(device) if isinstance(values, DiskRows) else values if values is None else values.to(device)
 
 
 def running_number(owner: Tensor) -> Tensor:
@@ -220,8 +218,7 @@ def load_face_views(folder: str | Path, device: torch.device | str = "cpu", mmap
     folder = Path(folder)
     if mmap and torch.device(device).type != "cpu":
         raise ValueError(f"a memory-mapped set stays on disk; it cannot be loaded to {device}")
-    parts = ("feature.npy", "keypoints.npy", "metadata.json")
-    paths = [folder / f"{kind}_{part}" for kind in KINDS for part in parts]
+    paths = [folder / f"{kind}_{part}" for kind in KINDS for part in ("feature.npy", "keypoints.npy", "metadata.json")]
     if missing := [str(path) for path in paths if not path.is_file()]:
         raise FileNotFoundError(f"face set {folder} lacks {', '.join(missing)}")
     front, _, _, _, names = _load_samples(folder, "front")
@@ -239,12 +236,11 @@ def load_face_views(folder: str | Path, device: torch.device | str = "cpu", mmap
             stranger = f"person {shorten(name)} has no frontal sample"
             raise FaceDataError(f"{folder / 'video_metadata.json'}: row {i}: {stranger}")
     person = torch.tensor([rows[name] for name in owners])
-    error = None if errors is None else errors.deg2rad()
-    return FaceViews(tuple(names), front[:], src, keypoints, angles.deg2rad(), person, error).to(device)
+    return FaceViews(tuple(names), front[:], src, keypoints, angles, person, errors).to(device)
 
 
 def _load_samples(folder: Path, kind: str, mmap: bool = False) -> tuple[Rows, Rows, Tensor, Tensor | None, list[str]]:
-    """One half of a set: features (N, D), keypoints (N, 5, 3), poses and their errors in degrees (N, 3), N names."""
+    """One half of a set: features (N, D), keypoints (N, 5, 3), poses and their errors in radians (N, 3), N names."""
     features = load_rows(folder / f"{kind}_feature.npy", (None, None), mmap, embeddings=True)
     count, width = features.shape
     if not count:
@@ -260,28 +256,28 @@ def _load_samples(folder: Path, kind: str, mmap: bool = False) -> tuple[Rows, Ro
     poses, entries = metadata["poses"], metadata["metadata"]
     for key, values in (("poses", poses), ("metadata", entries)):
         if not isinstance(values, list) or len(values) != count:
-            size = len(values) if isinstance(values, list) else type(values).__name__
-            raise FaceDataError(f"{path}: '{key}' must list {count} entries, one per sample, got {size}")
+            got = len(values) if isinstance(values, list) else type(values).__name__
+            raise FaceDataError(f"{path}: '{key}' must list {count} entries, one per sample, got {got}")
     for i, (pose, entry) in enumerate(zip(poses, entries, strict=True)):
         if not _is_pose(pose):
             wanted = f"a pose is [pitch, yaw, roll] in degrees within {MAX_ANGLE:g}"
             raise FaceDataError(f"{path}: row {i}: {wanted}, got {shorten(pose)}")
         if not isinstance(entry, dict) or not is_text(entry.get("person_name")):
             raise FaceDataError(f"{path}: row {i}: needs a person_name, a text in UTF-8, got {shorten(entry)}")
-    angles = torch.tensor(poses, dtype=torch.float32)
+    angles = torch.tensor(poses, dtype=torch.float32).deg2rad()
     errors = _pose_errors(path, [entry.get("pose_error") for entry in entries])
     return features, keypoints, angles, errors, [entry["person_name"] for entry in entries]
 
 
 def _pose_errors(path: Path, found: Sequence[Any]) -> Tensor | None:
-    """(N, 3) degrees; None if no sample tells one."""
+    """(N, 3) radians; None if no sample tells one, else all must."""
     if all(error is None for error in found):
         return None
     for i, error in enumerate(found):
         if not _is_pose(error) or min(error) < 0:
             wanted = "if one sample has a pose_error all have, three angles in degrees, none negative"
             raise FaceDataError(f"{path}: row {i}: {wanted}; got {shorten(error)}")
-    return torch.tensor(found, dtype=torch.float32)
+    return torch.tensor(found, dtype=torch.float32).deg2rad()
 
 
 def _is_pose(pose: object) -> bool:

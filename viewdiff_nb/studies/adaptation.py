@@ -2,9 +2,11 @@
 
 For every seed a base is trained on |yaw| < 45 degrees, then adapted to |yaw| >= 45 degrees. Beside it stand models
 that see all yaws: simple baselines, the plain transformer, the same adapted by LoRA and the 3-D projection, and a
-small transformer. Every trained model is scored once on the test people.
+small transformer. What has settings beside its training (a ridge's strength, a step's length) has them chosen on the
+validation people, by TAR. Every model is scored once on the test people.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,11 +18,12 @@ from torch import Tensor, nn
 from viewdiff_nb.faces import FaceViews, Split, load_face_views, split_by_person
 from viewdiff_nb.files import HEADS
 from viewdiff_nb.metrics import recognition_by_yaw
-from viewdiff_nb.modules.baselines import DREAM, MLP, MeanFace, PoseRidge, RawEmbedding
+from viewdiff_nb.modules.baselines import DREAM, MLP, MeanFace, PoseRidge, RawEmbedding, enrolled
+from viewdiff_nb.studies.candidates import CLOSED_FORMS, Setting, adjustments
 from viewdiff_nb.studies.significance import FARS, resampled_people, resampled_rates
 from viewdiff_nb.studies.store import Store, run_jobs, train_pass
 from viewdiff_nb.training import TrainConfig, predict
-from viewdiff_nb.training.checkpoint import build_model, save_checkpoint
+from viewdiff_nb.training.checkpoint import build_model, load_base_weights, save_checkpoint
 
 BOUNDARY = 45.0  # degrees of |yaw|: the base's domain below, the adapted one from there on
 
@@ -82,7 +85,8 @@ SMALL_OPTIONS = {"d_model": 256, "num_layers": 2, "dim_feedforward": 512, "lr": 
 WIDE_BASE, WIDE = "transformer, all yaws", "LoRA r=8 + 3-D, all yaws"
 SMALL = "small transformer, all yaws"  # sizes and weight decay were chosen on validation people, seed 0
 ALL_YAWS = (WIDE_BASE, WIDE, SMALL)
-BASES = ("base", WIDE_BASE)  # others start from their weights
+BASES = ("base", WIDE_BASE, SMALL, "MLP")  # others start from their weights
+STEP_CHOSEN = {"MLP, step chosen": "MLP", f"{SMALL}, step chosen": SMALL}  # which part of whose prediction to take
 BASELINES: dict[str, Callable[[FaceViews], nn.Module]] = {
     "raw side view": lambda train: RawEmbedding(),
     "mean face": lambda train: MeanFace(train.front),
@@ -90,7 +94,7 @@ BASELINES: dict[str, Callable[[FaceViews], nn.Module]] = {
     "DREAM": lambda train: DREAM(train.feature_dim),
     "MLP": lambda train: MLP(train.feature_dim),
 }
-FIXED = ("raw side view", "mean face", "pose ridge")  # nothing random in them
+FIXED = ("raw side view", "mean face", "pose ridge", *CLOSED_FORMS)  # nothing random in them
 
 
 MODELS: dict[str, tuple[str, dict, str | None]] = {
@@ -99,8 +103,9 @@ MODELS: dict[str, tuple[str, dict, str | None]] = {
     WIDE_BASE: ("wide_base_epochs", {}, None),
     WIDE: ("wide_epochs", WIDE_OPTIONS, WIDE_BASE),
     SMALL: ("small_epochs", SMALL_OPTIONS, None),
-    **{name: ("baseline_epochs", {}, None) for name in BASELINES},
+    **{name: ("baseline_epochs", {}, None) for name in (*BASELINES, *CLOSED_FORMS)},
 }
+MODELS |= {name: (MODELS[other][0], MODELS[other][1], other) for name, other in STEP_CHOSEN.items()}
 """How each is trained: its epochs' field in `Profile`, changes to the profile's common config, what it starts from."""
 
 
@@ -118,7 +123,7 @@ def run_study(
     split: Split,
     progress: Callable = iter,
     seeds: Iterable[int] | None = None,
-    names: Iterable[str] = (*BASELINES, "base", *STUDIED, *ALL_YAWS),
+    names: Iterable[str] = (*BASELINES, *CLOSED_FORMS, "base", *STUDIED, *ALL_YAWS, *STEP_CHOSEN),
     workers: int | None = None,
     store: Store | None = None,
 ) -> dict[tuple[str, int], dict]:
@@ -154,7 +159,30 @@ def run_job(store: Store, split: Split, profile: Profile, name: str, seed: int) 
     if base := MODELS[name][2]:
         run_job(store, split, profile, base, seed)
     config = config_of(store, profile, name, seed)
+    if name in STEP_CHOSEN or name in CLOSED_FORMS:
+        return store.get(name, config, lambda: _best_candidate(store, split, profile, name, config))
     return trained(store, split, name, config, BASELINES.get(name), keep_weights=name in BASES)
+
+
+def _best_candidate(store: Store, split: Split, profile: Profile, name: str, config: TrainConfig) -> dict:
+    """The result of the setting with the highest TAR on validation people, and which it is."""
+    if name in CLOSED_FORMS:
+        candidates = CLOSED_FORMS[name](split.train.in_memory())
+    else:
+        base = STEP_CHOSEN[name]
+        build = BASELINES.get(base)
+        model = build(split.train) if build else build_model(config, split.train.feature_dim)
+        model.load_state_dict(load_base_weights(str(config.base_model_path)))
+        candidates = adjustments(model.eval(), split.train.in_memory())
+
+    def tar(setting: Setting) -> float:
+        model, faces = candidates[setting], split.val
+        front = enrolled(model, faces.front)
+        found = recognition_by_yaw(predict(model, faces), front, faces.person, faces.abs_yaw)["all"]
+        return -1.0 if math.isnan(found["tar"]) else found["tar"]  # too few people to tell: the first setting
+
+    best = max(candidates, key=tar)
+    return score_model(candidates[best], split, 0.0) | {"setting": best}
 
 
 def base_model(store: Store, split: Split, profile: Profile, seed: int, wide: bool = False) -> tuple[Path, dict]:
@@ -200,7 +228,10 @@ def trained(
 
 def score_model(model: nn.Module, split: Split, seconds: float) -> dict:
     """Those of `score` for val and test people, `parameter_counts` and train_seconds."""
-    scores = score(predict(model, split.val), split.val, "val") | score(predict(model, split.test), split.test, "test")
+    scores: dict = {}
+    for part, faces in (("val", split.val), ("test", split.test)):
+        gallery = replace(faces, front=enrolled(model, faces.front))
+        scores |= score(predict(model, faces), gallery, part)
     return scores | parameter_counts(model) | {"train_seconds": seconds}
 
 

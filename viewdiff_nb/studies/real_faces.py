@@ -7,7 +7,7 @@ is tested was trained or tuned on. The gallery of an identification holds everyb
 among the impostors.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,22 +23,13 @@ from viewdiff_nb.faces.crops import PROFILE
 from viewdiff_nb.faces.pairs import FOLDS, Pairs, read_pairs
 from viewdiff_nb.modules.baselines import enrolled
 from viewdiff_nb.studies.adaptation import Profile
-from viewdiff_nb.studies.real_models import Family, Setting
-from viewdiff_nb.studies.significance import Estimate, correction, judged, over_seeds
+from viewdiff_nb.studies.candidates import Setting
+from viewdiff_nb.studies.real_models import Family
+from viewdiff_nb.studies.significance import Estimate, over_seeds
 from viewdiff_nb.studies.store import Store, run_jobs
 from viewdiff_nb.training.config import TrainConfig
 
 INNER_FOLDS = 3  # into which the training folds are gathered to choose settings
-RATES = {  # of a row, and what tables call them
-    "FF": "FF acc %",
-    "FP": "FP acc %",
-    "eer": "EER %",
-    "auc": "AUC %",
-    "tar@1e-2": "TAR@1e-2 %",
-    "tar@1e-3": "TAR@1e-3 %",
-    "rank1": "rank-1 %, mean front",
-    "rank1_one": "rank-1 %, one front",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +98,37 @@ def stand_in(faces: FaceViews, frontal: float = 25.0, profile: float = 60.0, see
     return Benchmark(kept, pairs, fold, "synthetic stand-in")
 
 
+def embedding_statistics(benchmark: Benchmark) -> pd.Series:
+    """How a recogniser sees the people of a benchmark: what a change of generator or of crops does, before training."""
+    faces, profile = benchmark.faces, benchmark.faces.abs_yaw >= PROFILE
+    unit, fronts = F.normalize(faces.src[:], dim=1), F.normalize(faces.front, dim=1)
+    side, owner = unit[profile], faces.person[profile]
+    of_fronts = (fronts @ fronts.T)[~torch.eye(len(fronts), dtype=torch.bool)]
+    across = side @ fronts.T
+    own = torch.zeros_like(across, dtype=torch.bool).scatter_(1, owner[:, None], True)
+    variances = torch.linalg.eigvalsh(torch.cov(fronts.T.double())).clamp_min(0)
+
+    def spread(values: Tensor) -> str:
+        return f"{values.mean():.2f} ± {values.std():.2f}"
+
+    def highest(values: Tensor) -> str:
+        return f"{values.sort().values[int(0.999 * len(values))]:.2f}"
+
+    return pd.Series(
+        {
+            "people": str(len(fronts)),
+            "cosine of different fronts, mean ± sd": spread(of_fronts),
+            "the same, 99.9 %": highest(of_fronts),
+            "cosine of profile and own front, mean ± sd": spread(across[own]),
+            "cosine of profile and another's front, mean ± sd": spread(across[~own]),
+            "the same, 99.9 % ": highest(across[~own]),
+            "length of mean profile minus mean front": f"{(side.mean(0) - fronts.mean(0)).norm():.2f}",
+            "total variance of fronts": f"{variances.sum():.2f}",
+            "participation ratio of fronts": f"{variances.sum() ** 2 / variances.square().sum():.0f}",
+        }
+    )
+
+
 @torch.no_grad()
 def similarities(model: nn.Module, benchmark: Benchmark, protocol: str, keep: Tensor) -> Tensor:
     """(K,) cosines of the enrolled first and the predicted second picture of the pairs in keep, a mask."""
@@ -173,9 +195,14 @@ def score_fold(family: Family, benchmark: Benchmark, fold: int, seed: int) -> di
 
 def _stored(store: Store, config: TrainConfig, benchmark: Benchmark, every: dict[str, Family], job: tuple) -> dict:
     name, fold, seed = job
-    key = f"{benchmark.name}, {name}, fold {fold}"
     make = partial(score_fold, every[name], benchmark, fold, seed)
-    return store.get(key, replace(config, seed=seed), lambda: {"rows": make()})["rows"]
+    return store.get(*_key(config, benchmark, every, job), lambda: {"rows": make()})["rows"]
+
+
+def _key(config: TrainConfig, benchmark: Benchmark, every: dict[str, Family], job: tuple) -> tuple[str, TrainConfig]:
+    name, fold, seed = job
+    base = str(every[name].bases[seed]) if every[name].bases else None
+    return f"{benchmark.name}, {name}, fold {fold}", replace(config, seed=seed, base_model_path=base)
 
 
 def run_real_faces(
@@ -207,17 +234,13 @@ def run_real_faces(
         for fold in range(benchmark.folds)
     ]
     work = partial(_stored, store, config, benchmark, every)
-    run_jobs(work, [(job,) for job in jobs if not _is_stored(store, config, benchmark, job)], workers, progress)
+    missing = [(job,) for job in jobs if store.find(*_key(config, benchmark, every, job)) is None]
+    run_jobs(work, missing, workers, progress)
     by_row: dict[tuple[str, int], list[dict]] = {}
     for job in jobs:
         for row, values in work(job).items():
             by_row.setdefault((row, job[2]), []).append(values)
     return {key: fold_rates(benchmark, parts) for key, parts in by_row.items()}
-
-
-def _is_stored(store: Store, config: TrainConfig, benchmark: Benchmark, job: tuple) -> bool:
-    name, fold, seed = job
-    return store.find(f"{benchmark.name}, {name}, fold {fold}", replace(config, seed=seed)) is not None
 
 
 def fold_rates(benchmark: Benchmark, parts: Sequence[dict]) -> dict:
@@ -273,36 +296,3 @@ def rate_estimate(results: dict, row: str, rate: str, other: str | None = None) 
     error = ((folds - 1) * left_out.var(unbiased=False)).sqrt().item()
     over = over_seeds([100 * value for value, _ in ours])
     return replace(over, people_error=error, people=folds, seeds_error=over.seeds_error if over.seeds > 1 else 0.0)
-
-
-def names_of(results: dict) -> list[str]:
-    return list(dict.fromkeys(name for name, _ in results))
-
-
-def rates_table(results: dict) -> pd.DataFrame:
-    """Every row's rates in percent, mean ± half a 95 % interval, and the settings that most folds chose."""
-    rows = {}
-    for name in names_of(results):
-        cells = {head: f"{rate_estimate(results, name, rate):.1f}" for rate, head in RATES.items()}
-        settings: dict[str, int] = {}
-        for (row, _), found in results.items():
-            for setting, folds in found["settings"].items() if row == name else ():
-                settings[setting] = settings.get(setting, 0) + folds
-        most = max(settings, key=settings.__getitem__)
-        rows[name] = cells | {"setting": f"{most} in {settings[most]} of {sum(settings.values())}"}
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
-
-
-def differences_table(
-    results: dict, others: Iterable[str], rates: Sequence[str] = ("FF", "FP", "auc", "rank1")
-) -> pd.DataFrame:
-    """How far each row is above others, paired by fold and seed, in percentage points; p after Holm over the table."""
-    found = {
-        (name, f"{RATES[rate]} against {other}"): rate_estimate(results, name, rate, other)
-        for name in names_of(results)
-        for other in others
-        for rate in rates
-        if name != other
-    }
-    table = pd.Series(judged(found, "+.2f"), index=pd.MultiIndex.from_tuples(found)).unstack(sort=False)
-    return table.fillna("–").rename_axis(f"model ({correction(len(found))})")

@@ -33,6 +33,7 @@ RESULT_CODE = (
     "training/*.py",
     "studies/ablation.py",
     "studies/adaptation.py",
+    "studies/candidates.py",
     "studies/forgetting.py",
     "studies/real_faces.py",
     "studies/real_models.py",

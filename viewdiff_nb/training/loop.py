@@ -132,7 +132,7 @@ class _Run:
         self.objective = Objective(config, self.forward, front, self.device, base, prior_faces)
         self.graph = None
         if config.use_cuda_graph:
-            self.graph = GraphedFunction(lambda *t: self._learn(FaceBatch(*t[:4]), *t[4:]), self.device)
+            self.graph = GraphedFunction(lambda *t: self._learn(FaceBatch(*t[:5]), *t[5:]), self.device)
         data = {"train": data_fingerprint(self.faces), "val": data_fingerprint(self.val_faces)}
         data["base"] = file_fingerprint(config.base_model_path) if config.base_model_path else ""
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.objective.amp_dtype is torch.float16)

@@ -117,6 +117,8 @@ def find_cause(model: nn.Module, batch: FaceBatch, loss_of: Callable[[FaceBatch]
     Runs the batch forward and backward once more; leaves no gradient behind.
     """
     for name, values in batch._asdict().items():
+        if values is None:  # poses are exact
+            continue
         bad = ~values.reshape(len(values), -1).isfinite().all(1)
         if bad.any():
             example = int(bad.nonzero()[0])

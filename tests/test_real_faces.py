@@ -80,7 +80,7 @@ def test_a_person_without_pairs_is_named(tmp_path, benchmark):
 
 def test_raw_rates_are_those_of_numpy_and_scikit_learn(benchmark):
     raw = Family(real_models.raw_candidates, {"raw": ("raw",)})
-    parts = [score_fold(raw, benchmark, fold, 0)["raw"] for fold in range(10)]
+    parts = [score_fold(raw, benchmark, fold, 0)["raw"] | {"machine": "here"} for fold in range(10)]
     found = fold_rates(benchmark, parts)
     unit = F.normalize(benchmark.faces.src, dim=1).numpy()
     pairs = benchmark.pairs["FP"]
@@ -101,7 +101,7 @@ def test_raw_rates_are_those_of_numpy_and_scikit_learn(benchmark):
     hit = own[profile].argmax(1) == benchmark.faces.person.numpy()[profile]
     of_fold = benchmark.fold.numpy()[benchmark.faces.person.numpy()[profile]]
     assert found["rank1"][0] == pytest.approx(np.mean([hit[of_fold == i].mean() for i in range(10)]), abs=1e-6)
-    assert found["settings"] == {"('raw',)": 10}
+    assert found["settings"] == {"('raw',)": 10} and found["machines"] == ["here"]
 
 
 def test_one_front_is_the_first_frontal_picture(benchmark):

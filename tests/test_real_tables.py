@@ -4,6 +4,7 @@ from viewdiff_nb.studies.real_tables import (
     RATES,
     differences_table,
     findings,
+    machines,
     names_of,
     rate_rows,
     rates_table,
@@ -15,7 +16,7 @@ def row(value, spread=0.002, setting="(1.0,)"):
     """A result whose folds differ by spread around value."""
     folds = [value + spread * (i - 4.5) / 4.5 for i in range(10)]
     without = [(sum(folds) - fold) / 9 for fold in folds]
-    return dict.fromkeys(RATES, (value, without)) | {"settings": {setting: 7, "(0.5,)": 3}}
+    return dict.fromkeys(RATES, (value, without)) | {"settings": {setting: 7, "(0.5,)": 3}, "machines": ["here"]}
 
 
 @pytest.fixture
@@ -59,3 +60,9 @@ def test_settings_are_counted_over_folds_and_seeds(results):
 def test_rows_for_plots_keep_the_order(results):
     rows = rate_rows(results, ("FP", "rank1"))
     assert list(rows["model"])[:4] == names_of(results) and set(rows["rate"]) == {RATES["FP"], RATES["rank1"]}
+
+
+def test_machines_are_named_once(results):
+    assert machines(results) == "here"
+    results["raw", 0]["machines"] = ["elsewhere", "here"]
+    assert machines(results) == "elsewhere and here"

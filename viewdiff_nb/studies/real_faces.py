@@ -23,6 +23,7 @@ from viewdiff_nb.faces.crops import PROFILE
 from viewdiff_nb.faces.pairs import FOLDS, Pairs, read_pairs
 from viewdiff_nb.modules.baselines import enrolled
 from viewdiff_nb.studies.adaptation import Profile
+from viewdiff_nb.studies.benchmark import machine
 from viewdiff_nb.studies.candidates import Setting
 from viewdiff_nb.studies.real_models import Family
 from viewdiff_nb.studies.significance import Estimate, over_seeds
@@ -196,7 +197,8 @@ def score_fold(family: Family, benchmark: Benchmark, fold: int, seed: int) -> di
 def _stored(store: Store, config: TrainConfig, benchmark: Benchmark, every: dict[str, Family], job: tuple) -> dict:
     name, fold, seed = job
     make = partial(score_fold, every[name], benchmark, fold, seed)
-    return store.get(*_key(config, benchmark, every, job), lambda: {"rows": make()})["rows"]
+    found = store.get(*_key(config, benchmark, every, job), lambda: {"rows": make(), "machine": machine()})
+    return {row: values | {"machine": found["machine"]} for row, values in found["rows"].items()}
 
 
 def _key(config: TrainConfig, benchmark: Benchmark, every: dict[str, Family], job: tuple) -> tuple[str, TrainConfig]:
@@ -222,7 +224,7 @@ def run_real_faces(
         store: by default that of the benchmark's set.
 
     Returns:
-        {(row, seed): {rate of `RATES`: (value, [the value without the people of each fold]), settings: {one: folds}}}.
+        {(row, seed): {rate of `RATES`: (value, [the value without the people of each fold]), settings, machines}}.
     """
     faces = benchmark.faces
     store = store or Store(Split(faces, faces, faces))
@@ -246,6 +248,7 @@ def run_real_faces(
 def fold_rates(benchmark: Benchmark, parts: Sequence[dict]) -> dict:
     """Rates of what `score_fold` gave for each fold of one row and seed; see `run_real_faces`."""
     found: dict = {"settings": pd.Series([part["setting"] for part in parts]).value_counts().to_dict()}
+    found["machines"] = sorted({part["machine"] for part in parts})
     for protocol, pairs in benchmark.pairs.items():
         similarity = torch.empty(len(pairs))
         for fold, part in enumerate(parts):

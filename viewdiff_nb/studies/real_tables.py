@@ -31,6 +31,11 @@ def rate_rows(results: dict, rates: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["model", "rate", "mean", "half"])
 
 
+def machines(results: dict) -> str:
+    """On which machines results were made."""
+    return " and ".join(sorted({name for found in results.values() for name in found["machines"]}))
+
+
 def rates_table(results: dict) -> pd.DataFrame:
     """Every row's rates in percent, mean ± half a 95 % interval, and the settings that most folds chose."""
     rows = {}

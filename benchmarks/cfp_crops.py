@@ -1,13 +1,15 @@
 """How profiles should be cropped, chosen inside CFP's training folds:  python benchmarks/cfp_crops.py CFP OUT
 
-Every alignment and scale is embedded once (OUT keeps them, for the next run); a candidate sums one or several. Nothing
-is trained. In every fold a candidate is chosen on the frontal-profile pairs of the other nine: the one with the fewest
-crops whose AUC is within one standard error (over those folds) of the best, and of several such the best. The table
-says what the choice is worth on the folds where it was not made, and what a face costs.
+OUT is the set that `python -m viewdiff_nb.faces.cfp` makes (made here, if it is not there); beside it, profiles are
+embedded once by every alignment and scale, and a candidate sums one or several. Nothing is trained. In every fold a
+candidate is chosen on the frontal-profile pairs of the other nine: the one with the fewest crops whose AUC is within
+one standard error (over those folds) of the best, and of several such the best. The table says what the choice is
+worth on the folds where it was not made, and what a face costs.
 """
 
 import argparse
 import time
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 
@@ -16,15 +18,18 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from tqdm.auto import tqdm
 
 from viewdiff_nb import metrics
-from viewdiff_nb.faces.cfp import CfpOptions, embed_cfp
-from viewdiff_nb.faces.crops import ALIGNMENTS, CROP_SIZE, PROFILE_CROPS
+from viewdiff_nb.faces.cfp import CfpOptions, embed_cfp, read_landmarks, read_pictures
+from viewdiff_nb.faces.crops import ALIGNMENTS, CROP_SIZE, PROFILE_CROPS, crop_transforms, cut_crops
 from viewdiff_nb.faces.recogniser import embed_crops, make_recogniser
-from viewdiff_nb.files import FIGURES
+from viewdiff_nb.faces.views import load_rows
+from viewdiff_nb.files import FIGURES, write_atomically
 from viewdiff_nb.plots import save_table
 from viewdiff_nb.studies.benchmark import machine
-from viewdiff_nb.studies.real_faces import Benchmark, load_benchmark
+from viewdiff_nb.studies.real_benchmark import Benchmark, load_benchmark
 
 SCALES = ("1", "1.06", "1.12", "1.2")
 SCALE_SETS = (*((scale,) for scale in SCALES), ("1", "1.12"), ("1", "1.06", "1.12"), ("1", "1.12", "1.2"))
@@ -37,9 +42,31 @@ def candidates() -> dict[str, tuple[str, ...]]:
     return {" + ".join(crops): crops for crops in (*one, *both)}
 
 
-def summed(sets: dict[str, Benchmark], crops: tuple[str, ...]) -> torch.Tensor:
-    """(M, D) of length 1: the sums of the embeddings of several crops."""
-    return F.normalize(sum((F.normalize(sets[name].faces.src, dim=1) for name in crops), torch.zeros(())), dim=1)
+def embed_profiles(cfp: Path, out: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """{crop: (P, D) embeddings of length 1 of CFP's profiles}, kept in out."""
+    missing = [name for name in names if not (out / f"profiles_{name}.npy").is_file()]
+    if missing:
+        pictures = read_pictures(cfp)
+        landmarks, recogniser = read_landmarks(cfp, pictures), make_recogniser("mobilefacenet")
+        cut: dict[str, list[np.ndarray]] = {name: [] for name in missing}
+        for row, picture in enumerate(tqdm(pictures, "crops")):
+            if picture.profile:
+                points, yaw = landmarks.keypoints[row, :, :2], landmarks.poses[row, 1]
+                with Image.open(cfp / "Data" / "Images" / picture.path) as image:
+                    crops = cut_crops(np.asarray(image.convert("RGB")), crop_transforms(points, yaw, missing))
+                for name, crop in zip(missing, crops, strict=True):
+                    cut[name].append(crop[None])
+        for name in tqdm(missing, "embeddings"):
+            found = embed_crops(recogniser, cut[name])
+            write_atomically(out / f"profiles_{name}.npy", lambda file, found=found: np.save(file, found))
+    return {name: load_rows(out / f"profiles_{name}.npy", (None, None))[:] for name in names}
+
+
+def summed(benchmark: Benchmark, profiles: dict[str, torch.Tensor], crops: tuple[str, ...]) -> torch.Tensor:
+    """(M, D) of length 1: frontal pictures as they are, of profiles the sums of the embeddings of several crops."""
+    found = F.normalize(benchmark.faces.src, dim=1)
+    side = F.normalize(sum((profiles[name] for name in crops), torch.zeros(())), dim=1)
+    return torch.cat((found[: len(found) - len(side)], side))
 
 
 def similarity(embeddings: torch.Tensor, benchmark: Benchmark) -> torch.Tensor:
@@ -76,18 +103,18 @@ def milliseconds_a_crop(faces: int = 100) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cfp", type=Path)
-    parser.add_argument("out", type=Path, help="folder for the embeddings, outside of the kit's")
+    parser.add_argument("out", type=Path, help="folder of the face set, e.g. runs/cfp")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--figures", type=Path, default=FIGURES)
     arguments = parser.parse_args()
     crops = candidates()
-    sets = {}
-    for name in dict.fromkeys(crop for names in crops.values() for crop in names):
-        options = CfpOptions(crops=(name,), workers=arguments.workers)
-        sets[name] = load_benchmark(embed_cfp(arguments.cfp, arguments.out / name, options))
-    benchmark = next(iter(sets.values()))
+    if not (arguments.out / "pairs_FP.csv").is_file():
+        embed_cfp(arguments.cfp, arguments.out, CfpOptions(workers=arguments.workers))
+    benchmark = load_benchmark(arguments.out)
+    one_by_one = dict.fromkeys(crop for names in crops.values() for crop in names)
+    profiles = embed_profiles(arguments.cfp, arguments.out, one_by_one)
     pairs = benchmark.pairs["FP"]
-    cosines = {name: similarity(summed(sets, names), benchmark) for name, names in crops.items()}
+    cosines = {name: similarity(summed(benchmark, profiles, names), benchmark) for name, names in crops.items()}
     auc = {name: auc_by_fold(found, benchmark) for name, found in cosines.items()}
     folds = torch.arange(benchmark.folds)
     chosen = [choose(auc, crops, folds[folds != fold]) for fold in folds]

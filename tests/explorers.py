@@ -23,7 +23,7 @@ def make_model() -> EnhancedTransformerDecoderOnly3D:
     """Random weights that do something: an untrained model predicts its input."""
     torch.manual_seed(1)
     model = EnhancedTransformerDecoderOnly3D(
-        d_model=64, nhead=4, num_layers=2, dim_feedforward=64, feature_dim=512, voxel_resolution=8
+        d_model=64, nhead=4, num_layers=2, dim_feedforward=64, feature_dim=384, voxel_resolution=8
     )
     torch.nn.init.normal_(model.output.weight, std=0.02)
     return model

@@ -66,7 +66,7 @@ def test_what_is_adapted_needs_no_base_beforehand(tmp_path):
 
 def test_the_shipped_set_loads_and_splits():
     split = adaptation.load_split()
-    assert split.train.feature_dim == 512 and len(split.train.names) == 1300
+    assert split.train.feature_dim == 384 and len(split.train.names) == 1300
     assert len(split.val.names) == 200 and len(split.test.names) == 300
     smoke = adaptation.load_split(adaptation.FAST_PROFILE)
     assert smoke.test.names == split.test.names and len(smoke.train.names) < 1300

@@ -32,7 +32,7 @@ def test_other_views_are_tokens_of_cross_view_attention():
         nhead=4,
         num_layers=1,
         dim_feedforward=32,
-        feature_dim=512,
+        feature_dim=384,
         use_cross_view=True,
         n_views=3,
         use_projection_layer=False,

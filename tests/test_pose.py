@@ -65,7 +65,7 @@ def test_the_pose_explorer_shows_the_pose_it_says():
 
 def test_recorded_people_are_shown_by_their_keypoints():
     model = make_model()
-    faces = people(30, views=6, width=512)
+    faces = people(30, views=6, width=384)
     explorer = PoseExplorer(model, faces)
     assert isinstance(explorer.people, RecordedPeople)
     before = explorer.head.picture
@@ -77,7 +77,7 @@ def test_recorded_people_are_shown_by_their_keypoints():
 def test_people_outside_the_gallery_are_refused():
     model = make_model()
     with pytest.raises(ValueError, match="6 people are not in the gallery, e.g. 'person_0040'"):
-        PoseExplorer(model, people(30, width=512), load_turntable())  # which has person_0000 .. person_0029
+        PoseExplorer(model, people(30, width=384), load_turntable())  # which has person_0000 .. person_0029
 
 
 def test_people_of_the_same_names_are_not_taken_for_those_of_the_turntable():
@@ -85,7 +85,7 @@ def test_people_of_the_same_names_are_not_taken_for_those_of_the_turntable():
     assert PoseExplorer(model, gallery).people.pitches
     strangers = replace(gallery, front=gallery.front.roll(1, 0), person=(gallery.person + 1) % len(gallery.names))
     assert isinstance(PoseExplorer(model, strangers).people, RecordedPeople)
-    with pytest.raises(ValueError, match="the gallery's embeddings have 32 numbers, those of the people 512"):
+    with pytest.raises(ValueError, match="the gallery's embeddings have 32 numbers, those of the people 384"):
         PoseExplorer(model, people(30), load_turntable())
 
 

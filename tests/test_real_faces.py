@@ -1,32 +1,20 @@
 """The protocol of real benchmarks, on synthetic people whose rates are known."""
 
-import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import people, write_set
+from conftest import people
 from sklearn.metrics import roc_auc_score
 from studies_fixture import TINY
 
 from viewdiff_nb.faces import Split, split_by_person
-from viewdiff_nb.faces.pairs import Pairs, write_pairs
 from viewdiff_nb.modules.baselines import RawEmbedding
 from viewdiff_nb.studies import real_faces, real_models
-from viewdiff_nb.studies.real_faces import (
-    choose,
-    embedding_statistics,
-    fold_rates,
-    load_benchmark,
-    ranks,
-    rate_estimate,
-    run_real_faces,
-    score_fold,
-    similarities,
-    stand_in,
-)
+from viewdiff_nb.studies.real_benchmark import stand_in
+from viewdiff_nb.studies.real_faces import choose, fold_rates, ranks, run_real_faces, score_fold, similarities
 from viewdiff_nb.studies.real_models import Family
 from viewdiff_nb.studies.store import Store
 
@@ -34,48 +22,6 @@ from viewdiff_nb.studies.store import Store
 @pytest.fixture(scope="module")
 def benchmark():
     return stand_in(people(40, views=12, noise=0.6))
-
-
-def test_a_stand_in_has_pairs_within_folds_of_different_people(benchmark):
-    faces, pairs = benchmark.faces, benchmark.pairs
-    assert benchmark.folds == 10 and torch.bincount(benchmark.fold).tolist() == [4] * 10
-    assert ((faces.abs_yaw < 25) | (faces.abs_yaw >= 60)).all()
-    for protocol, found in pairs.items():
-        first, second = faces.person[found.first], faces.person[found.second]
-        assert torch.equal(first == second, found.same) and (found.first != found.second).all()
-        assert torch.equal(benchmark.fold[first], found.fold) and torch.equal(benchmark.fold[second], found.fold)
-        assert (faces.abs_yaw[found.first] < 25).all()
-        assert ((faces.abs_yaw[found.second] >= 60) == (protocol == "FP")).all()
-        assert found.same.sum() * 2 == len(found)
-
-
-def test_a_benchmark_is_read_from_its_folder(tmp_path, benchmark):
-    write_set(tmp_path, benchmark.faces)
-    for protocol, found in benchmark.pairs.items():
-        write_pairs(tmp_path / f"pairs_{protocol}.csv", found)
-    again = load_benchmark(tmp_path)
-    assert torch.equal(again.fold, benchmark.fold) and again.folds == 10
-    assert torch.equal(again.pairs["FP"].second, benchmark.pairs["FP"].second)
-
-
-def test_a_person_in_two_folds_is_refused(tmp_path, benchmark):
-    write_set(tmp_path, benchmark.faces)
-    for protocol, found in benchmark.pairs.items():
-        fold = found.fold.clone()
-        fold[0] = (fold[0] + 1) % 10
-        write_pairs(tmp_path / f"pairs_{protocol}.csv", replace(found, fold=fold))
-    with pytest.raises(ValueError, match=r"FF: person person_00\d\d is in fold \d and \d"):
-        load_benchmark(tmp_path)
-
-
-def test_a_person_without_pairs_is_named(tmp_path, benchmark):
-    write_set(tmp_path, benchmark.faces)
-    for protocol, found in benchmark.pairs.items():
-        of_first = (benchmark.faces.person[found.first] == 0) | (benchmark.faces.person[found.second] == 0)
-        rest = Pairs(*(getattr(found, name)[~of_first] for name in ("first", "second", "same", "fold")))
-        write_pairs(tmp_path / f"pairs_{protocol}.csv", rest)
-    with pytest.raises(ValueError, match="person person_0000 is in no pair"):
-        load_benchmark(tmp_path)
 
 
 def test_raw_rates_are_those_of_numpy_and_scikit_learn(benchmark):
@@ -168,32 +114,3 @@ def test_the_study_trains_once_and_goes_on(tmp_path, benchmark, monkeypatch):
     monkeypatch.setattr(real_faces, "score_fold", lambda *_: pytest.fail("scored again"))
     again = run_real_faces(benchmark, chosen, profile, workers=1, store=ours)
     assert str(again) == str(results)  # in which rates that few pairs cannot tell are NaN
-
-
-def test_intervals_are_the_jackknife_s():
-    values = [0.9, 0.92, 0.95, 0.91, 0.94, 0.9, 0.93, 0.96, 0.89, 0.9]
-    without = [(sum(values) - v) / 9 for v in values]
-    results = {("a", 0): {"FP": (sum(values) / 10, without)}, ("b", 0): {"FP": (0.5, [0.5] * 10)}}
-    found = rate_estimate(results, "a", "FP")
-    standard_error = 100 * np.std(values, ddof=1) / math.sqrt(10)  # of a mean the jackknife's is the usual one
-    assert found.mean == pytest.approx(92.0) and found.people_error == pytest.approx(standard_error)
-    assert found.people == 10 and found.seeds_error == 0
-    apart = rate_estimate(results, "a", "FP", "b")
-    assert apart.mean == pytest.approx(42.0) and apart.people_error == pytest.approx(standard_error)
-
-
-def test_seeds_add_their_own_spread():
-    of_seed = {0: 0.9, 1: 0.92, 2: 0.94}
-    results = {("a", s): {"FP": (v, [v] * 10)} for s, v in of_seed.items()} | {("b", 0): {"FP": (0.9, [0.9] * 10)}}
-    found = rate_estimate(results, "a", "FP", "b")  # one without seeds is compared with each
-    assert (
-        found.mean == pytest.approx(2.0) and found.seeds_error == pytest.approx(2 / math.sqrt(3)) and found.seeds == 3
-    )
-
-
-def test_statistics_tell_worlds_apart():
-    near, far = (stand_in(people(30, views=12, noise=noise)) for noise in (0.1, 2.0))
-    of_near, of_far = embedding_statistics(near), embedding_statistics(far)
-    own = "cosine of profile and own front, mean ± sd"
-    assert float(of_near[own].split()[0]) > float(of_far[own].split()[0]) + 0.3
-    assert of_near["people"] == "30" and float(of_near["participation ratio of fronts"]) <= 30

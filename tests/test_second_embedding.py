@@ -32,9 +32,11 @@ def test_its_people_are_not_those_of_the_first_set(faces):
     assert not torch.equal(first.angles[:6400], faces.angles)
 
 
-def test_raw_rates_are_those_of_the_card(faces):
+@pytest.mark.parametrize("folder", [HEADS, HEADS_192], ids=lambda folder: folder.name)
+def test_raw_rates_are_those_of_the_card(folder):
+    faces = load_face_views(folder)
     rates = recognition_by_yaw(faces.src, faces.front, faces.person, faces.abs_yaw)
-    card = (HEADS_192 / "README.md").read_text()
+    card = (folder / "README.md").read_text()
     for name in ("0-30", "30-45", "45-60", "60-75", "75-90"):
         row = next(line for line in card.splitlines() if line.startswith(f"| {name.replace('-', '–')}°"))
         published = [float(cell) for cell in row.split("|")[2:-1]]

@@ -94,7 +94,7 @@ def test_what_does_not_fit_together_is_named(tmp_path):
         load_turntable(folder)
     about = json.loads((folder / "metadata.json").read_text())
     (folder / "metadata.json").write_text(json.dumps(about | {"yaws": about["yaws"][1:]}))
-    with pytest.raises(FaceDataError, match=r"features\.npy: shape is \(8, 5, 37, 512\), must be \(8, 5, 36, 512\)"):
+    with pytest.raises(FaceDataError, match=r"features\.npy: shape is \(8, 5, 37, 384\), must be \(8, 5, 36, 384\)"):
         load_turntable(folder)
 
 

@@ -3,7 +3,7 @@ import torch
 from conftest import people
 
 from viewdiff_nb.faces.crops import PROFILE_CROPS, parse_crop
-from viewdiff_nb.studies.real_faces import stand_in
+from viewdiff_nb.studies.real_benchmark import stand_in
 
 
 def test_candidates_are_named_by_their_crops():
@@ -26,8 +26,10 @@ def test_fewest_crops_within_a_standard_error_and_of_those_the_best():
     assert cfp_crops.choose(auc | {"one": 0.9785 + spread}, crops, torch.arange(10)) == "one"
 
 
-def test_sums_are_of_unit_embeddings():
-    first, second = (stand_in(people(20, views=12, first=seed)) for seed in (0, 100))
-    both = cfp_crops.summed({"a": first, "b": second}, ("a", "b"))
-    units = [torch.nn.functional.normalize(one.faces.src, dim=1) for one in (first, second)]
-    torch.testing.assert_close(both, torch.nn.functional.normalize(units[0] + units[1], dim=1))
+def test_sums_of_crops_replace_the_profiles_and_leave_the_fronts():
+    benchmark = stand_in(people(20, views=12))
+    unit = torch.nn.functional.normalize(benchmark.faces.src, dim=1)
+    one, other = (torch.nn.functional.normalize(torch.randn(30, 32), dim=1) for _ in range(2))
+    both = cfp_crops.summed(benchmark, {"a": one, "b": other}, ("a", "b"))
+    torch.testing.assert_close(both[:-30], unit[:-30])
+    torch.testing.assert_close(both[-30:], torch.nn.functional.normalize(one + other, dim=1))

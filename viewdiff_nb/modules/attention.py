@@ -16,8 +16,9 @@ def encode_pose(pose: Tensor, error: Tensor | None = None) -> Tensor:
     error: (..., P) standard deviations of angles that are not exactly known. The code is then its expectation over a
     normal distribution, sin and cos times exp(-error^2 / 2) (Barron et al. 2021, arXiv:2103.13415, eq. 13).
 
-    >>> encode_pose(torch.tensor([torch.pi / 2]), torch.tensor([10.0])).tolist()   # not known at all
-    [1.9287498933537385e-22, -8.43073281577349e-30]
+    >>> known, unknown = torch.tensor([torch.pi / 2, torch.pi / 2]), torch.tensor([0.0, 10.0])
+    >>> [round(value, 6) for value in encode_pose(known, unknown)[:2].tolist()]   # the sines
+    [1.0, 0.0]
     """
     code = torch.cat((pose.sin(), pose.cos()), -1)
     return code if error is None else code * torch.cat((error, error), -1).square().div(-2).exp()

@@ -27,7 +27,8 @@ class Frontaliser(nn.Module):
     ) -> Tensor:
         """Shapes as in the model; returns the residual r or src + r, (B, D), scaled with the length of src."""
         length = src.norm(dim=-1, keepdim=True)
-        frontal = self.predict(src / length.clamp_min(1e-12), angles, keypoints_3d, pose_error) * length
+        told = (angles, keypoints_3d) if pose_error is None else (angles, keypoints_3d, pose_error)
+        frontal = self.predict(src / length.clamp_min(1e-12), *told) * length
         return frontal - src if return_residual else frontal
 
     def predict(self, unit: Tensor, angles: Tensor, keypoints_3d: Tensor, pose_error: Tensor | None = None) -> Tensor:

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from viewdiff_nb.faces import FaceViews, Split, load_face_views, split_by_person
 from viewdiff_nb.files import HEADS
 from viewdiff_nb.metrics import recognition_by_yaw
-from viewdiff_nb.modules.baselines import DREAM, MLP, MeanFace, PoseRidge, RawEmbedding, enrolled
-from viewdiff_nb.studies.candidates import CLOSED_FORMS, Setting, adjustments
+from viewdiff_nb.studies.candidates import BASELINES, CLOSED_FORMS, Setting, adjustments, as_enrolled
 from viewdiff_nb.studies.significance import FARS, resampled_people, resampled_rates
 from viewdiff_nb.studies.store import Store, run_jobs, train_pass
 from viewdiff_nb.training import TrainConfig, predict
@@ -89,13 +88,6 @@ SMALL = "small transformer, all yaws"  # sizes and weight decay were chosen on v
 ALL_YAWS = (WIDE_BASE, WIDE, SMALL)
 BASES = ("base", WIDE_BASE, SMALL, "MLP")  # others start from their weights
 STEP_CHOSEN = {"MLP, step chosen": "MLP", f"{SMALL}, step chosen": SMALL}  # which part of whose prediction to take
-BASELINES: dict[str, Callable[[FaceViews], nn.Module]] = {
-    "raw side view": lambda train: RawEmbedding(),
-    "mean face": lambda train: MeanFace(train.front),
-    "pose ridge": lambda train: PoseRidge(train.src[:], train.angles, train.target),
-    "DREAM": lambda train: DREAM(train.feature_dim),
-    "MLP": lambda train: MLP(train.feature_dim),
-}
 FIXED = ("raw side view", "mean face", "pose ridge", *CLOSED_FORMS)  # nothing random in them
 
 
@@ -178,9 +170,8 @@ def _best_candidate(store: Store, split: Split, profile: Profile, name: str, con
         candidates = adjustments(model.eval(), split.train.in_memory())
 
     def tar(setting: Setting) -> float:
-        model, faces = candidates[setting], split.val
-        front = enrolled(model, faces.front)
-        found = recognition_by_yaw(predict(model, faces), front, faces.person, faces.abs_yaw)["all"]
+        model, faces = candidates[setting], as_enrolled(candidates[setting], split.val)
+        found = recognition_by_yaw(predict(model, faces), faces.front, faces.person, faces.abs_yaw)["all"]
         return -1.0 if math.isnan(found["tar"]) else found["tar"]  # too few people to tell: the first setting
 
     best = max(candidates, key=tar)
@@ -232,8 +223,7 @@ def score_model(model: nn.Module, split: Split, seconds: float) -> dict:
     """Those of `score` for val and test people, `parameter_counts` and train_seconds."""
     scores: dict = {}
     for part, faces in (("val", split.val), ("test", split.test)):
-        gallery = replace(faces, front=enrolled(model, faces.front))
-        scores |= score(predict(model, faces), gallery, part)
+        scores |= score(predict(model, faces), as_enrolled(model, faces), part)
     return scores | parameter_counts(model) | {"train_seconds": seconds}
 
 

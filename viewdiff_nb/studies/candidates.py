@@ -6,13 +6,23 @@ network that is trained once six.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
 
 from viewdiff_nb.faces import FaceViews
-from viewdiff_nb.modules.baselines import Adjusted, PoseRidge, WithinClassWhitening
+from viewdiff_nb.modules.baselines import (
+    DREAM,
+    MLP,
+    Adjusted,
+    MeanFace,
+    PoseRidge,
+    RawEmbedding,
+    WithinClassWhitening,
+    enrolled,
+)
 
 STEPS = (0.25, 0.5, 1.0)
 CENTRINGS = ("none", "even")
@@ -65,3 +75,17 @@ CLOSED_FORMS: dict[str, Callable[[FaceViews], dict[Setting, nn.Module]]] = {
     "ridge, shrunk to identity": ridge_candidates,
     "within-class whitening": whitening_candidates,
 }
+
+
+BASELINES: dict[str, Callable[[FaceViews], nn.Module]] = {
+    "raw side view": lambda train: RawEmbedding(),
+    "mean face": lambda train: MeanFace(train.front),
+    "pose ridge": lambda train: PoseRidge(train.src[:], train.angles, train.target),
+    "DREAM": lambda train: DREAM(train.feature_dim),
+    "MLP": lambda train: MLP(train.feature_dim),
+}
+
+
+def as_enrolled(model: nn.Module, faces: FaceViews) -> FaceViews:
+    """The set with its fronts as they are compared with a model's predictions, see `enrolled`."""
+    return replace(faces, front=enrolled(model, faces.front))

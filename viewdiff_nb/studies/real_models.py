@@ -10,8 +10,8 @@ from torch import nn
 
 from viewdiff_nb.faces import FaceViews, Split
 from viewdiff_nb.modules.baselines import RawEmbedding
-from viewdiff_nb.studies.adaptation import BASELINES, SMALL, SMALL_OPTIONS, Profile, config_of, trained
-from viewdiff_nb.studies.candidates import CLOSED_FORMS, Setting, adjustments
+from viewdiff_nb.studies.adaptation import SMALL, SMALL_OPTIONS, Profile, config_of, trained
+from viewdiff_nb.studies.candidates import BASELINES, CLOSED_FORMS, Setting, adjustments
 from viewdiff_nb.studies.store import Store, train_pass
 from viewdiff_nb.training.checkpoint import build_model, load_base_weights
 from viewdiff_nb.training.config import TrainConfig

@@ -1,11 +1,12 @@
 """Tables of `studies.real_faces`, and what follows from them in words."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import pandas as pd
+import torch
 
-from viewdiff_nb.studies.real_faces import rate_estimate
-from viewdiff_nb.studies.significance import LEVEL, correction, holm, judged
+from viewdiff_nb.studies.significance import LEVEL, Estimate, correction, holm, judged, over_seeds
 
 RATES = {  # of a row, and what tables call them
     "FF": "FF acc %",
@@ -17,6 +18,28 @@ RATES = {  # of a row, and what tables call them
     "rank1": "rank-1 %, mean front",
     "rank1_one": "rank-1 %, one front",
 }
+
+
+def rate_estimate(results: dict, row: str, rate: str, other: str | None = None) -> Estimate:
+    """A rate in percent, or how far it is above another row's; 95 % over folds of people, and over seeds.
+
+    The standard error over people is the jackknife's, of leaving out the people of one fold (Efron & Stein 1981):
+    sqrt((F - 1) / F sum (r_i - mean r)^2).
+    """
+    ours = [found[rate] for (name, _), found in sorted(results.items()) if name == row]
+    theirs = [found[rate] for (name, _), found in sorted(results.items()) if name == other] if other else []
+    if theirs:
+        theirs = theirs * len(ours) if len(theirs) == 1 else theirs
+        ours = ours * len(theirs) if len(ours) == 1 else ours
+        ours = [
+            (a - b, [x - y for x, y in zip(left, right, strict=True)])
+            for (a, left), (b, right) in zip(ours, theirs, strict=True)
+        ]
+    left_out = 100 * torch.tensor([left for _, left in ours], dtype=torch.float64).mean(0)
+    folds = len(left_out)
+    error = ((folds - 1) * left_out.var(unbiased=False)).sqrt().item()
+    over = over_seeds([100 * value for value, _ in ours])
+    return replace(over, people_error=error, people=folds, seeds_error=over.seeds_error if over.seeds > 1 else 0.0)
 
 
 def names_of(results: dict) -> list[str]:
@@ -36,6 +59,15 @@ def machines(results: dict) -> str:
     return " and ".join(sorted({name for found in results.values() for name in found["machines"]}))
 
 
+def in_words(setting: str) -> str:
+    """A setting, which is stored as the text of a tuple, to read.
+
+    >>> in_words("(0.25, 1.0, 'even')")
+    '0.25, 1.0, even'
+    """
+    return setting.strip("(,)").replace("'", "")
+
+
 def rates_table(results: dict) -> pd.DataFrame:
     """Every row's rates in percent, mean ± half a 95 % interval, and the settings that most folds chose."""
     rows = {}
@@ -46,7 +78,7 @@ def rates_table(results: dict) -> pd.DataFrame:
             for setting, folds in found["settings"].items() if row == name else ():
                 settings[setting] = settings.get(setting, 0) + folds
         most = max(settings, key=settings.__getitem__)
-        rows[name] = cells | {"setting": f"{most} in {settings[most]} of {sum(settings.values())}"}
+        rows[name] = cells | {"setting": f"{in_words(most)} in {settings[most]} of {sum(settings.values())}"}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
 
 
@@ -75,7 +107,8 @@ def settings_table(results: dict) -> pd.DataFrame:
                 found[setting] = found.get(setting, 0) + folds
         by_count = sorted(found.items(), key=lambda item: -item[1])
         total = sum(found.values())
-        rows += [{"model": name, "setting": setting, "share": f"{count} of {total}"} for setting, count in by_count]
+        shares = [(in_words(setting), f"{count} of {total}") for setting, count in by_count]
+        rows += [{"model": name, "setting": words, "share": share} for words, share in shares]
     return pd.DataFrame(rows).set_index(["model", "setting"])
 
 

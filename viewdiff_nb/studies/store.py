@@ -35,6 +35,7 @@ RESULT_CODE = (
     "studies/adaptation.py",
     "studies/candidates.py",
     "studies/forgetting.py",
+    "studies/real_benchmark.py",
     "studies/real_faces.py",
     "studies/real_models.py",
     "studies/significance.py",

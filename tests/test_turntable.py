@@ -10,7 +10,8 @@ from conftest import people
 from PIL import Image
 
 from viewdiff_nb.faces import load_face_views, split_by_person
-from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE, euler_angles, face_rotation, fit_similarity
+from viewdiff_nb.faces.crops import crop_transforms, crops_of
+from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE, euler_angles, face_rotation
 from viewdiff_nb.faces.turntable import RecordedPeople, Turntable, load_turntable
 from viewdiff_nb.faces.views import FaceDataError
 from viewdiff_nb.files import HEADS, TURNTABLE
@@ -54,12 +55,12 @@ def test_the_view_closest_to_a_pose(turntable):
     torch.testing.assert_close(turntable.row(0, 5.1).angles[0, 0].rad2deg(), torch.tensor(10.0))
 
 
-@pytest.mark.parametrize("pose", [(0, 0, 0), (0, 40, 0), (-10, 30, 15)])
+@pytest.mark.parametrize("pose", [(0, 0, 0), (0, 40, 0), (-10, 30, 15), (0, 60, 0)])
 def test_the_crop_has_the_keypoints_where_the_recogniser_wants_them(turntable, pose, monkeypatch):
     """A mark painted at a keypoint of the picture lies, in the crop, where the fitted similarity takes it."""
     points = turntable.picture_keypoints(1, *pose)
     template = np.array(ARCFACE_TEMPLATE)
-    fitted = fit_similarity(points, template)
+    (fitted,) = crop_transforms(points, pose[1], crops_of(pose[1])[:1])
     wanted = points @ fitted[:, :2].T + fitted[:, 2]
     for point, there in zip(points, wanted, strict=True):
         y, x = np.mgrid[:192, :192] + 0.5
@@ -70,7 +71,7 @@ def test_the_crop_has_the_keypoints_where_the_recogniser_wants_them(turntable, p
         crop[crop == 128] = 0  # beyond the picture
         found = (np.mgrid[:112, :112] + 0.5).reshape(2, -1) @ crop.ravel() / crop.sum()
         np.testing.assert_allclose(found[::-1], there, atol=1)
-    assert np.linalg.norm(wanted - template, axis=1).max() < (4 if pose == (0, 0, 0) else 20)
+    assert np.linalg.norm(wanted - template, axis=1).max() < (4 if pose == (0, 0, 0) else 30)
 
 
 def test_roll_turns_the_picture_clockwise(turntable):

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE, fit_similarity, rotation_matrix
+from viewdiff_nb.faces.crops import CROP_SIZE, crop_transforms, crops_of
+from viewdiff_nb.faces.geometry import rotation_matrix
 from viewdiff_nb.faces.views import FaceDataError, FaceViews, load_rows
 from viewdiff_nb.files import TURNTABLE, is_text, read_json, shorten
 
-CROP_SIZE = 112  # pixels, which `ARCFACE_TEMPLATE` is given in
 GREY = (128, 128, 128)  # around a picture that is rolled
 
 
@@ -100,8 +100,9 @@ class Turntable:
         return (keypoints - self.photo_size / 2) * self.pixels_per_photo_pixel + self.picture_size / 2
 
     def crop(self, person: int, pitch: float, yaw: float, roll: float = 0.0) -> Image.Image:
-        """`picture` aligned to `ARCFACE_TEMPLATE`: the crop that was embedded, here cut from the picture."""
-        to_crop = fit_similarity(self.picture_keypoints(person, pitch, yaw, roll), np.array(ARCFACE_TEMPLATE))
+        """`picture` aligned as the crop that was embedded (of a profile's several, the first), cut from the picture."""
+        points = self.picture_keypoints(person, pitch, yaw, roll)
+        (to_crop,) = crop_transforms(points, yaw, crops_of(yaw)[:1])
         turn = np.linalg.inv(to_crop[:, :2])
         to_picture = np.column_stack([turn, -turn @ to_crop[:, 2]]).ravel().tolist()
         return self.picture(person, pitch, yaw, roll).transform(

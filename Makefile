@@ -22,15 +22,17 @@ PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check 
 # A torch that is there already stays, unless TORCH is given.
 KEEP_TORCH := $(if $(filter file,$(origin TORCH)),$(VENV)/bin/python -c "import torch" 2>/dev/null ||)
 
-.PHONY: reproduce cfp modules recipes ablation test test-all lint lab data clean
+.PHONY: reproduce cfp cfp-folder modules recipes ablation test test-all lint lab data clean
 
 reproduce: $(VENV)/.kit
 	$(VENV)/bin/python benchmarks/reproduce.py $(if $(FAST),--fast)
 
-cfp: $(VENV)/.cfp
-	@test -n "$(CFP)" || { echo "give CFP's folder, with Data and Protocol: make cfp CFP=folder (docs/real_faces.md)"; exit 2; }
+cfp: cfp-folder $(VENV)/.cfp
 	$(VENV)/bin/python -m viewdiff_nb.faces.cfp "$(CFP)" runs/cfp --workers $(WORKERS)
 	$(VENV)/bin/python benchmarks/reproduce.py notebooks/06_real_faces.ipynb
+
+cfp-folder:
+	@test -n "$(CFP)" || { echo "give CFP's folder, with Data and Protocol: make cfp CFP=folder (docs/real_faces.md)"; exit 2; }
 
 modules: $(VENV)/.kit
 	$(VENV)/bin/python benchmarks/module_study.py $(if $(FAST),--fast)

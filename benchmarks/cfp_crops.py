@@ -8,6 +8,7 @@ worth on the folds where it was not made, and what a face costs.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Iterable
 from itertools import product
@@ -109,8 +110,13 @@ def main() -> None:
     arguments = parser.parse_args()
     crops = candidates()
     if not (arguments.out / "pairs_FP.csv").is_file():
-        embed_cfp(arguments.cfp, arguments.out, CfpOptions(workers=arguments.workers))
+        try:
+            embed_cfp(arguments.cfp, arguments.out, CfpOptions(workers=arguments.workers))
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            sys.exit(f"error: {error}")
     benchmark = load_benchmark(arguments.out)
+    if not benchmark.seen_by.startswith(make_recogniser("mobilefacenet").name + ";"):
+        sys.exit(f"error: {arguments.out} was seen by {benchmark.seen_by}; give a folder for mobilefacenet")
     one_by_one = dict.fromkeys(crop for names in crops.values() for crop in names)
     profiles = embed_profiles(arguments.cfp, arguments.out, one_by_one)
     pairs = benchmark.pairs["FP"]
@@ -123,9 +129,10 @@ def main() -> None:
     for name, found in {**cosines, "chosen in the other nine folds": nested}.items():
         hits = metrics.fold_hits(found, pairs.same, pairs.fold)
         accuracy = torch.stack([hits[pairs.fold == fold].mean() for fold in folds])
-        count = len(crops.get(name, PROFILE_CROPS))
+        counts = [len(crops[used]) for used in ([name] if name in crops else chosen)]
+        count = sum(counts) / len(counts)
         rows[name] = {
-            "crops": count,
+            "crops": f"{count:g}",
             "ms a profile": f"{count * cost:.0f}",
             "FP acc %": f"{100 * accuracy.mean():.2f} ± {100 * accuracy.std():.2f}",
             "AUC %": f"{100 * auc_by_fold(found, benchmark).mean():.2f}",

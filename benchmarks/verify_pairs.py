@@ -30,7 +30,7 @@ def read_source(source: Path, images: Path | None, recogniser: str) -> tuple[tor
     if source.is_dir():
         paths = [source / f"{name}.npy" for name in ("first", "second")]
         first, second = (load_rows(path, (None, None), embeddings=True)[:] for path in paths)
-        same = torch.from_numpy(np.load(source / "same.npy", allow_pickle=False).astype(np.int64))
+        same = torch.from_numpy(np.load(source / "same.npy", allow_pickle=False).astype(np.float64))
         shapes = tuple(first.shape), tuple(second.shape), tuple(same.shape)
         if shapes[0] != shapes[1] or shapes[2] != shapes[0][:1] or not torch.isin(same, torch.tensor((0, 1))).all():
             wanted = "needs a row of first and of second and a number of same a pair, which is 1 or 0"
@@ -71,7 +71,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         found = rates(*read_source(arguments.source, arguments.images, arguments.recogniser))
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, EOFError, ImportError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     for name, value in found.items():
         print(f"{name:18} {value}")

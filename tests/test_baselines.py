@@ -83,13 +83,11 @@ def adjusted(faces, model=None, **options):
 def test_centring_leaves_no_part_of_yaw_in_the_mean():
     """What is left of the training views is orthogonal to every term, as after any least squares."""
     faces = people(30, views=8)
-    for centring, terms in (("even", (0, 1)), ("signed", (0, 1, 2))):
-        model = adjusted(faces, step=0.0, centring=centring)
-        left = model(F.normalize(faces.src, dim=1), faces.angles, faces.keypoints_3d, return_residual=False)
-        yaw = faces.angles[:, 1:2]
-        all_terms = (torch.ones_like(yaw), (2 * yaw).cos(), yaw.sin())
-        for i in terms:
-            assert (all_terms[i] * left).mean(0).abs().max() < 1e-4
+    model = adjusted(faces, step=0.0, centring="even")
+    left = model(F.normalize(faces.src, dim=1), faces.angles, faces.keypoints_3d, return_residual=False)
+    yaw = faces.angles[:, 1:2]
+    for term in (torch.ones_like(yaw), yaw.cos(), (2 * yaw).cos()):
+        assert (term * left).mean(0).abs().max() < 1e-4
     torch.testing.assert_close(enrolled(model, faces.front).mean(0), torch.zeros(32), atol=1e-6, rtol=0)
 
 

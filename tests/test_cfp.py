@@ -137,7 +137,7 @@ def test_the_set_loads_with_all_pictures_in_the_order_of_the_lists(done):
     assert len(faces) == COUNT and faces.feature_dim == Averages.feature_dim
     assert faces.person.tolist() == PERSON.tolist()
     info = json.loads((done / "video_metadata.json").read_text())["standard_info"]
-    assert info["settings"]["recogniser"] == "block averages" and info["settings"]["crops"] == list(PROFILE_CROPS)
+    assert info["recogniser"] == "block averages" and info["crops_of_profiles"] == list(PROFILE_CROPS)
 
 
 @pytest.mark.parametrize("row", [0, 1, 57, FRONTALS - 1, FRONTALS, FRONTALS + 1, COUNT - 1])
@@ -186,7 +186,8 @@ def test_errors_of_poses_are_radians_below_what_was_known_before(done):
     assert error.shape == (COUNT, 3) and (error > 0.01).all()
     assert (error <= torch.tensor([10.0, 10.0, 30.0]).deg2rad() + 1e-3).all()
     told = json.loads((done / "video_metadata.json").read_text())["metadata"][FRONTALS]
-    assert told["person_name"] == "001" and set(told) == {"person_name", "pose_error"}
+    assert told["person_name"] == "001" and set(told) == {"person_name", "profile", "pose_error"}
+    assert told["profile"]
     np.testing.assert_allclose(error[FRONTALS], np.deg2rad(told["pose_error"]), rtol=1e-5)
 
 
@@ -225,6 +226,15 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(whole, done, tm
     assert contents(tmp_path / "set") == contents(done)
 
 
+@pytest.mark.parametrize("damage", [b"", b"garbage", b"PK\x03\x04 cut"], ids=["empty", "other", "cut"])
+def test_a_damaged_part_is_made_anew(whole, done, tmp_path, damage):
+    embed_cfp(whole, tmp_path / "set")
+    part = sorted(tmp_path.glob("set/.parts/*/*.npz"))[0]
+    part.write_bytes(damage)
+    embed_cfp(whole, tmp_path / "set")
+    assert contents(tmp_path / "set") == contents(done)
+
+
 def test_what_changed_is_embedded_again(copy, tmp_path):
     def crops_of(**options):
         Averages.seen = 0
@@ -260,7 +270,7 @@ def test_ready_embeddings_are_taken_as_they_are(whole, done, tmp_path):
     for name in ("keypoints_3d", "angles", "pose_error", "person"):
         assert torch.equal(getattr(faces, name), getattr(usual, name)), name
     info = json.loads((tmp_path / "set" / "video_metadata.json").read_text())["standard_info"]
-    assert info["settings"]["recogniser"] == "embeddings of other.npy"
+    assert info["recogniser"] == "embeddings of other.npy" and info["crops_of_profiles"] == "as they were"
 
 
 class Reader:
@@ -268,6 +278,7 @@ class Reader:
 
     pose = np.array([1.0, -60.0, 2.0])
     keypoints = np.arange(15.0).reshape(5, 3) ** 2 / 2
+    checksums = {"detection": "d", "recognition": "r"}  # noqa: RUF012
 
     def read(self, picture):
         assert picture.dtype == np.uint8 and picture.flags.c_contiguous
@@ -283,7 +294,7 @@ def test_landmarks_of_insightface_are_used_where_it_finds_the_face(whole, done, 
     seen = (found.pose_error == 0).all(1)
     assert 0 < seen.sum() < COUNT
     assert (
-        f"InsightFace found no face in {int((~seen).sum())} of {COUNT} pictures; those have" in capsys.readouterr().out
+        f"CFP's landmarks stand for {int((~seen).sum())} faces that InsightFace did not find" in capsys.readouterr().out
     )
     np.testing.assert_allclose(found.angles[seen], np.tile(np.deg2rad(Reader.pose), (int(seen.sum()), 1)), rtol=1e-5)
     assert (found.keypoints_3d[seen] == torch.from_numpy(Reader.keypoints).float()).all()

@@ -72,9 +72,9 @@ def test_a_file_is_read_in_one_sitting(path):
 
 
 def test_the_package_is_small():
-    """What is added has to earn its place; of these, real faces are 10 files and 1,700 lines."""
-    assert len(FILES) <= 55
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) <= 10_850
+    """What is added has to earn its place; of these, real faces are 11 files and 1,800 lines."""
+    assert len(FILES) <= 56
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) <= 10_950
 
 
 def test_config_is_a_leaf():

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,12 @@ from viewdiff_nb.studies.real_benchmark import embedding_statistics, load_benchm
 @pytest.fixture(scope="module")
 def benchmark():
     return stand_in(people(40, views=12, noise=0.6))
+
+
+def write(folder, benchmark, change=lambda pairs: pairs):
+    write_set(folder, benchmark.faces)
+    for protocol, found in benchmark.pairs.items():
+        write_pairs(folder / f"pairs_{protocol}.csv", change(found))
 
 
 def test_a_stand_in_has_pairs_within_folds_of_different_people(benchmark):
@@ -27,10 +34,10 @@ def test_a_stand_in_has_pairs_within_folds_of_different_people(benchmark):
 
 
 def test_a_benchmark_is_read_from_its_folder(tmp_path, benchmark):
-    write_set(tmp_path, benchmark.faces)
-    for protocol, found in benchmark.pairs.items():
-        write_pairs(tmp_path / f"pairs_{protocol}.csv", found)
+    write(tmp_path, benchmark)
     again = load_benchmark(tmp_path)
+    assert again.fingerprint == replace(benchmark, is_profile=again.is_profile).fingerprint
+    assert again.seen_by == "unknown recogniser; profiles as they were"
     assert torch.equal(again.fold, benchmark.fold) and again.folds == 10
     assert torch.equal(again.pairs["FP"].second, benchmark.pairs["FP"].second)
 
@@ -61,3 +68,22 @@ def test_statistics_tell_worlds_apart():
     own = "cosine of profile and own front, mean ± sd"
     assert float(of_near[own].split()[0]) > float(of_far[own].split()[0]) + 0.3
     assert of_near["people"] == "30" and float(of_near["participation ratio of fronts"]) <= 30
+
+
+def test_what_is_a_profile_the_metadata_say_before_the_yaw_does(tmp_path, benchmark):
+    write(tmp_path, benchmark)
+    path = tmp_path / "video_metadata.json"
+    content = json.loads(path.read_text())
+    content["metadata"][0]["profile"] = bool(benchmark.faces.abs_yaw[0] < 45)
+    content["standard_info"] = {"recogniser": "R", "crops_of_profiles": ["five@1"]}
+    path.write_text(json.dumps(content))
+    again = load_benchmark(tmp_path)
+    assert again.is_profile[0] == (benchmark.faces.abs_yaw[0] < 45)
+    assert torch.equal(again.is_profile[1:], benchmark.faces.abs_yaw[1:] >= 45)
+    assert again.seen_by == "R; profiles ['five@1']" and again.fingerprint != benchmark.fingerprint
+
+
+def test_folds_with_gaps_are_refused(tmp_path, benchmark):
+    write(tmp_path, benchmark, lambda pairs: replace(pairs, fold=pairs.fold + 1))
+    with pytest.raises(ValueError, match=r"FF: folds must count from 0 without gaps, 4 or more, got \[1, 2,"):
+        load_benchmark(tmp_path)

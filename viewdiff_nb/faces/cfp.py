@@ -26,6 +26,7 @@ from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from tqdm.auto import tqdm
 
 from viewdiff_nb.faces.crops import PROFILE, PROFILE_CROPS, crop_transforms, crops_of, cut_crops, parse_crop
 from viewdiff_nb.faces.geometry import SEEN_FROM, fit_pose
-from viewdiff_nb.faces.pairs import Pairs, numbers, read_lines, write_pairs
+from viewdiff_nb.faces.pairs import FOLDS, Pairs, numbers, read_lines, write_pairs
 from viewdiff_nb.faces.photo_reader import EmbedOptions, FaceReader, RefusedError
 from viewdiff_nb.faces.recogniser import embed_crops, make_recogniser, unit_rows
 from viewdiff_nb.faces.views import CONVENTIONS, FaceDataError, load_rows, write_samples
@@ -43,7 +44,6 @@ from viewdiff_nb.files import PROJECT, RUNS, fingerprint, writable_folder, write
 
 KINDS = {"F": ("frontal", 10), "P": ("profile", 4)}  # of pictures: folder, and how many of a person
 PROTOCOLS = ("FF", "FP")
-FOLDS = 10
 POINTS = 30  # CFP's landmarks, of the half of a face that is seen
 # No documentation says what they are; from their mean shapes: 0-8 contour, 9-11 brow, 12-17 eye, 18-22 ridge and tip
 # of the nose, 23-24 nostril, 25 mouth corner, 26-29 middle of the mouth.
@@ -211,9 +211,6 @@ def embed_cfp(
         cfp: the authors' folder, with Data and Protocol.
         out: folder for the set, outside of the kit's.
 
-    Returns:
-        out.
-
     Raises:
         FaceDataError, OSError: if cfp, out or ready embeddings cannot be used; before any work.
         ImportError: if the recogniser's or InsightFace's package is missing.
@@ -237,9 +234,10 @@ def embed_cfp(
         features, name = unit_rows(features), f"embeddings of {ready.name}"
     else:
         features, landmarks, name = _embed_pictures(cfp, out, pictures, landmarks, options)
-    write_set(out, pictures, features, landmarks, asdict(replace(options, models=None)) | {"recogniser": name})
     for protocol, found in pairs.items():
         write_pairs(out / f"pairs_{protocol}.csv", found)
+    crops = "as they were" if ready else list(options.crops)
+    write_set(out, pictures, features, landmarks, {"recogniser": name, "crops_of_profiles": crops})
     return out
 
 
@@ -250,6 +248,8 @@ def _embed_pictures(
     recogniser = make_recogniser(options.recogniser)
     stats = [(cfp / "Data" / "Images" / picture.path).stat() for picture in pictures]
     about = asdict(replace(options, workers=1, models=None)) | {"recogniser": recogniser.name}
+    if options.landmarks == "insightface":  # which downloads its models here, once for all processes
+        about |= _cached_reader(options.pack, options.models).checksums
     key = [about, [(stat.st_size, stat.st_mtime_ns) for stat in stats], landmarks.keypoints.round(3).tolist()]
     parts = writable_folder(out / ".parts" / fingerprint(json.dumps(key, default=str).encode()))
     for old in set((out / ".parts").iterdir()) - {parts}:
@@ -260,17 +260,18 @@ def _embed_pictures(
         found = list(tqdm((pool.imap if pool else map)(_embed_part, jobs), "CFP", len(jobs), unit="part"))
     joined = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     if options.landmarks == "insightface":
-        missed = f"{joined['missed'].sum()} of {len(pictures)} pictures"
-        print(f"InsightFace found no face in {missed}; those have CFP's landmarks")
+        print(f"CFP's landmarks stand for {joined['missed'].sum()} faces that InsightFace did not find")
     return joined["features"], Landmarks(joined["keypoints"], joined["poses"], joined["errors"]), recogniser.name
 
 
 def _embed_part(job: tuple[Path, Path, Sequence[Picture], Landmarks, CfpOptions]) -> dict[str, np.ndarray]:
     """Features (n, D), the landmarks, and where InsightFace found no face: missed (n,); kept in a file."""
     path, cfp, pictures, landmarks, options = job
-    if path.is_file():
+    try:
         with np.load(path, allow_pickle=False) as kept:
             return dict(kept)
+    except (OSError, ValueError, EOFError, BadZipFile):
+        pass  # not there, or damaged: made anew
     recogniser = _cached_recogniser(options.recogniser)
     keypoints, poses, errors = landmarks.keypoints.copy(), landmarks.poses.copy(), landmarks.errors.copy()
     crops, missed = [], np.zeros(len(pictures), bool)
@@ -310,7 +311,7 @@ def _cached_reader(pack: str, models: Path | None) -> FaceReader:
 
 
 def write_set(
-    out: Path, pictures: Sequence[Picture], features: np.ndarray, landmarks: Landmarks, settings: dict
+    out: Path, pictures: Sequence[Picture], features: np.ndarray, landmarks: Landmarks, made_by: dict
 ) -> None:
     """The six files; see the top of this file."""
     person = np.array([picture.person for picture in pictures])
@@ -321,13 +322,13 @@ def write_set(
     firsts = [own[0] for own in rows]
     info = {
         "content": "CFP (Sengupta et al. 2016): embeddings of real people, for measuring only; do not publish",
+        **made_by,
         **CONVENTIONS,
         "keypoint_unit": "pixels of the photograph",
-        "settings": settings,
     }
     entries = [
-        {"person_name": names[i], "pose_error": [round(float(angle), 2) for angle in error]}
-        for i, error in zip(person, landmarks.errors, strict=True)
+        {"person_name": names[i], "profile": bool(not front), "pose_error": [round(float(angle), 2) for angle in error]}
+        for i, front, error in zip(person, frontal, landmarks.errors, strict=True)
     ]
     poses = landmarks.poses.round(2) + 0.0
     fronts = [entries[row] for row in firsts]

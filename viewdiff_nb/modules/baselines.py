@@ -99,7 +99,7 @@ class PoseRidge(Frontaliser):
         return unit + found if self.residual else found
 
 
-Centring = Literal["none", "even", "signed"]
+Centring = Literal["none", "even"]
 
 
 class Adjusted(Frontaliser):
@@ -107,8 +107,8 @@ class Adjusted(Frontaliser):
 
         predict(x) = u - m(yaw),   u = x + step (f(x) - x) of length 1,   enrol(y) = y - mean frontal embedding
 
-    m is the least-squares fit to the u of the training views by 1, cos(yaw), cos(2 yaw) ("even": left and right alike)
-    and also sin(yaw), sin(2 yaw) ("signed"). Without a model it is centring by pose alone.
+    m is the least-squares fit to the u of the training views by 1, cos(yaw), cos(2 yaw), which treats left and right
+    alike ("even"). Without a model it is centring by pose alone.
 
     Args:
         model: f, trained; None for f(x) = x.
@@ -161,8 +161,7 @@ class Adjusted(Frontaliser):
         yaw = angles[:, 1:2]
         if self.centring == "none":
             return torch.zeros_like(yaw)
-        even = (torch.ones_like(yaw), yaw.cos(), (2 * yaw).cos())
-        return torch.cat((*even, yaw.sin(), (2 * yaw).sin()) if self.centring == "signed" else even, -1)
+        return torch.cat((torch.ones_like(yaw), yaw.cos(), (2 * yaw).cos()), -1)
 
     def predict(self, unit: Tensor, angles: Tensor, keypoints_3d: Tensor, pose_error: Tensor | None = None) -> Tensor:
         moved = unit + self.step * self.residual(unit, angles, keypoints_3d, pose_error)

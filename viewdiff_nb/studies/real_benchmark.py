@@ -8,9 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from viewdiff_nb.faces import FaceViews, load_face_views
+from viewdiff_nb.faces import FaceViews, Split, load_face_views
 from viewdiff_nb.faces.crops import PROFILE
 from viewdiff_nb.faces.pairs import FOLDS, Pairs, read_pairs
+from viewdiff_nb.faces.views import FaceDataError
+from viewdiff_nb.files import fingerprint, read_json
+
+FEWEST_FOLDS = 4  # one to test, and three groups of others
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,21 +22,29 @@ class Benchmark:
     """faces: every picture a view; front: the mean of a person's frontal pictures. fold: (P,) of each person.
 
     pairs: of FF and FP, rows of views; the first of a pair is enrolled, the second is the probe.
+    is_profile: (M,) which views are profiles; the others are frontal.
+    seen_by: recogniser and crops, of `seen_by`.
     """
 
     faces: FaceViews
     pairs: dict[str, Pairs]
     fold: Tensor
+    is_profile: Tensor
     name: str
+    seen_by: str
 
     @property
     def folds(self) -> int:
         return int(self.fold.max()) + 1
 
     @property
-    def is_profile(self) -> Tensor:
-        """(M,) which views are profiles; the others are frontal."""
-        return self.faces.abs_yaw >= PROFILE
+    def as_split(self) -> Split:
+        """All people as each part, for a `Store`'s key."""
+        return Split(self.faces, self.faces, self.faces)
+
+    def profiles_of(self, fold: int) -> Tensor:
+        """Rows of a fold's profiles."""
+        return (self.is_profile & (self.fold[self.faces.person] == fold)).nonzero()[:, 0]
 
     @property
     def first_fronts(self) -> Tensor:
@@ -41,12 +53,29 @@ class Benchmark:
         order = torch.arange(views).masked_fill(self.is_profile, views)
         return torch.full((people,), views).scatter_reduce_(0, self.faces.person, order, "amin")
 
+    @property
+    def fingerprint(self) -> str:
+        """Of pairs and folds, which are no part of the face set."""
+        tensors = [self.fold, self.is_profile]
+        for found in self.pairs.values():
+            tensors += [found.first, found.second, found.same, found.fold]
+        return fingerprint(*(tensor.numpy().tobytes() for tensor in tensors))
+
+
+def seen_by(folder: str | Path) -> str:
+    """Which recogniser saw which crops, as a face set's metadata say: what models can be carried between sets of."""
+    info = read_json(Path(folder) / "video_metadata.json", FaceDataError, 2**30).get("standard_info") or {}
+    return f"{info.get('recogniser', 'unknown recogniser')}; profiles {info.get('crops_of_profiles', 'as they were')}"
+
 
 def load_benchmark(folder: str | Path) -> Benchmark:
-    """A set of `viewdiff_nb.faces.cfp`, or one like it."""
+    """A set of `viewdiff_nb.faces.cfp`, or one like it: a sample's metadata may say profile, else its yaw does."""
     faces = load_face_views(folder)
     pairs = {protocol: read_pairs(Path(folder) / f"pairs_{protocol}.csv", len(faces)) for protocol in ("FF", "FP")}
-    return Benchmark(faces, pairs, _folds_of_people(faces, pairs), "CFP")
+    entries = read_json(Path(folder) / "video_metadata.json", FaceDataError, 2**30)["metadata"]
+    by_yaw = (faces.abs_yaw >= PROFILE).tolist()
+    is_profile = torch.tensor([bool(entry.get("profile", side)) for entry, side in zip(entries, by_yaw, strict=True)])
+    return Benchmark(faces, pairs, _folds_of_people(faces, pairs), is_profile, "CFP", seen_by(folder))
 
 
 def _folds_of_people(faces: FaceViews, pairs: dict[str, Pairs]) -> Tensor:
@@ -57,13 +86,21 @@ def _folds_of_people(faces: FaceViews, pairs: dict[str, Pairs]) -> Tensor:
             fold[person] = torch.where(fold[person] < 0, found.fold, fold[person])
             if (odd := fold[person] != found.fold).any():
                 who = faces.names[person[odd][0]]
-                raise ValueError(f"{protocol}: person {who} is in fold {fold[person][odd][0]} and {found.fold[odd][0]}")
+                raise FaceDataError(
+                    f"{protocol}: person {who} is in fold {fold[person][odd][0]} and {found.fold[odd][0]}"
+                )
+        there = found.fold.unique().tolist()
+        if there != list(range(len(there))) or len(there) < FEWEST_FOLDS:
+            wanted = f"folds must count from 0 without gaps, {FEWEST_FOLDS} or more"
+            raise FaceDataError(f"{protocol}: {wanted}, got {there}")
     if (fold < 0).any():
-        raise ValueError(f"person {faces.names[int((fold < 0).int().argmax())]} is in no pair, and so in no fold")
+        raise FaceDataError(f"person {faces.names[int((fold < 0).int().argmax())]} is in no pair, and so in no fold")
     return fold
 
 
-def stand_in(faces: FaceViews, frontal: float = 25.0, profile: float = 60.0, seed: int = 0) -> Benchmark:
+def stand_in(
+    faces: FaceViews, frontal: float = 25.0, profile: float = 60.0, seed: int = 0, seen: str = ""
+) -> Benchmark:
     """Synthetic people as if they were CFP: |yaw| < frontal is a frontal picture, |yaw| >= profile a profile (degrees).
 
     Every frontal picture is paired with one of the same person and with one of another of the fold, every profile too.
@@ -88,7 +125,7 @@ def stand_in(faces: FaceViews, frontal: float = 25.0, profile: float = 60.0, see
         pairs[protocol] = Pairs(
             *(torch.cat([getattr(r, f) for r in rows]) for f in ("first", "second", "same", "fold"))
         )
-    return Benchmark(kept, pairs, fold, "synthetic stand-in")
+    return Benchmark(kept, pairs, fold, kept.abs_yaw >= profile, "synthetic stand-in", seen)
 
 
 def embedding_statistics(benchmark: Benchmark) -> pd.Series:

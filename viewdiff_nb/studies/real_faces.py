@@ -7,22 +7,21 @@ is tested was trained or tuned on. The gallery of an identification holds everyb
 among the impostors.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from viewdiff_nb import metrics
-from viewdiff_nb.faces import FaceViews, Split
 from viewdiff_nb.modules.baselines import enrolled
 from viewdiff_nb.studies.adaptation import Profile
 from viewdiff_nb.studies.benchmark import machine
 from viewdiff_nb.studies.real_benchmark import Benchmark
 from viewdiff_nb.studies.real_models import Family
+from viewdiff_nb.studies.real_rates import fold_rates
 from viewdiff_nb.studies.store import Store, run_jobs
 
 INNER_FOLDS = 3  # into which the training folds are gathered to choose settings
@@ -34,20 +33,20 @@ def similarities(model: nn.Module, benchmark: Benchmark, protocol: str, keep: Te
     pairs, faces = benchmark.pairs[protocol], benchmark.faces
     probes, rows = pairs.second[keep].unique(return_inverse=True)
     enrolled_first = F.normalize(enrolled(model, faces.src[pairs.first[keep]]), dim=1)
-    return (enrolled_first * predicted(model, faces, probes)[rows]).sum(1)
+    return (enrolled_first * predicted(model, benchmark, probes)[rows]).sum(1)
 
 
-def predicted(model: nn.Module, faces: FaceViews, rows: Tensor) -> Tensor:
+def predicted(model: nn.Module, benchmark: Benchmark, rows: Tensor) -> Tensor:
     """(K, D) predictions of length 1 for some views."""
+    faces = benchmark.faces
     return F.normalize(model.eval()(faces.src[rows], **faces.conditions(rows), return_residual=False), dim=1)
 
 
 @torch.no_grad()
 def ranks(model: nn.Module, benchmark: Benchmark, fold: int) -> dict[str, list[int]]:
     """Of every profile of a fold its person's rank among all, by the mean front and by the first frontal picture."""
-    faces = benchmark.faces
-    rows = (benchmark.is_profile & (benchmark.fold[faces.person] == fold)).nonzero()[:, 0]
-    probes = predicted(model, faces, rows)
+    faces, rows = benchmark.faces, benchmark.profiles_of(fold)
+    probes = predicted(model, benchmark, rows)
     found = {}
     for name, gallery in (("rank1", faces.front), ("rank1_one", faces.src[benchmark.first_fronts])):
         scores = metrics.similarity_scores(probes, enrolled(model, gallery), faces.person[rows])
@@ -101,7 +100,7 @@ def _key(profile: Profile, benchmark: Benchmark, every: dict[str, Family], job: 
     name, fold, seed = job
     base = str(every[name].bases[seed]) if every[name].bases else None
     config = replace(profile.common, epochs=profile.real_epochs, seed=seed, base_model_path=base)
-    return f"{benchmark.name}, {name}, fold {fold}", config
+    return f"{benchmark.name} {benchmark.fingerprint}, {name}, fold {fold}", config
 
 
 def run_real_faces(
@@ -121,10 +120,9 @@ def run_real_faces(
         store: by default that of the benchmark's set.
 
     Returns:
-        {(row, seed): {rate: (value, [the value without the people of each fold]), settings, machines}}.
+        {(row, seed): {rate: (value, [the value in each resample of people]), settings, machines}}.
     """
-    faces = benchmark.faces
-    store = store or Store(Split(faces, faces, faces))
+    store = store or Store(benchmark.as_split)
     jobs = [
         (name, fold, seed)
         for name, family in every.items()
@@ -139,37 +137,3 @@ def run_real_faces(
         for row, values in work(job).items():
             by_row.setdefault((row, job[2]), []).append(values)
     return {key: fold_rates(benchmark, parts) for key, parts in by_row.items()}
-
-
-def fold_rates(benchmark: Benchmark, parts: Sequence[dict]) -> dict:
-    """Rates of what `score_fold` gave for each fold of one row and seed; see `run_real_faces`."""
-    found: dict = {"settings": pd.Series([part["setting"] for part in parts]).value_counts().to_dict()}
-    found["machines"] = sorted({part["machine"] for part in parts})
-    for protocol, pairs in benchmark.pairs.items():
-        similarity = torch.empty(len(pairs))
-        for fold, part in enumerate(parts):
-            similarity[pairs.fold == fold] = torch.tensor(part[protocol])
-        hits = metrics.fold_hits(similarity, pairs.same, pairs.fold)
-        by_fold = torch.stack([hits[pairs.fold == fold].mean() for fold in range(len(parts))])
-        found[protocol] = _with_each_left_out(by_fold)
-        if protocol == "FP":
-            counts = metrics.pair_counts(similarity, pairs.same, pairs.fold, len(parts))
-            whole = [count.sum(0) for count in counts]
-            without = [all_of - count for all_of, count in zip(whole, counts, strict=True)]
-            rates = {"auc": metrics.roc_auc, "eer": metrics.equal_error_rate}
-            for far in (1e-2, 1e-3):
-                rates[f"tar@{far:.0e}".replace("e-0", "e-")] = partial(metrics.tar_at_far, far=far)
-            found |= {name: (rate(*whole).item(), rate(*without).tolist()) for name, rate in rates.items()}
-    for name in ("rank1", "rank1_one"):
-        found[name] = _with_each_left_out(torch.tensor([_share_of_ones(part[name]) for part in parts]))
-    return found
-
-
-def _share_of_ones(values: Sequence[int]) -> float:
-    return sum(value == 1 for value in values) / len(values)
-
-
-def _with_each_left_out(by_fold: Tensor) -> tuple[float, list[float]]:
-    """The mean over folds, as is usual for CFP, and the means without each of them."""
-    folds = len(by_fold)
-    return by_fold.mean().item(), ((by_fold.sum() - by_fold) / (folds - 1)).tolist()

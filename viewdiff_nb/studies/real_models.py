@@ -96,7 +96,8 @@ def families(profile: Profile, bases: Sequence[Path]) -> dict[str, Family]:
     """What is compared; the transformer is the kit's small one, pretrained on synthetic people of all yaws or not.
 
     Args:
-        bases: of `synthetic_base` for each seed.
+        bases: of `synthetic_base` for each seed; empty to leave out what starts from them, because the faces were seen
+            by another recogniser.
     """
     plain = replace(profile.common, epochs=profile.real_epochs)
     small = replace(plain, **SMALL_OPTIONS)  # type: ignore[arg-type]
@@ -117,5 +118,7 @@ def families(profile: Profile, bases: Sequence[Path]) -> dict[str, Family]:
         "pretrained, LoRA r=8": (partial(trained_candidates, lora, None, bases), bases),
     }
     for name, (candidates, starts) in networks.items():
-        found[name] = Family(candidates, {name: WHOLE, f"{name}, step chosen": None}, True, starts)
+        if name.startswith("pretrained") and not bases:
+            continue
+        found[name] = Family(candidates, {name: WHOLE, f"{name}, settings chosen": None}, True, starts)
     return found

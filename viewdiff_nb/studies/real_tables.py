@@ -1,12 +1,13 @@
 """Tables of `studies.real_faces`, and what follows from them in words."""
 
+import ast
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import pandas as pd
-import torch
 
-from viewdiff_nb.studies.significance import LEVEL, Estimate, correction, holm, judged, over_seeds
+from viewdiff_nb.studies.real_rates import names_of, rate_estimate
+from viewdiff_nb.studies.significance import LEVEL, correction, holm, judged
 
 RATES = {  # of a row, and what tables call them
     "FF": "FF acc %",
@@ -14,37 +15,10 @@ RATES = {  # of a row, and what tables call them
     "eer": "EER %",
     "auc": "AUC %",
     "tar@1e-2": "TAR@1e-2 %",
-    "tar@1e-3": "TAR@1e-3 %",
+    "tar": "TAR@1e-3 %",
     "rank1": "rank-1 %, mean front",
     "rank1_one": "rank-1 %, one front",
 }
-
-
-def rate_estimate(results: dict, row: str, rate: str, other: str | None = None) -> Estimate:
-    """A rate in percent, or how far it is above another row's; 95 % over folds of people, and over seeds.
-
-    The standard error over people is the jackknife's, of leaving out the people of one fold (Efron & Stein 1981):
-    sqrt((F - 1) / F sum (r_i - mean r)^2).
-    """
-    ours = [found[rate] for (name, _), found in sorted(results.items()) if name == row]
-    theirs = [found[rate] for (name, _), found in sorted(results.items()) if name == other] if other else []
-    if theirs:
-        theirs = theirs * len(ours) if len(theirs) == 1 else theirs
-        ours = ours * len(theirs) if len(ours) == 1 else ours
-        ours = [
-            (a - b, [x - y for x, y in zip(left, right, strict=True)])
-            for (a, left), (b, right) in zip(ours, theirs, strict=True)
-        ]
-    left_out = 100 * torch.tensor([left for _, left in ours], dtype=torch.float64).mean(0)
-    folds = len(left_out)
-    error = ((folds - 1) * left_out.var(unbiased=False)).sqrt().item()
-    over = over_seeds([100 * value for value, _ in ours])
-    return replace(over, people_error=error, people=folds, seeds_error=over.seeds_error if over.seeds > 1 else 0.0)
-
-
-def names_of(results: dict) -> list[str]:
-    """The rows of results, in order."""
-    return list(dict.fromkeys(name for name, _ in results))
 
 
 def rate_rows(results: dict, rates: Sequence[str]) -> pd.DataFrame:
@@ -62,10 +36,26 @@ def machines(results: dict) -> str:
 def in_words(setting: str) -> str:
     """A setting, which is stored as the text of a tuple, to read.
 
-    >>> in_words("(0.25, 1.0, 'even')")
-    '0.25, 1.0, even'
+    >>> in_words("(0.25, 1.0, 'even')"), in_words("(300.0, 0.5, 'none')"), in_words("(0.9, 'even')")
+    ('0.25 of the epochs, step 1.0, centred', 'strength 300.0, step 0.5', 'shrinkage 0.9, centred')
     """
-    return setting.strip("(,)").replace("'", "")
+    *numbers, kind = ast.literal_eval(setting)
+    words = {"even": ["centred"], "none": []}.get(kind, [str(kind)])
+    if len(numbers) == 2:
+        first = f"strength {numbers[0]}" if numbers[0] > 1 else f"{numbers[0]} of the epochs"
+        words = [first, f"step {numbers[1]}", *words]
+    elif numbers:
+        words = [f"shrinkage {numbers[0]}", *words]
+    return ", ".join(words) or "not centred"
+
+
+def setting_counts(results: dict, row: str) -> list[tuple[str, int]]:
+    """A row's settings in words, and in how many folds and seeds each was chosen, most often first."""
+    counts: Counter[str] = Counter()
+    for (name, _), found in results.items():
+        if name == row:
+            counts.update({in_words(setting): folds for setting, folds in found["settings"].items()})
+    return counts.most_common()
 
 
 def rates_table(results: dict) -> pd.DataFrame:
@@ -73,12 +63,9 @@ def rates_table(results: dict) -> pd.DataFrame:
     rows = {}
     for name in names_of(results):
         cells = {head: f"{rate_estimate(results, name, rate):.1f}" for rate, head in RATES.items()}
-        settings: dict[str, int] = {}
-        for (row, _), found in results.items():
-            for setting, folds in found["settings"].items() if row == name else ():
-                settings[setting] = settings.get(setting, 0) + folds
-        most = max(settings, key=settings.__getitem__)
-        rows[name] = cells | {"setting": f"{in_words(most)} in {settings[most]} of {sum(settings.values())}"}
+        (most, folds), *others = setting_counts(results, name)
+        total = folds + sum(count for _, count in others)
+        rows[name] = cells | {"most often chosen": f"{most} ({folds} of {total})"}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("model")
 
 
@@ -98,45 +85,46 @@ def differences_table(
 
 
 def settings_table(results: dict) -> pd.DataFrame:
-    """How often each row chose each setting, over folds and seeds; those that choose nothing are left out."""
+    """How often each row chose each setting, over folds and seeds."""
     rows = []
     for name in names_of(results):
-        found: dict[str, int] = {}
-        for (row, _), of_seed in results.items():
-            for setting, folds in of_seed["settings"].items() if row == name else ():
-                found[setting] = found.get(setting, 0) + folds
-        by_count = sorted(found.items(), key=lambda item: -item[1])
-        total = sum(found.values())
-        shares = [(in_words(setting), f"{count} of {total}") for setting, count in by_count]
-        rows += [{"model": name, "setting": words, "share": share} for words, share in shares]
-    return pd.DataFrame(rows).set_index(["model", "setting"])
+        found = setting_counts(results, name)
+        total = sum(count for _, count in found)
+        rows += [(name, setting, f"{count} of {total}") for setting, count in found]
+    return pd.DataFrame(rows, columns=["model", "setting", "share"]).set_index(["model", "setting"])
 
 
-def findings(results: dict, base: str = "raw", rival: str = "ridge, shrunk to identity") -> str:
-    """Who helps and who harms on profiles and on fronts, told apart or not, and the best row, as a Markdown list."""
-    names = [name for name in names_of(results) if name != base]
+RIVALS = ("centred by pose", "ridge, shrunk to identity")
+
+
+def findings(results: dict, base: str = "raw", rivals: Sequence[str] = RIVALS) -> str:
+    """Who is told above and below raw on profiles and on fronts, who from the rivals, as a Markdown list."""
+    names, rivals = names_of(results), [rival for rival in rivals if rival in names_of(results)]
+    words = {"FP": "frontal-profile accuracy", "rank1": "rank-1 by the mean front", "FF": "frontal-frontal accuracy"}
+    asked = [(base, rate) for rate in words] + [(rival, "FP") for rival in rivals]
     compared = {
-        (name, rate): rate_estimate(results, name, rate, base) for rate in ("FP", "rank1", "FF") for name in names
+        (other, rate, name): rate_estimate(results, name, rate, other)
+        for other, rate in asked
+        for name in names
+        if name not in (base, other)
     }
-    compared |= {(name, "rival"): rate_estimate(results, name, "FP", rival) for name in names if name != rival}
     p_values = dict(zip(compared, holm([difference.p for difference in compared.values()]), strict=True))
 
-    def those(rate: str, sign: int) -> str:
-        told = [
-            f"{name} ({compared[name, rate]:+.2f})"
-            for name in names
-            if (name, rate) in compared and p_values[name, rate] < LEVEL and sign * compared[name, rate].mean > 0
+    def told(other: str, rate: str, sign: int) -> str:
+        found = [
+            f"{name} ({difference:+.2f})"
+            for (against, of_rate, name), difference in compared.items()
+            if (against, of_rate) == (other, rate)
+            and p_values[against, of_rate, name] < LEVEL
+            and sign * difference.mean > 0
         ]
-        return "; ".join(told) or "none"
+        return "; ".join(found) or "none"
 
-    words = {"FP": "frontal-profile accuracy", "rank1": "rank-1 by the mean front", "FF": "frontal-frontal accuracy"}
     lines = [
-        f"- In {text}, percentage points against {base}: **help**: {those(rate, 1)}. **Harm**: {those(rate, -1)}."
-        for rate, text in words.items()
+        f"- In {words[rate]}, percentage points against {other}: told above it: {told(other, rate, 1)}. "
+        f"Told below it: {told(other, rate, -1)}."
+        for other, rate in asked
     ]
-    lines.append(
-        f"- Told from the {rival} in {words['FP']}: above it {those('rival', 1)}; below it {those('rival', -1)}."
-    )
-    best = max(names_of(results), key=lambda name: rate_estimate(results, name, "FP").mean)
+    best = max(names, key=lambda name: rate_estimate(results, name, "FP").mean)
     lines.append(f"- The highest {words['FP']} has {best}: {rate_estimate(results, best, 'FP'):.2f} %.")
     return "\n".join([*lines, f"- ({correction(len(compared))}; what is not named is not told apart)"])

@@ -25,7 +25,9 @@ from viewdiff_nb.training.one_pass import refusal, shared_part
 Result = TypeVar("Result")
 PACKAGE = Path(__file__).parents[1]
 RESULT_CODE = (
+    "faces/crops.py",
     "faces/geometry.py",
+    "faces/pairs.py",
     "faces/splits.py",
     "faces/views.py",
     "metrics.py",
@@ -38,6 +40,7 @@ RESULT_CODE = (
     "studies/real_benchmark.py",
     "studies/real_faces.py",
     "studies/real_models.py",
+    "studies/real_rates.py",
     "studies/significance.py",
     "studies/store.py",
 )

@@ -27,9 +27,10 @@ from viewdiff_nb import EnhancedTransformerDecoderOnly3D
 from viewdiff_nb.faces import load_face_views, split_by_person
 from viewdiff_nb.files import HEADS
 from viewdiff_nb.widgets import AttentionExplorer, PoseExplorer, VoxelExplorer
-model = EnhancedTransformerDecoderOnly3D(rank=8, voxel_resolution=16)  # the guide's: four layers, ten million weights
-torch.nn.init.normal_(model.output.weight, std=0.02)  # an untrained model predicts its input: nothing would change
 test = split_by_person(load_face_views(HEADS), val=200, test=300).test
+# the guide's sizes: four layers, ten million weights
+model = EnhancedTransformerDecoderOnly3D(rank=8, voxel_resolution=16, feature_dim=test.feature_dim)
+torch.nn.init.normal_(model.output.weight, std=0.02)  # an untrained model predicts its input: nothing would change
 slider, text = widgets.FloatSlider(0, min=-90, max=90, step=5, description="round trip"), widgets.HTML()
 slider.observe(lambda change: setattr(text, "value", f"<b class=echo>{{change['new']}}</b>"), "value")
 """

@@ -29,7 +29,7 @@ from viewdiff_nb.widgets import AttentionExplorer, PoseExplorer, TrainingMonitor
 torch.manual_seed(0)
 torch.set_num_threads(1)
 split = split_by_person(load_face_views(HEADS), val=200, test=300)
-model = EnhancedTransformerDecoderOnly3D(num_layers=2, rank=8, voxel_resolution=16)
+model = EnhancedTransformerDecoderOnly3D(num_layers=2, rank=8, voxel_resolution=16, feature_dim=split.test.feature_dim)
 """
 MONITOR = """
 config = TrainConfig(d_model=32, nhead=4, num_layers=1, dim_feedforward=32, epochs=200, save_dir="kept", patience=200,

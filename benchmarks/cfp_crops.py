@@ -78,7 +78,7 @@ def similarity(embeddings: torch.Tensor, benchmark: Benchmark) -> torch.Tensor:
 
 def auc_by_fold(cosines: torch.Tensor, benchmark: Benchmark) -> torch.Tensor:
     pairs = benchmark.pairs["FP"]
-    return metrics.roc_auc(*metrics.pair_counts(cosines, pairs.same, pairs.fold, benchmark.folds))
+    return metrics.roc_auc(*metrics.pair_counts(cosines, pairs.same, F.one_hot(pairs.fold, benchmark.folds)))
 
 
 def choose(auc: dict[str, torch.Tensor], crops: dict[str, tuple[str, ...]], folds: torch.Tensor) -> str:

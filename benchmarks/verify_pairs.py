@@ -50,7 +50,7 @@ def rates(embeddings: torch.Tensor, pairs: Pairs) -> dict[str, str]:
     cosine = (unit[pairs.first] * unit[pairs.second]).sum(1)
     hits = metrics.fold_hits(cosine, pairs.same, pairs.fold)
     accuracy = torch.stack([hits[pairs.fold == fold].mean() for fold in pairs.fold.unique()])
-    counts = [count[0] for count in metrics.pair_counts(cosine, pairs.same, torch.zeros_like(pairs.fold), 1)]
+    counts = [count[0] for count in metrics.pair_counts(cosine, pairs.same)]
     found = {
         "pairs": str(len(pairs)),
         "accuracy": f"{100 * accuracy.mean():.2f} ± {100 * accuracy.std():.2f} (over ten folds)",

@@ -293,7 +293,9 @@ def test_hits_are_those_of_ten_folds_in_words(noise):
 def test_counts_of_pairs_by_hand():
     similarity = torch.tensor([0.5, 0.9, 0.5, 0.5, 0.2, 0.7, 0.95, 0.9])
     same = torch.tensor([True, True, True, False, False, False, False, False])
-    genuine, impostor = pair_counts(similarity, same, torch.tensor([0, 0, 1, 1, 1, 0, 0, 0]), 3)
+    genuine, impostor = pair_counts(
+        similarity, same, torch.nn.functional.one_hot(torch.tensor([0, 0, 1, 1, 1, 0, 0, 0]), 3)
+    )
     assert genuine.tolist() == [[1, 1], [1, 0], [0, 0]]  # at .5 and .9
     # below .5, at .5, between, at .9, above
     assert impostor.tolist() == [[0, 0, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]]
@@ -303,7 +305,7 @@ def test_counts_of_pairs_by_hand():
 def test_rates_of_pairs_are_those_of_scikit_learn(decimals):
     same, group = torch.rand(500) < 0.3, torch.randint(3, (500,))
     similarity = (same + 1.2 * torch.randn(500)).double().round(decimals=decimals)
-    genuine, impostor = pair_counts(similarity, same, group, 3)
+    genuine, impostor = pair_counts(similarity, same, torch.nn.functional.one_hot(group, 3))
     for i in range(3):
         mine = group == i
         wanted = roc_auc_score(same[mine], similarity[mine])

@@ -170,10 +170,8 @@ def verification_hits(predicted: Tensor, gallery: Tensor, person: Tensor, seed: 
     other = (person + torch.randint(1, people, (len(person),), generator=generator).to(device)) % people
     fold = (torch.randperm(people, generator=generator).to(device) % FOLDS)[person]
     genuine, impostor = (probes * fronts[person]).sum(1), (probes * fronts[other]).sum(1)
-    similarity, is_genuine = (
-        torch.cat((genuine, impostor)),
-        torch.arange(2 * len(genuine), device=device) < len(genuine),
-    )
+    similarity = torch.cat((genuine, impostor))
+    is_genuine = torch.arange(len(similarity), device=device) < len(genuine)
     return fold_hits(similarity, is_genuine, fold.repeat(2)).view(2, -1).mean(0)
 
 
@@ -197,22 +195,27 @@ def fold_hits(similarity: Tensor, same: Tensor, fold: Tensor) -> Tensor:
     return hits
 
 
-def pair_counts(similarity: Tensor, same: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """(G, U) genuine and (G, 2 U + 1) impostor similarities of pairs by group and bin, as in `Scores`.
+def pair_counts(similarity: Tensor, same: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(W, U) genuine and (W, 2 U + 1) impostor similarities of pairs by bin, as in `Scores`, for W ways to count them.
 
     Args:
-        similarity, same, group: (N,) each; group below groups.
+        similarity, same: (N,) each.
+        weight: (N, W) how often a pair counts: one column a group or a resample; None counts each once.
 
-    >>> pairs = torch.tensor([0.9, 0.5, 0.7]), torch.tensor([True, True, False]), torch.tensor([0, 0, 0])
-    >>> roc_auc(*pair_counts(*pairs, 1)).item()   # .9 beats the impostor's .7, .5 does not
+    >>> pairs = torch.tensor([0.9, 0.5, 0.7]), torch.tensor([True, True, False])
+    >>> roc_auc(*pair_counts(*pairs)).item()   # .9 beats the impostor's .7, .5 does not
     0.5
     """
+    weight = torch.ones(len(same), 1, device=same.device) if weight is None else weight
     thresholds, genuine_bin = similarity[same].unique(return_inverse=True)
-    bins = 2 * len(thresholds) + 1
-    genuine = torch.bincount(group[same] * len(thresholds) + genuine_bin, minlength=groups * len(thresholds))
-    impostor_bin = impostor_bins(thresholds, similarity[~same])
-    impostor = torch.bincount(group[~same] * bins + impostor_bin, minlength=groups * bins)
-    return genuine.double().view(groups, -1), impostor.double().view(groups, -1)
+    counts = []
+    for kind, bins, found in (
+        (same, len(thresholds), genuine_bin),
+        (~same, 2 * len(thresholds) + 1, impostor_bins(thresholds, similarity[~same])),
+    ):
+        count = torch.zeros(bins, weight.shape[1], dtype=torch.float64, device=weight.device)
+        counts.append(count.index_add_(0, found, weight[kind].double()).T)
+    return counts[0], counts[1]
 
 
 def yaw_bin(abs_yaw: Tensor) -> Tensor:

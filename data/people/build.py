@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from viewdiff_nb.faces.crops import PROFILE_CROPS, crops_of, parse_crop
+from viewdiff_nb.faces.crops import PROFILE_CROPS, check_crop_names, crops_of
 from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE
 from viewdiff_nb.faces.recogniser import MobileFaceNet, embed_crops
 from viewdiff_nb.faces.views import CONVENTIONS, write_samples
@@ -52,10 +52,7 @@ class BuildConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"{name} must be a whole number of {low} or more, got {value!r}")
-        if not self.crops:
-            raise ValueError("crops must name one crop or more")
-        for name in self.crops:
-            parse_crop(name)
+        check_crop_names(self.crops)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ import tyro
 from PIL import Image
 from tqdm.auto import tqdm
 
-from viewdiff_nb.faces.crops import PROFILE, PROFILE_CROPS, crop_transforms, crops_of, cut_crops, parse_crop
+from viewdiff_nb.faces.crops import PROFILE, PROFILE_CROPS, check_crop_names, crop_transforms, crops_of, cut_crops
 from viewdiff_nb.faces.geometry import SEEN_FROM, fit_pose
 from viewdiff_nb.faces.pairs import FOLDS, Pairs, numbers, read_lines, write_pairs
 from viewdiff_nb.faces.photo_reader import EmbedOptions, FaceReader, RefusedError
@@ -73,10 +73,7 @@ class CfpOptions:
     """Processes that share the work."""
 
     def __post_init__(self) -> None:
-        if not self.crops:
-            raise ValueError("crops must name one crop or more")
-        for name in self.crops:
-            parse_crop(name)
+        check_crop_names(self.crops)
         if self.workers < 1:
             raise ValueError(f"workers must be 1 or more, got {self.workers}")
         if self.recogniser.endswith(".npy") and self.landmarks == "insightface":
@@ -245,7 +242,7 @@ def _embed_pictures(
     cfp: Path, out: Path, pictures: Sequence[Picture], landmarks: Landmarks, options: CfpOptions
 ) -> tuple[np.ndarray, Landmarks, str]:
     """Embeddings and landmarks of all pictures, and the recogniser's name; prints where InsightFace found no face."""
-    recogniser = make_recogniser(options.recogniser)
+    recogniser = _cached_recogniser(options.recogniser)
     stats = [(cfp / "Data" / "Images" / picture.path).stat() for picture in pictures]
     about = asdict(replace(options, workers=1, models=None)) | {"recogniser": recogniser.name}
     if options.landmarks == "insightface":  # which downloads its models here, once for all processes

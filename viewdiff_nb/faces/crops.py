@@ -43,6 +43,14 @@ def parse_crop(name: str) -> tuple[str, float]:
     return alignment, factor
 
 
+def check_crop_names(names: Sequence[str]) -> None:
+    """A ValueError if there is none, or one that names no crop."""
+    if not names:
+        raise ValueError(f"crops must name one crop or more, got {names!r}")
+    for name in names:
+        parse_crop(name)
+
+
 def crops_of(yaw: float, profile_crops: Sequence[str] = PROFILE_CROPS) -> Sequence[str]:
     """The crops of a view whose yaw is given in degrees."""
     return profile_crops if abs(yaw) >= PROFILE else FRONT_CROPS

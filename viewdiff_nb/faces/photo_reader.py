@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from viewdiff_nb.faces.crops import CROP_SIZE, PROFILE_CROPS, crop_transforms, crops_of, parse_crop
+from viewdiff_nb.faces.crops import CROP_SIZE, PROFILE_CROPS, check_crop_names, crop_transforms, crops_of
 from viewdiff_nb.files import install_hint, is_text, shorten
 
 PHOTO_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
@@ -49,8 +49,7 @@ class EmbedOptions:
     """Crops of a profile whose embeddings are averaged; five@1 is InsightFace's own, which all other views have."""
 
     def __post_init__(self) -> None:
-        for name in self.crops:
-            parse_crop(name)
+        check_crop_names(self.crops)
         checks = {
             "frame_stride": (self.frame_stride >= 1, "be 1 or more"),
             "det_size": (self.det_size >= 1 and self.det_size % 32 == 0, "be a multiple of 32 from 32 on"),
@@ -59,7 +58,6 @@ class EmbedOptions:
             "max_faces": (self.max_faces >= 1, "be 1 or more"),
             "min_sharpness": (self.min_sharpness >= 0, "not be negative"),
             "front_angle": (0 < self.front_angle <= 90, "be above 0 and at most 90 degrees"),
-            "crops": (len(self.crops) > 0, "name one crop or more"),
         }
         for name, (fits, wanted) in checks.items():
             if not fits:

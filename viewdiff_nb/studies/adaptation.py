@@ -44,9 +44,7 @@ class Profile:
     small_epochs: int = 16  # of the small transformer, all yaws
     baseline_epochs: int = 12  # all yaws, too
     recipe_epochs: int = 8  # of each of benchmarks/recipe_study.py
-    real_epochs: int = (
-        8  # of a training on the folds of a real benchmark; of 16, training folds chose a quarter most often
-    )
+    real_epochs: int = 8  # on the folds of a real benchmark; of 16 its training folds chose a quarter most often
     real_seeds: int = 3
     common: TrainConfig = COMMON
 

@@ -1,6 +1,7 @@
 """People with frontal and profile pictures, in pairs and folds: CFP, or synthetic people in its place."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
@@ -53,7 +54,7 @@ class Benchmark:
         order = torch.arange(views).masked_fill(self.is_profile, views)
         return torch.full((people,), views).scatter_reduce_(0, self.faces.person, order, "amin")
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Of pairs and folds, which are no part of the face set."""
         tensors = [self.fold, self.is_profile]
@@ -64,7 +65,15 @@ class Benchmark:
 
 def seen_by(folder: str | Path) -> str:
     """Which recogniser saw which crops, as a face set's metadata say: what models can be carried between sets of."""
-    info = read_json(Path(folder) / "video_metadata.json", FaceDataError, 2**30).get("standard_info") or {}
+    return _seen_by(_metadata(folder))
+
+
+def _metadata(folder: str | Path) -> dict:
+    return read_json(Path(folder) / "video_metadata.json", FaceDataError, 2**30)
+
+
+def _seen_by(metadata: dict) -> str:
+    info = metadata.get("standard_info") or {}
     return f"{info.get('recogniser', 'unknown recogniser')}; profiles {info.get('crops_of_profiles', 'as they were')}"
 
 
@@ -72,10 +81,11 @@ def load_benchmark(folder: str | Path) -> Benchmark:
     """A set of `viewdiff_nb.faces.cfp`, or one like it: a sample's metadata may say profile, else its yaw does."""
     faces = load_face_views(folder)
     pairs = {protocol: read_pairs(Path(folder) / f"pairs_{protocol}.csv", len(faces)) for protocol in ("FF", "FP")}
-    entries = read_json(Path(folder) / "video_metadata.json", FaceDataError, 2**30)["metadata"]
+    metadata = _metadata(folder)
+    entries = metadata["metadata"]
     by_yaw = (faces.abs_yaw >= PROFILE).tolist()
     is_profile = torch.tensor([bool(entry.get("profile", side)) for entry, side in zip(entries, by_yaw, strict=True)])
-    return Benchmark(faces, pairs, _folds_of_people(faces, pairs), is_profile, "CFP", seen_by(folder))
+    return Benchmark(faces, pairs, _folds_of_people(faces, pairs), is_profile, "CFP", _seen_by(metadata))
 
 
 def _folds_of_people(faces: FaceViews, pairs: dict[str, Pairs]) -> Tensor:
@@ -108,8 +118,9 @@ def stand_in(
     kept = faces.where((faces.abs_yaw < frontal) | (faces.abs_yaw >= profile))
     generator = torch.Generator().manual_seed(seed)
     fold = torch.randperm(len(kept.names), generator=generator) % FOLDS
-    fronts = (kept.abs_yaw < frontal).nonzero()[:, 0]
-    kinds = {"FF": fronts, "FP": (kept.abs_yaw >= profile).nonzero()[:, 0]}
+    is_profile = kept.abs_yaw >= profile
+    fronts = (~is_profile).nonzero()[:, 0]
+    kinds = {"FF": fronts, "FP": is_profile.nonzero()[:, 0]}
     pairs = {}
     for protocol, probes in kinds.items():
         rows = []
@@ -125,7 +136,7 @@ def stand_in(
         pairs[protocol] = Pairs(
             *(torch.cat([getattr(r, f) for r in rows]) for f in ("first", "second", "same", "fold"))
         )
-    return Benchmark(kept, pairs, fold, kept.abs_yaw >= profile, "synthetic stand-in", seen)
+    return Benchmark(kept, pairs, fold, is_profile, "synthetic stand-in", seen)
 
 
 def embedding_statistics(benchmark: Benchmark) -> pd.Series:

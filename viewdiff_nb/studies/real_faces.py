@@ -69,7 +69,7 @@ def choose(family: Family, benchmark: Benchmark, fold: int, seed: int) -> tuple:
         keep = torch.isin(pairs.fold, group)
         for setting, model in family.candidates(faces.select(~outside), seed, None).items():
             similarity = similarities(model, benchmark, "FP", keep)
-            counts = metrics.pair_counts(similarity, pairs.same[keep], torch.zeros_like(pairs.fold[keep]), 1)
+            counts = metrics.pair_counts(similarity, pairs.same[keep])
             total[setting] = total.get(setting, 0.0) + metrics.roc_auc(*counts).item()
     return max(total, key=total.__getitem__)
 

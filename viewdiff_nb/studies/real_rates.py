@@ -33,7 +33,7 @@ def fold_rates(benchmark: Benchmark, parts: Sequence[dict]) -> dict:
         hits = metrics.fold_hits(similarity, pairs.same, pairs.fold).double()
         found[protocol] = hits.mean().item(), _weighted_accuracy(hits, pairs, weight).tolist()
         if protocol == "FP":
-            counts = weighted_pair_counts(similarity, pairs.same, torch.cat((torch.ones(len(pairs), 1), weight), 1))
+            counts = metrics.pair_counts(similarity, pairs.same, torch.cat((torch.ones(len(pairs), 1), weight), 1))
             rates = {"auc": metrics.roc_auc, "eer": metrics.equal_error_rate}
             rates |= {metrics.tar_name(far): partial(metrics.tar_at_far, far=far) for far in FARS}
             for name, rate in rates.items():
@@ -57,16 +57,6 @@ def _weighted_accuracy(hits: Tensor, pairs: Pairs, weight: Tensor) -> Tensor:
     """(B,) the mean of the accuracies on same and on different pairs, of which there are as many."""
     halves = [(hits[kind] @ weight[kind]) / weight[kind].sum(0) for kind in (pairs.same, ~pairs.same)]
     return (halves[0] + halves[1]) / 2
-
-
-def weighted_pair_counts(similarity: Tensor, same: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`metrics.pair_counts` of pairs that count weight times: (B, U) and (B, 2 U + 1) of weight (N, B)."""
-    thresholds, genuine_bin = similarity[same].unique(return_inverse=True)
-    genuine = torch.zeros(len(thresholds), weight.shape[1], dtype=torch.float64)
-    impostor = torch.zeros(2 * len(thresholds) + 1, weight.shape[1], dtype=torch.float64)
-    genuine.index_add_(0, genuine_bin, weight[same].double())
-    impostor.index_add_(0, metrics.impostor_bins(thresholds, similarity[~same]), weight[~same].double())
-    return genuine.T, impostor.T
 
 
 def names_of(results: dict) -> list[str]:

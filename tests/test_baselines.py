@@ -2,19 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import people
-from scipy.linalg import sqrtm
 from sklearn.linear_model import Ridge
 
-from viewdiff_nb.modules.baselines import (
-    DREAM,
-    MLP,
-    Adjusted,
-    MeanFace,
-    PoseRidge,
-    RawEmbedding,
-    WithinClassWhitening,
-    enrolled,
-)
+from viewdiff_nb.modules.baselines import DREAM, MLP, MeanFace, PoseRidge, RawEmbedding, enrolled
 
 
 def all_baselines(faces):
@@ -74,60 +64,6 @@ def test_a_residual_ridge_is_scikit_learn_s():
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     strong = PoseRidge(faces.src, faces.angles, faces.target, strength=1e12, residual=True)
     torch.testing.assert_close(strong(unit, faces.angles, faces.keypoints_3d, return_residual=False), unit)
-
-
-def adjusted(faces, model=None, **options):
-    return Adjusted(model, faces.src, faces.angles, faces.keypoints_3d, faces.front, **options)
-
-
-def test_centring_leaves_no_part_of_yaw_in_the_mean():
-    """What is left of the training views is orthogonal to every term, as after any least squares."""
-    faces = people(30, views=8)
-    model = adjusted(faces, step=0.0, centring="even")
-    left = model(F.normalize(faces.src, dim=1), faces.angles, faces.keypoints_3d, return_residual=False)
-    yaw = faces.angles[:, 1:2]
-    for term in (torch.ones_like(yaw), yaw.cos(), (2 * yaw).cos()):
-        assert (term * left).mean(0).abs().max() < 1e-4
-    torch.testing.assert_close(enrolled(model, faces.front).mean(0), torch.zeros(32), atol=1e-6, rtol=0)
-
-
-def test_a_step_goes_part_of_the_way():
-    faces = people(10, views=4)
-    towards = MeanFace(faces.front)
-    unit = F.normalize(faces.src, dim=1)
-    for step in (0.0, 0.25, 1.0):
-        model = adjusted(faces, towards, step=step, centring="none")
-        found = model(unit, faces.angles, faces.keypoints_3d, return_residual=False)
-        torch.testing.assert_close(found, F.normalize(unit + step * (towards.mean - unit), dim=1))
-        torch.testing.assert_close(enrolled(model, faces.front), faces.front)
-
-
-def test_whitening_makes_people_round():
-    """Without shrinkage the covariance within people becomes a multiple of the identity; S^-1/2 is SciPy's."""
-    faces = people(200, views=8, width=6)
-    centred = adjusted(faces, step=0.0)
-    given = faces.src, faces.angles, faces.keypoints_3d, faces.front, faces.person
-    model = WithinClassWhitening(centred, *given, shrinkage=0.0)
-
-    def within(transform):
-        views = transform(F.normalize(faces.src, dim=1), faces.angles, faces.keypoints_3d, return_residual=False)
-        x = torch.cat((views, enrolled(transform, faces.front)))
-        owner = torch.cat((faces.person, torch.arange(200)))
-        means = torch.stack([x[owner == i].mean(0) for i in range(200)])
-        return torch.cov((x - means[owner]).T, correction=0).double()
-
-    round_ = within(model)
-    torch.testing.assert_close(
-        round_, torch.eye(6, dtype=torch.float64) * round_.diagonal().mean(), atol=1e-5, rtol=1e-3
-    )
-    before = within(centred)
-    half = WithinClassWhitening(centred, *given, shrinkage=0.5)
-    mixed = 0.5 * before / before.trace() * 6 + 0.5 * torch.eye(6)
-    torch.testing.assert_close(
-        half.weight.double(), torch.linalg.inv(torch.from_numpy(sqrtm(mixed.numpy()).real)), atol=1e-4, rtol=1e-3
-    )
-    still = WithinClassWhitening(centred, *given, shrinkage=1.0)
-    torch.testing.assert_close(still.weight, torch.eye(6), atol=1e-5, rtol=0)
 
 
 def test_a_transformer_is_enrolled_as_it_is():

@@ -11,9 +11,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "viewdiff_nb"
 FILES = sorted(PACKAGE.rglob("*.py"))
-FLOOR = {"files": 0, "faces": 1, "modules": 2, "metrics": 2, "training": 3, "studies": 4, "plots": 5, "widgets": 6}
+FLOOR = {
+    "files": 0,
+    "faces": 1,
+    "modules": 2,
+    "metrics": 2,
+    "calibration": 3,
+    "drop_in": 3,
+    "training": 3,
+    "studies": 4,
+    "plots": 5,
+    "widgets": 6,
+}
 """A file imports from its own room, and from rooms on lower floors."""
-GEOMETRY_ONLY = ("modules", "metrics")  # of the faces they know the geometry, and nothing of data sets
+GEOMETRY_ONLY = ("modules", "metrics", "calibration")  # of the faces they know the geometry, and nothing of data sets
 
 
 def name_of(path: Path) -> str:
@@ -72,9 +83,9 @@ def test_a_file_is_read_in_one_sitting(path):
 
 
 def test_the_package_is_small():
-    """What is added has to earn its place; of these, real faces are 11 files and 1,800 lines."""
-    assert len(FILES) <= 56
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) <= 10_950
+    """What is added has to earn its place; of these, real faces are 13 files and 2,200 lines."""
+    assert len(FILES) <= 62
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) <= 11_950
 
 
 def test_config_is_a_leaf():

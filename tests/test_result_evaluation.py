@@ -6,12 +6,13 @@ import pytest
 import torch
 from conftest import CONFIG, people
 
-from viewdiff_nb.modules.baselines import MLP
+from viewdiff_nb.modules.adjusted import Summed
+from viewdiff_nb.modules.baselines import MLP, MeanFace, RawEmbedding
 from viewdiff_nb.training import result
 from viewdiff_nb.training.checkpoint import build_model
 from viewdiff_nb.training.loop import train
 from viewdiff_nb.training.losses import LOSSES
-from viewdiff_nb.training.result import evaluate, probes_to_score
+from viewdiff_nb.training.result import evaluate, predict, probes_to_score
 
 CROSS = replace(CONFIG, use_cross_view=True, n_views=4, batch_size=16, epochs=1)
 
@@ -62,3 +63,12 @@ def test_one_person_is_nobody_to_be_told_from():
     seen = faces.where((faces.person == 3) | (faces.abs_yaw > 60))  # one of them below 45 degrees
     with pytest.raises(ValueError, match="at least 2 people.*got 1"):
         train(replace(CONFIG, epochs=1, max_yaw=45.0), seen, people(30, first=1000), progress=False)
+
+
+def test_predictions_are_as_wide_as_the_model_s_answers():
+    """In batches of 7, the last one shorter; two embeddings of 32 beside each other."""
+    faces = people(4)
+    model = Summed((RawEmbedding(), MeanFace(faces.front)), (0.25, 0.75))
+    found = predict(model, faces, batch_size=7)
+    mean = torch.nn.functional.normalize(faces.front.mean(0), dim=0).expand(24, 32)
+    torch.testing.assert_close(found, torch.cat((0.5 * faces.src, 0.75**0.5 * mean), 1))

@@ -3,8 +3,6 @@
 Some move the gallery as well: `enrolled` gives what is compared with a model's predictions.
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -97,123 +95,6 @@ class PoseRidge(Frontaliser):
     def predict(self, unit: Tensor, angles: Tensor, keypoints_3d: Tensor, pose_error: Tensor | None = None) -> Tensor:
         found = self._design(unit, angles) @ self.weight
         return unit + found if self.residual else found
-
-
-Centring = Literal["none", "even"]
-
-
-class Adjusted(Frontaliser):
-    """Part of the way to a model's prediction, minus what all faces of that yaw have in common.
-
-        predict(x) = u - m(yaw),   u = x + step (f(x) - x) of length 1,   enrol(y) = y - mean frontal embedding
-
-    m is the least-squares fit to the u of the training views by 1, cos(yaw), cos(2 yaw), which treats left and right
-    alike ("even"). Without a model it is centring by pose alone.
-
-    Args:
-        model: f, trained; None for f(x) = x.
-        src, angles, keypoints_3d: (N, ...) training views.
-        front: (P, D) frontal embeddings of the training people.
-        step: 0 .. 1, 1 goes the whole way.
-        centring: none subtracts nothing.
-        pose_error: (N, 3) of the training views, or None.
-        residual: (N, D) f(x) - x of the training views, if it is known already.
-    """
-
-    weight: Tensor
-    front_mean: Tensor
-
-    def __init__(
-        self,
-        model: nn.Module | None,
-        src: Tensor,
-        angles: Tensor,
-        keypoints_3d: Tensor,
-        front: Tensor,
-        step: float = 1.0,
-        centring: Centring = "even",
-        pose_error: Tensor | None = None,
-        residual: Tensor | None = None,
-    ) -> None:
-        super().__init__()
-        self.model, self.step, self.centring = model, step, centring
-        fronts = F.normalize(front, dim=-1)
-        self.register_buffer("weight", torch.zeros(1, src.shape[1], device=src.device))
-        self.register_buffer("front_mean", fronts.mean(0) * (centring != "none"))
-        if centring != "none":
-            unit = F.normalize(src, dim=-1)
-            residual = self.residual(unit, angles, keypoints_3d, pose_error) if residual is None else residual
-            moved = F.normalize(unit + self.step * residual, dim=-1).double()
-            terms = self._terms(angles).double()
-            gram = terms.T @ terms + 1e-6 * len(terms) * torch.eye(terms.shape[1], device=terms.device)
-            self.weight = torch.linalg.solve(gram, terms.T @ moved).to(src.dtype)
-
-    @torch.no_grad()
-    def residual(self, unit: Tensor, angles: Tensor, keypoints_3d: Tensor, pose_error: Tensor | None = None) -> Tensor:
-        """f(x) - x of embeddings of length 1."""
-        if self.model is None or self.step == 0:
-            return torch.zeros_like(unit)
-        return self.model.eval()(
-            unit, angles, keypoints_3d, **({} if pose_error is None else {"pose_error": pose_error})
-        )
-
-    def _terms(self, angles: Tensor) -> Tensor:
-        yaw = angles[:, 1:2]
-        if self.centring == "none":
-            return torch.zeros_like(yaw)
-        return torch.cat((torch.ones_like(yaw), yaw.cos(), (2 * yaw).cos()), -1)
-
-    def predict(self, unit: Tensor, angles: Tensor, keypoints_3d: Tensor, pose_error: Tensor | None = None) -> Tensor:
-        moved = unit + self.step * self.residual(unit, angles, keypoints_3d, pose_error)
-        return F.normalize(moved, dim=-1) - self._terms(angles) @ self.weight
-
-    def enrol(self, front: Tensor) -> Tensor:
-        return front - self.front_mean
-
-
-class WithinClassWhitening(Frontaliser):
-    """Embeddings centred by `Adjusted`, then directions in which one person's pictures differ made short.
-
-        x -> S^-1/2 x,   S = (1 - shrinkage) W D / tr(W) + shrinkage I,   W the covariance within people
-
-    Hatch et al. 2006 (WCCN, Interspeech), shrunk toward the identity (Ledoit & Wolf 2004's target).
-
-    Args:
-        centred: fitted to the same training people, with step 0.
-        src, angles, keypoints_3d, front: as there.
-        person: (N,) row of front of each view.
-        shrinkage: 0 .. 1; 1 leaves all directions as they are.
-    """
-
-    weight: Tensor
-
-    def __init__(
-        self,
-        centred: Adjusted,
-        src: Tensor,
-        angles: Tensor,
-        keypoints_3d: Tensor,
-        front: Tensor,
-        person: Tensor,
-        shrinkage: float,
-    ) -> None:
-        super().__init__()
-        self.centred = centred
-        x = torch.cat((centred.predict(F.normalize(src, dim=-1), angles, keypoints_3d), enrolled(centred, front)))
-        owner = torch.cat((person, torch.arange(len(front), device=person.device)))
-        means = torch.zeros_like(front).index_add_(0, owner, x) / torch.bincount(owner)[:, None]
-        off = (x - means[owner]).double()
-        within = off.T @ off / len(off)
-        eye = torch.eye(len(within), dtype=within.dtype, device=within.device)
-        shrunk = (1 - shrinkage) * within / within.trace() * len(within) + shrinkage * eye
-        values, vectors = torch.linalg.eigh(shrunk)
-        self.register_buffer("weight", (vectors * values.clamp_min(1e-9).rsqrt() @ vectors.T).to(src.dtype))
-
-    def predict(self, unit: Tensor, angles: Tensor, keypoints_3d: Tensor, pose_error: Tensor | None = None) -> Tensor:
-        return self.centred.predict(unit, angles, keypoints_3d) @ self.weight
-
-    def enrol(self, front: Tensor) -> Tensor:
-        return self.centred.enrol(front) @ self.weight
 
 
 class MLP(Frontaliser):

@@ -54,11 +54,11 @@ def ranks(model: nn.Module, benchmark: Benchmark, fold: int) -> dict[str, list[i
     return found
 
 
-def choose(family: Family, benchmark: Benchmark, fold: int, seed: int) -> tuple:
-    """The setting with the best AUC of frontal-profile pairs of people left out in turn, without those of fold.
+def choose(family: Family, benchmark: Benchmark, fold: int, seed: int) -> dict[str, tuple]:
+    """Of each row that chooses: the setting with the best AUC of frontal-profile pairs of people left out in turn.
 
-    The other folds make three groups, which are left out one by one. Rows with several seeds leave out one group with
-    each seed, since each time they are trained.
+    The people of fold are not among them. The other folds make three groups, which are left out one by one. Rows with
+    several seeds leave out one group with each seed, since each time they are trained.
     """
     pairs, faces = benchmark.pairs["FP"], benchmark.faces
     others = [i for i in range(benchmark.folds) if i != fold]
@@ -71,16 +71,17 @@ def choose(family: Family, benchmark: Benchmark, fold: int, seed: int) -> tuple:
             similarity = similarities(model, benchmark, "FP", keep)
             counts = metrics.pair_counts(similarity, pairs.same[keep])
             total[setting] = total.get(setting, 0.0) + metrics.roc_auc(*counts).item()
-    return max(total, key=total.__getitem__)
+    return {row: max(filter(fits, total), key=total.__getitem__) for row, fits in family.rows.items() if callable(fits)}
 
 
 def score_fold(family: Family, benchmark: Benchmark, fold: int, seed: int) -> dict[str, dict]:
     """Of each row of a family: the setting, similarities of the fold's pairs, and ranks of its profiles."""
-    chosen = choose(family, benchmark, fold, seed) if None in family.rows.values() else None
-    settings = {name: chosen or () if fixed is None else fixed for name, fixed in family.rows.items()}
+    fixed = {row: setting for row, setting in family.rows.items() if not callable(setting)}
+    settings = fixed if len(fixed) == len(family.rows) else choose(family, benchmark, fold, seed) | fixed
     fitted = family.candidates(benchmark.faces.select(benchmark.fold != fold), seed, settings.values())
     found = {}
-    for name, setting in settings.items():
+    for name in family.rows:
+        setting = settings[name]
         values: dict = {"setting": str(setting)}
         for protocol, pairs in benchmark.pairs.items():
             values[protocol] = similarities(fitted[setting], benchmark, protocol, pairs.fold == fold).tolist()

@@ -38,8 +38,19 @@ def in_words(setting: str) -> str:
 
     >>> in_words("(0.25, 1.0, 'even')"), in_words("(300.0, 0.5, 'none')"), in_words("(0.9, 'even')")
     ('0.25 of the epochs, step 1.0, centred', 'strength 300.0, step 0.5', 'shrinkage 0.9, centred')
+    >>> in_words("(0.7, 0.5, 'common')"), in_words("(0.9, 0.3, 0.5, 'summed')")
+    ('shrinkage 0.7, power 0.5', 'shrinkages 0.9 and 0.3, weights 0.5 and 0.5')
+    >>> in_words("(0.5, 0.25, 0.0)"), in_words("(0.5, 0.25, 0.3)")
+    ('0.5 of the epochs, step 0.25', '0.5 of the epochs, step 0.25, weights 0.7 and 0.3')
     """
     *numbers, kind = ast.literal_eval(setting)
+    if kind == "common":
+        return f"shrinkage {numbers[0]}, power {numbers[1]}"
+    if kind == "summed":
+        return f"shrinkages {numbers[0]} and {numbers[1]}, weights {1 - numbers[2]:g} and {numbers[2]:g}"
+    if not isinstance(kind, str):
+        weights = f", weights {1 - kind:g} and {kind:g}" if kind else ""
+        return f"{numbers[0]} of the epochs, step {numbers[1]}{weights}"
     words = {"even": ["centred"], "none": []}.get(kind, [str(kind)])
     if len(numbers) == 2:
         first = f"strength {numbers[0]}" if numbers[0] > 1 else f"{numbers[0]} of the epochs"
@@ -94,7 +105,7 @@ def settings_table(results: dict) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["model", "setting", "share"]).set_index(["model", "setting"])
 
 
-RIVALS = ("centred by pose", "ridge, shrunk to identity")
+RIVALS = ("centred by pose", "ridge, shrunk to identity", "whitening + canonical correlation")
 
 
 def findings(results: dict, base: str = "raw", rivals: Sequence[str] = RIVALS) -> str:

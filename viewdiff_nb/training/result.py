@@ -247,20 +247,24 @@ def _join(separator: str, tries: dict[str, bool]) -> str:
 
 
 def predict(model: nn.Module, faces: FaceViews, batch_size: int = 1024) -> Tensor:
-    """Predicted frontal embeddings (M, D) of all side views, in evaluation mode, on the device of faces.
+    """Predicted frontal embeddings of all side views, in evaluation mode, on the device of faces.
 
-    With cross-view attention, a person's views are seen in random groups of n_views; the last one may be smaller.
+    They are (M, D), or as wide as the model's own answers (`Summed` gives several embeddings beside each other). With
+    cross-view attention, a person's views are seen in random groups of n_views; the last one may be smaller.
     """
     home = faces.device
     device = next(iter((*model.parameters(), *model.buffers())), faces.src).device
     faces = move_if_it_fits(faces, device)
-    out = torch.empty(faces.src.shape, device=device)
+    out = torch.empty(0, faces.feature_dim)
     with evaluation_mode(model):
         if (n_views := views_fused(model)) == 1:
             rows = torch.arange(len(faces), device=faces.device).split(batch_size)
             for index, batch in zip(rows, feed(faces, rows, device), strict=True):
-                out[index] = model(batch.src, **batch.conditions(), return_residual=False).float()
+                found = model(batch.src, **batch.conditions(), return_residual=False).float()
+                out = out if len(out) else found.new_empty(len(faces), found.shape[1])
+                out[index] = found
         else:
+            out = torch.empty(faces.src.shape, device=device)
             groups, mask = padded_groups(faces.person, n_views, torch.Generator().manual_seed(0))
             size = max(1, batch_size // n_views) * n_views
             rows, masks = groups.flatten().split(size), mask.flatten().to(device).split(size)

@@ -34,6 +34,8 @@ def rates_figure(found: pd.DataFrame, title: str, note: str = "") -> Figure:
 def efficiency_figure(found: pd.DataFrame, title: str, note: str = "") -> Figure:
     """A panel a rate, a curve a way over the number of people (logarithmic); the dotted line is raw.
 
+    A panel ends below raw at twice what the best way gains; a curve that falls deeper leaves it.
+
     Args:
         found: a row per way, number of people and rate: way, people, rate, mean, half; raw has 0 people.
     """
@@ -47,7 +49,10 @@ def efficiency_figure(found: pd.DataFrame, title: str, note: str = "") -> Figure
             ax.plot(rows["people"], rows["mean"], LINES[i // 4 % len(LINES)], label=way, markersize=5, **look)
             low, high = rows["mean"] - rows["half"], rows["mean"] + rows["half"]
             ax.fill_between(rows["people"], low, high, color=look["color"], alpha=0.06, linewidth=0)
-        ax.axhline(raw.loc[raw["rate"] == rate, "mean"].item(), color="0.4", linestyle=":", label="raw")
+        level = raw.loc[raw["rate"] == rate, "mean"].item()
+        ax.axhline(level, color="0.4", linestyle=":", label="raw")
+        highest = (found["mean"] + found["half"])[found["rate"] == rate].max()
+        ax.set_ylim(level - 2 * (highest - level), highest + 0.1 * (highest - level))
         numbers = sorted(found.loc[found["people"] > 0, "people"].unique())
         ax.set(xscale="log", xlabel="real people of the training folds", ylabel=rate)
         ax.set_xticks(numbers, [str(number) for number in numbers])

@@ -67,7 +67,7 @@ class Grid:
         ]
 
 
-FAST_GRID = Grid(voxel_resolution=(4, 8, 16), lambda_prior=(0.1,), seed=(0, 1))
+FAST_GRID = Grid(voxel_resolution=(4, 8), lambda_prior=(0.1,), seed=(0, 1))
 
 
 def run_grid(

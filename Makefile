@@ -7,7 +7,7 @@
 # make test-all    those too that need the maker of people, a cluster, InsightFace, PEFT, ONNX or a browser
 # make lint        formatter, linter and type checker
 # make lab         open JupyterLab
-# make data        rebuild the shipped data set (needs npm and network)
+# make data        rebuild the shipped data set (needs npm and network); PEOPLE=20000: more people, a second each
 #
 # Another torch build:  make reproduce TORCH="torch --index-url URL-of-the-build"
 # Your own environment: make reproduce VENV=path/of/a/venv
@@ -16,6 +16,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 WORKERS ?= 2
+PEOPLE ?= 1800
 # Without compiling: bytecode is made of what is imported, when it is.
 PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 
@@ -58,7 +59,7 @@ lab: $(VENV)/.kit
 	$(VENV)/bin/jupyter lab notebooks
 
 data: $(VENV)/.heads
-	PYTHONPATH=data $(VENV)/bin/python -m people.build data/heads
+	PYTHONPATH=data $(VENV)/bin/python -m people.build data/heads --people $(PEOPLE) --workers $(WORKERS)
 	PYTHONPATH=data $(VENV)/bin/python -m people.build data/heads_192 --people 400 --views 16 --seed 1 \
 		--recogniser mobilefacenet192 --crops five@1
 	PYTHONPATH=data $(VENV)/bin/python -m people.shoot_turntable data/turntable

@@ -229,11 +229,11 @@ def write_files(out, config, parts, recogniser):
     arrays = {"features": [], "keypoints": [], "poses": []}
     for path in parts:
         with np.load(path, allow_pickle=False) as part:
-            for name, values in arrays.items():
-                values.append(part[name])
+            # as the files hold them, so that 20,000 people fit into a GB
+            arrays["features"].append(part["features"].astype(np.float16))
+            arrays["keypoints"].append(np.round(part["keypoints"], KEYPOINT_DECIMALS).astype(np.float32))
+            arrays["poses"].append(part["poses"])
     features, keypoints, poses = (np.concatenate(values) for values in arrays.values())
-    features = features.astype(np.float16)
-    keypoints = np.round(keypoints, KEYPOINT_DECIMALS).astype(np.float32)
     names = [f"person_{index:04d}" for index in range(config.people)]
     info = standard_info(config, recogniser)
     views = {"front": slice(0, 1), "video": slice(1, None)}

@@ -88,9 +88,8 @@ def choose_ways(
     ways, raw = [], rates[0.0, "none"]
     for i in range(len(YAW_BINS)):
         most = max(far, raw[i][1])
-        fits: dict[Way, tuple[float, ...]] = {
-            (0.0, "none"): (0.0, 0.0, 0.0)
-        }  # which stays for a bin without views, whose rates are NaN
+        # raw stays for a bin without views, whose rates are NaN
+        fits: dict[Way, tuple[float, ...]] = {(0.0, "none"): (0.0, 0.0, 0.0)}
         for way, found in rates.items():
             if found[i][1] <= most and found[i][0] >= raw[i][0] and found[i][2] >= raw[i][2]:
                 fits[way] = (found[i][0], found[i][2], -adjusted[way].step)

@@ -116,8 +116,7 @@ class WithinClassWhitening(Frontaliser):
         self.centred = centred
         x = torch.cat((centred.predict(F.normalize(src, dim=-1), angles, keypoints_3d), enrolled(centred, front)))
         owner = torch.cat((person, torch.arange(len(front), device=person.device)))
-        means = torch.zeros_like(front).index_add_(0, owner, x) / torch.bincount(owner)[:, None]
-        off = (x - means[owner]).double()
+        off = (x - _means(x, owner, len(front))[owner]).double()
         self._within = torch.linalg.eigh(off.T @ off / len(off))
         self.register_buffer("weight", inverse_root(self._within, shrinkage).to(src.dtype))
 
@@ -235,10 +234,15 @@ def inverse_root(covariance: tuple[Tensor, Tensor], shrinkage: float) -> Tensor:
     return vectors * shrunk.clamp_min(1e-9).rsqrt() @ vectors.T
 
 
+def _means(x: Tensor, owner: Tensor, people: int) -> Tensor:
+    """(people, D) mean row of each person; 0 for one without any."""
+    total = torch.zeros(people, x.shape[1], dtype=x.dtype, device=x.device).index_add_(0, owner, x)
+    return total / torch.bincount(owner, minlength=people).clamp_min(1)[:, None]
+
+
 def _people_and_pictures(x: Tensor, owner: Tensor, people: Tensor) -> tuple[Tensor, Tensor]:
     """Means of the people that are asked for (Q, D), and the covariance (D, D) of one picture of any of them."""
-    total = torch.zeros(len(people), x.shape[1], dtype=x.dtype, device=x.device).index_add_(0, owner, x)
-    means = total / torch.bincount(owner, minlength=len(people)).clamp_min(1)[:, None]
+    means = _means(x, owner, len(people))
     off, found = x - means[owner], means[people]
     return found, found.T @ found / len(found) + off.T @ off / len(off)
 
@@ -284,20 +288,6 @@ class Summed(Frontaliser):
         self.parts = nn.ModuleList(members)  # so that their weights move and are saved with it
         if len(members) != len(weights) or abs(sum(self.weights) - 1) > 1e-6 or min(self.weights) < 0:
             raise ValueError(f"{len(members)} members need as many weights that add up to 1, got {tuple(weights)}")
-
-    def forward(
-        self,
-        src: Tensor,
-        angles: Tensor,
-        keypoints_3d: Tensor,
-        pose: Tensor | None = None,
-        return_residual: bool = True,
-        pose_error: Tensor | None = None,
-    ) -> Tensor:
-        """As `Frontaliser.forward`, (B, K D); a ValueError for return_residual, since there is none of that width."""
-        if return_residual:
-            raise ValueError("summed models have no residual; ask for the embeddings with return_residual=False")
-        return super().forward(src, angles, keypoints_3d, pose, False, pose_error)
 
     def _beside(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.cat([w**0.5 * F.normalize(p, dim=-1) for w, p in zip(self.weights, parts, strict=True)], -1)

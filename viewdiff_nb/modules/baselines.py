@@ -23,10 +23,17 @@ class Frontaliser(nn.Module):
         return_residual: bool = True,
         pose_error: Tensor | None = None,
     ) -> Tensor:
-        """Shapes as in the model; returns the residual r or src + r, (B, D), scaled with the length of src."""
+        """Shapes as in the model; returns the residual r or src + r, (B, D), scaled with the length of src.
+
+        Raises:
+            ValueError: for the residual of embeddings of another width, which has no meaning.
+        """
         length = src.norm(dim=-1, keepdim=True)
         told = (angles, keypoints_3d) if pose_error is None else (angles, keypoints_3d, pose_error)
         frontal = self.predict(src / length.clamp_min(1e-12), *told) * length
+        if return_residual and frontal.shape != src.shape:
+            what = f"embeddings of width {frontal.shape[-1]} have no residual to {src.shape[-1]}"
+            raise ValueError(f"{what}; ask for the embeddings with return_residual=False")
         return frontal - src if return_residual else frontal
 
     def predict(self, unit: Tensor, angles: Tensor, keypoints_3d: Tensor, pose_error: Tensor | None = None) -> Tensor:

@@ -231,7 +231,7 @@ def test_each_bin_goes_its_own_way(train, val):
     """By what each Adjusted predicts, back among the fronts."""
     ways = ways_of(MODELS["ridge"](train), train)
     order = (RAW, (0.25, "even"), (0.0, "even"), (1.0, "none"), (0.25, "even"))
-    found = seen(DropIn(ways, order), val)
+    found = seen(DropIn.of(ways, order), val)
     mean = F.normalize(train.front, dim=1).mean(0)
     for i, (low, way) in enumerate(zip((0, 30, 45, 60, 75), order, strict=True)):
         rows = ((val.abs_yaw >= low) & (val.abs_yaw < (30, 45, 60, 75, 91)[i])).nonzero()[:, 0]
@@ -249,14 +249,14 @@ def test_pose_errors_reach_their_views(train, val):
     given = train.src, train.angles, train.keypoints_3d, train.front
     told = (1.0, "none")
     ways = {RAW: Adjusted(None, *given, step=0.0, centring="none"), told: Adjusted(Told(), *given, centring="none")}
-    model = DropIn(ways, [RAW, told, told, RAW, told])
+    model = DropIn.of(ways, [RAW, told, told, RAW, told])
     found = model(val.src, val.angles, val.keypoints_3d, return_residual=False, pose_error=2 * val.angles)
     is_told = torch.isin(yaw_bin(val.abs_yaw), torch.tensor([1, 2, 4]))
     torch.testing.assert_close(found, torch.where(is_told[:, None], -val.src, val.src))
 
 
 def test_the_gallery_stays_raw(train, val):
-    model = DropIn(ways_of(MODELS["ridge"](train), train), [(1.0, "even")] * 5)
+    model = DropIn.of(ways_of(MODELS["ridge"](train), train), [(1.0, "even")] * 5)
     torch.testing.assert_close(enrolled(model, 3 * val.front), F.normalize(val.front, dim=1))
 
 
@@ -264,10 +264,10 @@ def test_the_gallery_stays_raw(train, val):
 def test_it_moves_and_is_saved_with_its_parts(train, val, device):
     ridge = MODELS["ridge"](train)
     order = [RAW, (0.5, "even"), (0.5, "even"), (1.0, "none"), (1.0, "even")]
-    model = DropIn(ways_of(ridge, train), order)
+    model = DropIn.of(ways_of(ridge, train), order)
     expected, state = seen(model, val), copy.deepcopy(model.state_dict())
     another = people(20, views=8, first=50)
-    other = DropIn(ways_of(PoseRidge(another.src, another.angles, another.target, residual=True), another), order)
+    other = DropIn.of(ways_of(PoseRidge(another.src, another.angles, another.target, residual=True), another), order)
     assert not torch.allclose(seen(other, val), expected, atol=1e-2)
     other.load_state_dict(state)
     torch.testing.assert_close(seen(other.to(device), val.to(device)).cpu(), expected, atol=1e-5, rtol=0)
@@ -281,9 +281,38 @@ def test_ways_that_are_not_there(train):
     ways = {RAW: ways_of(None, train)[RAW]}
     for order in ([RAW] * 4, [RAW] * 4 + [(0.5, "even")]):
         with pytest.raises(ValueError, match=r"ways must name one of \[\(0.0, 'none'\)\] for each of 5 bins, got"):
-            DropIn(ways, order)
+            DropIn.of(ways, order)
 
 
 def test_raw_must_be_among_the_ways():
     with pytest.raises(ValueError, match="must have the way .*the raw embedding; it has"):
         choose_ways({}, *(torch.zeros(0) for _ in range(5)))
+
+
+def test_what_does_not_go_together_is_refused():
+    quarter = [RAW] * 2 + [(0.25, "none")] * 3
+    for ways, options, words in (
+        (quarter[:4], {}, "a way for each of 5 bins"),
+        (quarter, {}, "there is no model"),
+        ([RAW] * 4 + [(0.0, "even")], {}, "no shift is given"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            DropIn(None, ways, **options)
+    DropIn(Opposite(), quarter)
+
+
+def test_two_models_have_no_common_prediction(train):
+    given = train.src, train.angles, train.keypoints_3d, train.front
+    ways = {(step, "none"): Adjusted(Opposite(), *given, step=step, centring="none") for step in (0.25, 0.5)}
+    with pytest.raises(ValueError, match="toward one model's predictions, got 2 models"):
+        DropIn.of(ways, [(0.25, "none")] * 2 + [(0.5, "none")] * 3)
+
+
+def test_without_a_shift_bins_stay_raw_or_are_moved(train, val):
+    ways = [RAW, (0.5, "none"), RAW, RAW, RAW]
+    found = DropIn(MODELS["ridge"](train), ways).predict(
+        unit := F.normalize(val.src, dim=1), val.angles, val.keypoints_3d
+    )
+    raw = yaw_bin(val.abs_yaw) != 1
+    torch.testing.assert_close(found[raw], unit[raw], atol=1e-6, rtol=0)
+    assert not torch.allclose(found[~raw], unit[~raw], atol=0.01)

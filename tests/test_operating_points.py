@@ -199,7 +199,7 @@ def test_a_drop_in_is_fitted_to_training_people_and_chosen_on_others(val):
         alone = Adjusted(ridge if step else None, *given, step=step, centring=centring)
         rows = torch.isin(torch.from_numpy(parts(val)[0]), torch.tensor([i for i in range(5) if model.ways[i] == way]))
         some = val.where(rows)
-        expected = DropIn({way: alone}, [way] * 5)(some.src, **some.conditions(), return_residual=False)
+        expected = DropIn.of({way: alone}, [way] * 5)(some.src, **some.conditions(), return_residual=False)
         torch.testing.assert_close(model(some.src, **some.conditions(), return_residual=False), expected)
     assert any(step > 0 for step, _ in model.ways)
     harmful = drop_in(MeanFace(train.front), train, val, FAR)

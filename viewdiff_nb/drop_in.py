@@ -1,6 +1,6 @@
 """A model in front of a recogniser whose gallery and threshold stay as they are."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from viewdiff_nb import metrics
 from viewdiff_nb.faces.geometry import YAW_BINS
-from viewdiff_nb.modules.adjusted import Adjusted
+from viewdiff_nb.modules.adjusted import TERMS, Adjusted, even_terms, unit_prediction
 from viewdiff_nb.modules.baselines import Frontaliser
 
 NEAR_FRONTAL = YAW_BINS[0][1]  # degrees: below it a recogniser's own threshold is set
@@ -23,37 +23,60 @@ class DropIn(Frontaliser):
     so that predictions stay among the recogniser's embeddings; step 0 without centring is the raw embedding.
 
     Args:
-        adjusted: {(step, centring): what `Adjusted` makes of f}, each way that a bin goes.
-        ways: of each bin of `YAW_BINS`.
+        model: f, whose predictions are scaled to length 1; None where every step is 0.
+        ways: of each bin of `YAW_BINS`, as `Adjusted` has them.
+        shift: (5, 3, D) of each bin what is subtracted, times 1, cos(yaw) and cos(2 yaw): m less the mean frontal
+            embedding; None where no bin is centred.
     """
 
-    part_of_bin: Tensor
+    shift: Tensor
+    step: Tensor
 
-    def __init__(self, adjusted: dict[Way, Adjusted], ways: Sequence[Way]) -> None:
+    def __init__(self, model: nn.Module | None, ways: Sequence[Way], shift: Tensor | None = None) -> None:
         super().__init__()
+        if len(ways) != len(YAW_BINS):
+            raise ValueError(f"a drop-in has a way for each of {len(YAW_BINS)} bins of |yaw|, got {list(ways)}")
+        steps, centrings = zip(*ways, strict=True)
+        if shift is None and set(centrings) != {"none"}:
+            raise ValueError(f"centring subtracts something, and no shift is given: {list(ways)}")
+        if model is None and any(steps):
+            raise ValueError(f"a step leads toward a model's prediction, and there is no model: {list(ways)}")
+        self.model, self.ways = model, tuple(ways)
+        self.register_buffer("step", torch.tensor(steps)[:, None])
+        self.register_buffer("shift", torch.zeros(len(ways), len(TERMS), 1) if shift is None else shift)
+
+    @classmethod
+    def of(cls, adjusted: Mapping[Way, Adjusted], ways: Sequence[Way]) -> "DropIn":
+        """Ways that were fitted, {(step, centring): what `Adjusted` makes of f}."""
         if len(ways) != len(YAW_BINS) or not set(ways) <= adjusted.keys():
             raise ValueError(
                 f"ways must name one of {list(adjusted)} for each of {len(YAW_BINS)} bins, got {list(ways)}"
             )
-        self.ways, used = tuple(ways), list(dict.fromkeys(ways))
-        self.used = [adjusted[way] for way in used]
-        self.parts = nn.ModuleList(self.used)  # so that their weights move and are saved with it
-        self.register_buffer("part_of_bin", torch.tensor([used.index(way) for way in ways]), persistent=False)
+        models = {id(adjusted[way].model): adjusted[way].model for way in ways if way[0]}
+        if len(models) > 1:
+            raise ValueError(f"the steps of a drop-in lead toward one model's predictions, got {len(models)} models")
+        shift = []
+        for way in ways:
+            part = adjusted[way].weight.new_zeros(len(TERMS), adjusted[way].weight.shape[1])
+            part += adjusted[way].weight  # of one row of zeros where nothing is centred
+            part[0] -= adjusted[way].front_mean
+            shift.append(part)
+        return cls(next(iter(models.values()), None), ways, torch.stack(shift))
 
     def predict(self, unit: Tensor, angles: Tensor, keypoints_3d: Tensor, pose_error: Tensor | None = None) -> Tensor:
-        part = self.part_of_bin[metrics.yaw_bin(angles[:, 1].abs().rad2deg())]
-        found = torch.empty_like(unit)
-        for i, adjusted in enumerate(self.used):
-            rows = part == i
-            error = None if pose_error is None else pose_error[rows]
-            moved = adjusted.predict(unit[rows], angles[rows], keypoints_3d[rows], error) + adjusted.front_mean
-            found[rows] = F.normalize(moved, dim=-1)
-        return found
+        bins = metrics.yaw_bin(angles[:, 1].abs().rad2deg())
+        moved = unit
+        if self.model is not None:
+            predicted = unit_prediction(self.model, unit, angles, keypoints_3d, pose_error)
+            moved = F.normalize(torch.lerp(unit, predicted, self.step[bins]), dim=-1)
+        of_bin = F.one_hot(bins, len(YAW_BINS)).to(unit.dtype)
+        terms = (of_bin[:, :, None] * even_terms(angles)[:, None]).flatten(1)  # (B, 15), those of other bins 0
+        return F.normalize(moved - terms @ self.shift.flatten(0, 1), dim=-1)
 
 
 @torch.no_grad()
 def choose_ways(
-    adjusted: dict[Way, Adjusted],
+    adjusted: Mapping[Way, Adjusted],
     src: Tensor,
     angles: Tensor,
     keypoints_3d: Tensor,
@@ -83,7 +106,7 @@ def choose_ways(
     threshold = own_threshold(unit, front, person, angles, far)
     rates = {}
     for way in adjusted:
-        model = DropIn(adjusted, [way] * len(YAW_BINS)).to(src.device)
+        model = DropIn.of(adjusted, [way] * len(YAW_BINS)).to(src.device)
         rates[way] = rates_at(threshold, model.predict(unit, angles, keypoints_3d, pose_error), front, person, bins)
     ways, raw = [], rates[0.0, "none"]
     for i in range(len(YAW_BINS)):
@@ -94,7 +117,7 @@ def choose_ways(
             if found[i][1] <= most and found[i][0] >= raw[i][0] and found[i][2] >= raw[i][2]:
                 fits[way] = (found[i][0], found[i][2], -adjusted[way].step)
         ways.append(max(fits, key=fits.__getitem__))
-    return DropIn(adjusted, ways)
+    return DropIn.of(adjusted, ways)
 
 
 def own_threshold(unit: Tensor, front: Tensor, person: Tensor, angles: Tensor, far: float = metrics.FAR) -> float:

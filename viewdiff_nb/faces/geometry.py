@@ -86,6 +86,15 @@ def to_face_frame(keypoints: Tensor, angles: Tensor) -> Tensor:
     return keypoints @ rotation_matrix(angles)
 
 
+def mean_keypoints(angles: Tensor) -> Tensor:
+    """(..., 5, 3) `MEAN_FACE` turned by angles (..., 3) in radians: what stands for keypoints that nobody measured.
+
+    >>> mean_keypoints(torch.tensor([0.0, torch.pi / 2, 0.0]))[2].round(decimals=3)  # the nose, to the right
+    tensor([0.3390, 0.0600, 0.0000])
+    """
+    return torch.tensor(MEAN_FACE, dtype=angles.dtype, device=angles.device) @ rotation_matrix(angles).mT
+
+
 def face_rotation(keypoints: Tensor) -> Tensor:
     """(..., 3, 3) the head's rotation, read off its keypoints (..., 5, 3) alone, which must not lie on one line.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from viewdiff_nb.modules.baselines import Frontaliser, enrolled
 
 Centring = Literal["none", "even"]
+TERMS = ("1", "cos(yaw)", "cos(2 yaw)")  # of `even_terms`
 
 
 class Adjusted(Frontaliser):
@@ -73,10 +74,7 @@ class Adjusted(Frontaliser):
         return unit_prediction(self.model, unit, angles, keypoints_3d, pose_error) - unit
 
     def _terms(self, angles: Tensor) -> Tensor:
-        yaw = angles[:, 1:2]
-        if self.centring == "none":
-            return torch.zeros_like(yaw)
-        return torch.cat((torch.ones_like(yaw), yaw.cos(), (2 * yaw).cos()), -1)
+        return torch.zeros_like(angles[:, :1]) if self.centring == "none" else even_terms(angles)
 
     def predict(self, unit: Tensor, angles: Tensor, keypoints_3d: Tensor, pose_error: Tensor | None = None) -> Tensor:
         moved = unit + self.step * self.residual(unit, angles, keypoints_3d, pose_error)
@@ -209,6 +207,12 @@ class CanonicalCorrelation(Frontaliser):
 
     def enrol(self, front: Tensor) -> Tensor:
         return self.centred.enrol(front) @ self.of_front
+
+
+def even_terms(angles: Tensor) -> Tensor:
+    """(B, 3) 1, cos(yaw), cos(2 yaw) of angles (B, 3) in radians."""
+    yaw = angles[:, 1:2]
+    return torch.cat((torch.ones_like(yaw), yaw.cos(), (2 * yaw).cos()), -1)
 
 
 def unit_prediction(

@@ -63,6 +63,7 @@ FAST_PROFILE = Profile(
     recipe_epochs=2,
     real_epochs=1,
     real_seeds=1,
+    common=replace(COMMON, d_model=256, num_layers=2, dim_feedforward=512),
 )
 
 FINE_TUNING = {"min_yaw": BOUNDARY, "lr": 2e-4, "lora_lr": 1e-2}  # chosen among three each on validation people

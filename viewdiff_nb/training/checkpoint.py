@@ -189,12 +189,19 @@ def load_train_config(path: str | Path) -> TrainConfig:
     content = load_checkpoint(path, mmap=True)
     if "config" not in content:
         raise CheckpointError(f"{path} holds weights without the config of a training run")
-    config: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in content["config"].items()}
-    if unknown := config.keys() - {field.name for field in fields(TrainConfig)}:
-        raise CheckpointError(f"{path} was written by another version of the kit: it has {shorten(unknown)}")
+    return parse_config(path, content["config"])
+
+
+def parse_config(path: str | Path, content: dict[str, Any]) -> TrainConfig:
+    """The config of a file, from what `TrainConfig.to_dict` left there; CheckpointError if it is none."""
     try:
+        config: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in content.items()}
+        if unknown := config.keys() - {field.name for field in fields(TrainConfig)}:
+            raise CheckpointError(f"{path} was written by another version of the kit: it has {shorten(unknown)}")
         return TrainConfig(**config)
-    except (ValueError, TypeError, ArithmeticError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, ArithmeticError, AttributeError) as error:
         raise CheckpointError(f"the config in {path} is damaged: {str(error)[:300]}") from error
 
 
@@ -204,7 +211,13 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> Enhanced
     Raises:
         FileNotFoundError, CheckpointError: as `load_checkpoint`, and if weights and config do not fit.
     """
-    config, weights = load_train_config(path), load_base_weights(path)
+    return build_trained(path, load_train_config(path), load_base_weights(path)).to(device)
+
+
+def build_trained(
+    path: str | Path, config: TrainConfig, weights: dict[str, Tensor]
+) -> EnhancedTransformerDecoderOnly3D:
+    """The model of a file's config and weights, in evaluation mode; CheckpointError if they do not fit."""
     try:
         if config.num_layers > len(weights):
             raise ValueError(f"its config asks for {config.num_layers} layers, and it has {len(weights)} weights")
@@ -217,7 +230,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> Enhanced
         model.load_state_dict(weights)
     except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, AssertionError) as error:
         raise CheckpointError(f"{path} holds no model of its config: {str(error)[:300]}") from error
-    return model.to(device).eval()
+    return model.eval()
 
 
 def build_model(config: TrainConfig, feature_dim: int, base: bool = False) -> EnhancedTransformerDecoderOnly3D:

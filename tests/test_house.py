@@ -19,6 +19,10 @@ FLOOR = {
     "calibration": 3,
     "drop_in": 3,
     "training": 3,
+    "pretrained": 4,
+    "predict": 5,
+    "export": 6,
+    "face_analysis": 6,
     "studies": 4,
     "plots": 5,
     "widgets": 6,
@@ -83,9 +87,10 @@ def test_a_file_is_read_in_one_sitting(path):
 
 
 def test_the_package_is_small():
-    """What is added has to earn its place; of these, real faces are 13 files and 2,200 lines."""
-    assert len(FILES) <= 62
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) <= 11_950
+    """What is added has to earn its place; of these, real faces are 13 files and 2,200 lines, what takes a trained
+    model away 4 and 500."""
+    assert len(FILES) <= 66
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) <= 12_500
 
 
 def test_config_is_a_leaf():

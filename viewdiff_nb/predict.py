@@ -108,9 +108,14 @@ def _check(views: Views, model: nn.Module, where: str) -> None:
         raise ValueError(
             "a model with cross-view attention reads several views of a person at once; use training.predict"
         )
-    network = model.model if isinstance(model, DropIn) else model
-    if (expected := getattr(network, "feature_dim", width)) != width:
+    if (expected := width_of(model, width)) != width:
         raise ValueError(f"{where}: embeddings are {width} wide, and the model reads {expected}")
+
+
+def width_of(model: nn.Module, default: int = 0) -> int:
+    """Of the embeddings that a model reads; default if it does not say."""
+    network = model.model if isinstance(model, DropIn) else model
+    return getattr(network, "feature_dim", default)
 
 
 @torch.no_grad()
@@ -231,7 +236,9 @@ def _write(model: nn.Module, views: Views, batch_size: int, where: str, file: ob
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     try:
-        report = tyro.cli(predict_file, args=arguments, description=__doc__, prog="viewdiff-predict")
+        report = tyro.cli(
+            predict_file, args=arguments, description=__doc__, prog="viewdiff-predict", use_underscores=True
+        )
     except (ValueError, OSError, MemoryError) as error:
         sys.exit(f"error: {error}")
     steps = report["step and centring by |yaw|"]

@@ -32,8 +32,8 @@ split = split_by_person(load_face_views(HEADS), val=200, test=300)
 model = EnhancedTransformerDecoderOnly3D(num_layers=2, rank=8, voxel_resolution=16, feature_dim=split.test.feature_dim)
 """
 MONITOR = """
-config = TrainConfig(d_model=32, nhead=4, num_layers=1, dim_feedforward=32, epochs=200, save_dir="kept", patience=200,
-                     batch_size=64, device="cpu", val_every=50)
+config = TrainConfig(d_model=32, nhead=4, num_layers=1, dim_feedforward=32, epochs=60, save_dir="kept", patience=60,
+                     batch_size=64, device="cpu", val_every=20)
 TrainingMonitor(config, split.train.select(torch.arange(40)), split.val.select(torch.arange(30)))
 """
 

@@ -165,7 +165,9 @@ def seconds_of(run: TrainingStep, steps: int) -> float:
     return (time.perf_counter() - started) / steps
 
 
-def speed_and_memory(faces: FaceViews, batch_sizes: Sequence[int] = (32, 128), rounds: int = 7) -> pd.DataFrame:
+def speed_and_memory(
+    faces: FaceViews, batch_sizes: Sequence[int] = (32, 128), rounds: int = 7, steps: int = 3
+) -> pd.DataFrame:
     """Time and memory of `ADAPTATIONS` at every batch size and precision, measured by `side_by_side` on this machine.
 
     Returns:
@@ -176,7 +178,7 @@ def speed_and_memory(faces: FaceViews, batch_sizes: Sequence[int] = (32, 128), r
     rows = []
     for batch_size, amp in product(batch_sizes, (False, True)):
         makers = {name: partial(TrainingStep, step_config(name), faces, batch_size, amp) for name in ADAPTATIONS}
-        for name, timing in side_by_side(makers, rounds, steps=3).items():
+        for name, timing in side_by_side(makers, rounds, steps).items():
             rows.append({"batch_size": batch_size, "amp": amp, "name": name, **timing.row()})
     table = pd.DataFrame(rows)
     first = table.groupby(["batch_size", "amp"])[["ms", "memory_mb"]].transform("first")

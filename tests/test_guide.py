@@ -123,10 +123,10 @@ def test_a_bad_command_says_why_before_any_work(guide_folder, capsys):
         (["--rnak", "3"], "--rank"),
         (["--use_cross_view", "--n_views", "5", "--batch_size", "32"], "multiple of n_views"),
     ):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as ended:
             main(flags)
         captured = capsys.readouterr()
-        assert message in " ".join((captured.out + captured.err).replace("│", " ").split())
+        assert message in " ".join(f"{captured.out} {captured.err} {ended.value.code}".replace("│", " ").split())
     torch.save({"format": FORMAT, "model": {}}, "weights.pth")
     with pytest.raises(SystemExit, match="weights.pth holds weights without the config of a training run"):
         main(["--resume", "weights.pth"])

@@ -1,7 +1,9 @@
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from datetime import date
 
 import pytest
@@ -9,8 +11,9 @@ from conftest import people, write_set
 
 from viewdiff_nb import train_enhanced
 from viewdiff_nb.faces import save_split, split_by_person
-from viewdiff_nb.train_enhanced import main
+from viewdiff_nb.train_enhanced import main, parse
 from viewdiff_nb.training.checkpoint import load_model
+from viewdiff_nb.training.config import TrainConfig
 from viewdiff_nb.training.result import predict
 
 SMALL = [
@@ -134,8 +137,24 @@ def test_a_split_of_another_set_is_refused_before_training(tmp_path):
         (["--paired_views", "--batch_size", "31"], "paired_views needs an even batch_size, got 31"),
     ],
 )
-def test_pairs_and_mixup_refuse_what_contradicts_them(flags, message, capsys):
-    with pytest.raises(SystemExit):
+def test_pairs_and_mixup_refuse_what_contradicts_them(flags, message):
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
         main([*flags, *SMALL])
-    words = " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert message in words
+
+
+def test_help_shows_the_guides_flags_in_groups_each_with_a_word(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert not ended.value.code and all(
+        f"{group} options" in shown for group in ("data", "model", "adaptation", "training", "files")
+    )
+    flags = re.findall(r"(?m)^[│ ]+--([a-z_-]+)", shown)
+    assert set(flags) == {field.name for field in fields(TrainConfig)}
+    words = " ".join(shown.replace("│", " ").split())
+    bare = [flag for flag in flags if re.search(rf"--{flag} [^ ]+ \(default", words)]
+    assert not bare and "guide: ten times lr" in words
+
+
+def test_hyphens_are_underscores():
+    assert parse(["--lora-lr", "0.5", "--use-lora-attention"]) == parse(["--lora_lr", "0.5", "--use_lora_attention"])

@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from itertools import count
 
@@ -15,11 +15,22 @@ from viewdiff_nb.faces.splits import load_split_file, split_by_person
 from viewdiff_nb.faces.views import load_face_views
 from viewdiff_nb.training import devices
 from viewdiff_nb.training.checkpoint import BEST_WEIGHTS, find_checkpoint, load_train_config
-from viewdiff_nb.training.config import TrainConfig
+from viewdiff_nb.training.config import GROUPS, Adaptation, Architecture, Data, Files, Optimisation, TrainConfig
 from viewdiff_nb.training.loop import train
 from viewdiff_nb.training.result import TrainingAdvice, TrainingInterrupted, TrainResult
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended
+
+
+@dataclass
+class Flags:
+    """`TrainConfig`, in groups."""
+
+    data: Data
+    model: Architecture
+    adaptation: Adaptation
+    training: Optimisation
+    files: Files
 
 
 def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
@@ -27,11 +38,20 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--resume")
     first.add_argument("--save_dir")
-    given, _ = first.parse_known_args(arguments)
+    known, _ = first.parse_known_args(arguments)
     default = TrainConfig()
-    if path := find_checkpoint(given.resume, given.save_dir):
+    if path := find_checkpoint(known.resume, known.save_dir):
         default = replace(load_train_config(path), save_dir=str(path.parent))  # where it lies now
-    return tyro.cli(TrainConfig, args=arguments, default=default, description=__doc__)
+    groups: list = [group(**{field.name: getattr(default, field.name) for field in fields(group)}) for group in GROUPS]
+    flags = tyro.cli(
+        Flags,
+        args=arguments,
+        default=Flags(*groups),
+        description=__doc__,
+        config=(tyro.conf.OmitArgPrefixes,),
+        use_underscores=True,
+    )
+    return TrainConfig(**{name: value for group in vars(flags).values() for name, value in vars(group).items()})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -51,33 +51,8 @@ LIMITS: dict[str, Check] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """What `build_model` builds from."""
-
-    use_lora_attention: bool = False
-    use_projection_layer: bool = False
-    use_cross_view: bool = False
-    d_model: int = 512
-    nhead: int = 8
-    num_layers: int = 4
-    dim_feedforward: int = 1280
-    dropout: float = 0.1
-    pose_dim: int = 3
-    n_views: int = 5
-    """Views per person in a batch, with use_cross_view."""
-    rank: int = 4
-    lora_alpha: float = 1.0
-    """Scale of the LoRA update, alpha / rank."""
-    lora_targets: tuple[LoraTarget, ...] = ("attention",)
-    voxel_resolution: int = 16
-
-
-ARCHITECTURE = tuple(field.name for field in fields(Architecture))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(Architecture):
-    """A training run. Field names are the flags of the command line."""
+class Data:
+    """Whose views."""
 
     data_dir: str = "data/heads"
     """Folder with the six files of a face set."""
@@ -86,53 +61,116 @@ class TrainConfig(Architecture):
     test_people: int | None = None
     """Kept out of training for a test, by default 15 %, of small sets more."""
     split_seed: int = 0
+    """Draws who validates and who is kept for a test."""
     split_file: str | None = None
     """A split written by `save_split`, instead of drawing one."""
     min_yaw: float = 0.0
-    """Train on side views with min_yaw <= |yaw| < max_yaw, degrees; 180 is no limit."""
+    """Train on side views with min_yaw <= |yaw| < max_yaw, degrees."""
     max_yaw: float = 180.0
+    """180 is no limit."""
     paired_views: bool = False
     """Two views of each person in a batch, which the loss two-way+pairs asks for."""
-    use_prior_preservation: bool = False
-    lambda_prior: float = 0.1
-    prior_max_yaw: float = 45.0
-    """The prior set: training views with |yaw| below this, whose base predictions are preserved."""
-    prior_fraction: float = 0.25
-    """Prior samples per batch, as a share of batch_size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The model: what `build_model` builds from."""
+
+    use_lora_attention: bool = False
+    """Adapt the attention by LoRA, conditioned on the head pose."""
+    use_projection_layer: bool = False
+    """Add the light 2D-3D-2D face projection."""
+    use_cross_view: bool = False
+    """Let n_views views of a person attend to each other."""
+    d_model: int = 512
+    """Width of the tokens; a multiple of nhead."""
+    nhead: int = 8
+    """Attention heads."""
+    num_layers: int = 4
+    """Decoder blocks."""
+    dim_feedforward: int = 1280
+    """Width of the blocks' MLPs."""
+    dropout: float = 0.1
+    """Share of the blocks' activations that a step leaves out."""
+    pose_dim: int = 3
+    """Angles that condition the LoRA attention: 3, or 0 for none."""
+    n_views: int = 5
+    """Views per person in a batch, with use_cross_view."""
+    rank: int = 4
+    """Of LoRA; guide: 4 to 16, 8 for most."""
+    lora_alpha: float = 1.0
+    """Scale of the LoRA update, alpha / rank; guide: as large as the rank."""
+    lora_targets: tuple[LoraTarget, ...] = ("attention",)
+    """What LoRA adapts."""
+    voxel_resolution: int = 16
+    """Of the projection, a side; guide: 16, or 8 where memory is short."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adaptation:
+    """What becomes of a base model."""
+
     base_model_path: str | None = None
     """Checkpoint of the base model to adapt."""
     freeze_base: bool | None = None
     """Train only what is added to the base model; by default, if a base is given and LoRA is used."""
+    use_prior_preservation: bool = False
+    """Hold the model to what its base says of near-frontal views."""
+    lambda_prior: float = 0.1
+    """Weight of that; guide: 0.1, from 0.05 (changes more) to 0.2 (keeps more)."""
+    prior_max_yaw: float = 45.0
+    """The prior set: training views with |yaw| below this, whose base predictions are preserved."""
+    prior_fraction: float = 0.25
+    """Prior samples per batch, as a share of batch_size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """The training itself."""
 
     loss: LossName = "two-way"
     """Task loss; mse is the guide's."""
     mixup: bool = False
     """Train on mixtures of different people with about the same yaw."""
     epochs: int = 100
+    """Guide: 50 to 200."""
     batch_size: int = 32
+    """Guide: 16 to 64, by memory."""
     num_workers: int = 0
     """Processes that read ahead; data that fits the device needs none."""
     lr: float = 1e-4
-    """Learning rate of base parameters and of cross-view attention."""
+    """Learning rate of base parameters and of cross-view attention; guide: 1e-4."""
     lora_lr: float = 1e-3
-    """Learning rate of LoRA and projection parameters."""
+    """Learning rate of LoRA and projection parameters; guide: ten times lr."""
     weight_decay: float = 1e-2
+    """Of AdamW."""
     warmup: float = 0.05
     """Share of the steps in which the learning rate rises; then it falls along a cosine to 1 % of itself."""
     gradient_accumulation_steps: int = 1
+    """Batches to a step of the optimiser; guide: 1 to 4, where a larger batch does not fit."""
     clip_norm: float = 1.0
+    """Longest gradient."""
     use_amp: bool = False
-    """Mixed precision: bfloat16 where the device has it, else float16 with a gradient scaler."""
+    """Mixed precision: bfloat16 where the device has it, else float16 with a gradient scaler; guide: on."""
     use_cuda_graph: bool = False
     """Replay each step as one CUDA graph: on a GPU, small batches train many times as fast. No other thread may use the
     GPU while it is recorded, which takes a tenth of a second."""
     device: str = "auto"
+    """cpu, cuda, cuda:1, mps; auto: the first GPU, if there is one."""
     devices: int = 1
     """Processes with a device each, which share every batch; the command line starts them, elsewhere torchrun does."""
     seed: int = 0
+    """Of weights, order and dropout."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """What is kept, and when."""
 
     save_dir: str | None = None
+    """Folder of checkpoints and of the best weights; of the command by default a dated one under runs/."""
     log_dir: str | None = None
+    """Folder of TensorBoard's events."""
     save_every: int = 10
     """Epochs between periodic checkpoints."""
     save_minutes: float = 5.0
@@ -146,6 +184,15 @@ class TrainConfig(Architecture):
     resume: str | None = None
     """Checkpoint to go on from, a folder of them, or auto: the newest in save_dir, if any. With more epochs than it had
     the learning rate follows the longer cosine."""
+
+
+GROUPS = (Data, Architecture, Adaptation, Optimisation, Files)
+ARCHITECTURE = tuple(field.name for field in fields(Architecture))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Files, Optimisation, Adaptation, Architecture, Data):
+    """A training run. Field names are the flags of the command line."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

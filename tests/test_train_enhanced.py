@@ -149,7 +149,7 @@ def test_help_shows_the_guides_flags_in_groups_each_with_a_word(capsys):
     assert not ended.value.code and all(
         f"{group} options" in shown for group in ("data", "model", "adaptation", "training", "files")
     )
-    flags = re.findall(r"(?m)^[│ ]+--([a-z_-]+)", shown)
+    flags = re.findall(r"(?m)^[│ ]+--([a-z]\w+)", shown)
     assert set(flags) == {field.name for field in fields(TrainConfig)}
     words = " ".join(shown.replace("│", " ").split())
     bare = [flag for flag in flags if re.search(rf"--{flag} [^ ]+ \(default", words)]

@@ -12,7 +12,7 @@ The small transformer, trained on synthetic people in several ways, every one fo
 
 Scored on the synthetic test people as they are (rank-1, TAR), and on a benchmark of real faces that
 `python -m viewdiff_nb.faces.cfp` made, raw below 45 degrees of |yaw| and a quarter of the step beyond. No real face is
-trained on, and nothing is chosen by them. Writes figures/zero_shot*.csv and .png; what was done is kept in runs/.
+trained on, and nothing is chosen by them. Writes figures/zero_shot_*.csv; what was done is kept in runs/.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -33,7 +32,6 @@ from viewdiff_nb.drop_in import DropIn, own_threshold
 from viewdiff_nb.faces import FaceViews, Split
 from viewdiff_nb.modules.adjusted import unit_prediction
 from viewdiff_nb.modules.baselines import Frontaliser, RawEmbedding
-from viewdiff_nb.plots import save_table
 from viewdiff_nb.studies.adaptation import FAST_PROFILE, FULL_PROFILE, SMALL_OPTIONS, Profile, load_split, score_model
 from viewdiff_nb.studies.benchmark import machine
 from viewdiff_nb.studies.real_benchmark import Benchmark, load_benchmark, stand_in
@@ -186,7 +184,7 @@ def main() -> None:
 
 
 def _keep(table: pd.DataFrame, name: str, out: Path, title: str, note: str) -> None:
-    plt.close(save_table(table, name, out, title, note))
+    table.rename_axis(f"{title} ({note})").to_csv(out / f"{name}.csv")
     print(f"\n{title} ({note})\n{table.to_string()}", flush=True)
 
 

@@ -20,12 +20,13 @@ SMALL = """
 from viewdiff_nb.faces import load_face_views, split_by_person
 from viewdiff_nb.files import HEADS
 from viewdiff_nb.studies.adaptation import SMALL_OPTIONS
+from viewdiff_nb.studies.operating_points import drop_in
 from viewdiff_nb.training.config import TrainConfig
 from viewdiff_nb.training.loop import train
 from viewdiff_nb.widgets import PoseExplorer
 split = split_by_person(load_face_views(HEADS), val=200, test=300)
 config = TrainConfig(**SMALL_OPTIONS, dropout=0.2, batch_size=128, mixup=True, epochs=8)
-model = train(config, split.train, split.val, progress=False).model
+model = drop_in(train(config, split.train, split.val, progress=False).model, split.train, split.val)
 """
 ADAPTED = """
 from dataclasses import replace

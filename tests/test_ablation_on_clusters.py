@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import ray
 from distributed import Client
+from joblib.pool import PicklingPool
 from ray.util.joblib import register_ray
 from studies_fixture import TINY, small_split
 from test_ablation import COLUMNS, GRID
@@ -23,6 +24,7 @@ def dask_cluster():
 
 @contextmanager
 def ray_cluster():
+    bases = PicklingPool.__bases__  # which ray replaces by its own pool: "multiprocessing" would then be ray, too
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     register_ray()
     try:
@@ -30,6 +32,7 @@ def ray_cluster():
             yield
     finally:
         ray.shutdown()
+        PicklingPool.__bases__ = bases
 
 
 @pytest.mark.parametrize("cluster", [dask_cluster, ray_cluster])

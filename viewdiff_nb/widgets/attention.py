@@ -18,7 +18,7 @@ DPI = 100  # a large picture: half the pixels are half the time
 ROWS = (  # what a row shows, of what kind its values are, colour map and limits
     ("pose A", "weight", "viridis", 0, 1),
     ("pose B", "weight", "viridis", 0, 1),
-    ("B − A", "difference", "RdBu_r", -0.5, 0.5),
+    ("B − A", "difference", "RdBu_r", -1.0, 1.0),
 )
 
 

@@ -10,6 +10,7 @@ from conftest import CONFIG, people, write_set
 from viewdiff_nb.drop_in import DropIn
 from viewdiff_nb.faces.geometry import MEAN_FACE, rotation_matrix
 from viewdiff_nb.faces.views import load_face_views
+from viewdiff_nb.files import read_safetensors, write_safetensors
 from viewdiff_nb.modules.baselines import RawEmbedding
 from viewdiff_nb.predict import frontal_embeddings, load_any, main, predict_file
 from viewdiff_nb.pretrained import save_drop_in
@@ -85,6 +86,21 @@ def test_a_network_alone_is_no_drop_in(files):
     with pytest.raises(SystemExit, match="holds a network alone"):
         run(files, "network.safetensors", "set", "out.npy")
     assert not (files / "out.npy").exists()
+
+
+def test_a_damaged_drop_in_is_not_taken_for_a_network(files):
+    tensors, header = read_safetensors(files / "drop_in.safetensors", ValueError)
+    write_safetensors(files / "drop_in.safetensors", tensors, header | {"ways": "[]"})
+    with pytest.raises(SystemExit, match="drop_in.safetensors holds no drop-in"):
+        run(files, "drop_in.safetensors", "set", "out.npy")
+    (files / "drop_in.safetensors").write_bytes(b"nothing")
+    with pytest.raises(SystemExit, match="holds a network alone|truncated"):
+        run(files, "drop_in.safetensors", "set", "out.npy")
+
+
+def test_a_device_that_is_not_there_is_said(files):
+    with pytest.raises(SystemExit, match="error: .*nowhere"):
+        run(files, "drop_in.safetensors", "set", "out.npy", "--device", "nowhere")
 
 
 def test_the_shipped_model_is_found_by_its_name():

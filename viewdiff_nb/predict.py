@@ -13,7 +13,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from viewdiff_nb.faces.geometry import YAW_BINS, mean_keypoints
 from viewdiff_nb.faces.views import FaceDataError, load_face_views, load_rows
 from viewdiff_nb.files import write_atomically, write_text
 from viewdiff_nb.metrics import yaw_bin
-from viewdiff_nb.pretrained import PRETRAINED, load_drop_in
+from viewdiff_nb.pretrained import PRETRAINED, is_drop_in, load_drop_in
 from viewdiff_nb.training.checkpoint import file_fingerprint, load_model
 from viewdiff_nb.training.devices import choose_device
 
@@ -143,12 +142,7 @@ def load_any(name: str, drop_in: bool = True) -> tuple[nn.Module, dict]:
     """
     path = PRETRAINED.get(name, Path(name))
     about: dict = {"model": name, "sha256, beginning": file_fingerprint(path) if path.is_file() else None}
-    is_drop_in = name in PRETRAINED
-    if path.suffix == ".safetensors" and not is_drop_in:
-        with suppress(ValueError):
-            load_drop_in(path)
-            is_drop_in = True
-    if is_drop_in:
+    if name in PRETRAINED or is_drop_in(path):
         model, recogniser = load_drop_in(path)
         about["recogniser"] = recogniser
         if drop_in:
@@ -239,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report = tyro.cli(
             predict_file, args=arguments, description=__doc__, prog="viewdiff-predict", use_underscores=True
         )
-    except (ValueError, OSError, MemoryError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         sys.exit(f"error: {error}")
     steps = report["step and centring by |yaw|"]
     way = "the network's whole answer" if steps is None else f"raw below {_raw_below(steps)}°, then a part of the step"

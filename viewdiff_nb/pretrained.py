@@ -37,6 +37,16 @@ def save_drop_in(path: str | Path, model: DropIn, config: TrainConfig, recognise
     write_safetensors(path, weights | {"shift": model.shift.float()}, {"format": FORMAT, **header})
 
 
+def is_drop_in(path: str | Path) -> bool:
+    """Whether a file says that it is a drop-in; what is no readable safetensors file does not."""
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
+        return False
+    try:
+        return read_safetensors(path, CheckpointError)[1].get("format") == FORMAT
+    except CheckpointError:
+        return False
+
+
 def load_drop_in(path: str | Path) -> tuple[DropIn, str]:
     """A drop-in on the CPU in evaluation mode, and the name of the recogniser whose embeddings it was trained on.
 

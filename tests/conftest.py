@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,6 +119,17 @@ def base_path(tmp_path):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def signals_heeded():
+    """As at a terminal; where tests run in the background, or under nohup, some signals are ignored."""
+    handlers = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL, "SIGHUP": signal.SIG_DFL}
+    numbers = {name: getattr(signal, name) for name in handlers if hasattr(signal, name)}
+    before = {number: signal.signal(number, handlers[name]) for name, number in numbers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -38,7 +38,9 @@ def test_its_exceptions_pass_between_processes(error):
     "number,typed,to_end",
     [(signal.SIGINT, True, False), (signal.SIGINT, False, True), (signal.SIGTERM, True, True)],
 )
-def test_who_asks_to_stop_ends_the_process_unless_somebody_types_its_code(monkeypatch, number, typed, to_end):
+def test_who_asks_to_stop_ends_the_process_unless_somebody_types_its_code(
+    monkeypatch, signals_heeded, number, typed, to_end
+):
     monkeypatch.delattr(sys, "ps1", raising=False)
     if typed:
         monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)

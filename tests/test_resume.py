@@ -88,11 +88,8 @@ def test_with_prior_preservation_too(tmp_path, base_path):
 
 
 @pytest.fixture(autouse=True)
-def sigint():
-    """As at a terminal; where tests run in the background, the interrupt may be ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+def heeded(signals_heeded):
+    """In every test of this file."""
 
 
 class After:

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from viewdiff_nb import metrics
 from viewdiff_nb.faces.geometry import YAW_BINS
+from viewdiff_nb.files import FAST
 
 FARS = (1e-2, 1e-3, 1e-4)
-RESAMPLES = 400
+RESAMPLES = 100 if FAST else 400  # of people
 LEVEL = 0.05  # of intervals and of what is told apart
 FEWEST_PEOPLE = 5  # for an interval over people; four can be resampled in 35 ways only
 Key = TypeVar("Key")

@@ -36,12 +36,12 @@ from viewdiff_nb.studies.adaptation import FAST_PROFILE, FULL_PROFILE, SMALL_OPT
 from viewdiff_nb.studies.benchmark import machine
 from viewdiff_nb.studies.real_benchmark import Benchmark, load_benchmark, stand_in
 from viewdiff_nb.studies.real_faces import score_fold
-from viewdiff_nb.studies.real_models import Family
+from viewdiff_nb.studies.real_models import Family, base_model
 from viewdiff_nb.studies.real_rates import fold_rates
 from viewdiff_nb.studies.real_tables import differences_table, rates_table
 from viewdiff_nb.studies.store import Store, run_jobs, train_pass
 from viewdiff_nb.studies.tables import recognition_table
-from viewdiff_nb.training.checkpoint import build_model, load_base_weights, save_checkpoint
+from viewdiff_nb.training.checkpoint import build_model, save_checkpoint
 from viewdiff_nb.training.config import TrainConfig
 from viewdiff_nb.training.devices import OwnRandomness
 
@@ -130,12 +130,6 @@ def train_row(store: Store, split: Split, profile: Profile, name: str, seed: int
     return path
 
 
-def network(profile: Profile, path: Path, width: int) -> nn.Module:
-    model = build_model(replace(profile.common, **SMALL_OPTIONS), width)
-    model.load_state_dict(load_base_weights(path))
-    return model.eval()
-
-
 def on_real(model: nn.Module, benchmark: Benchmark) -> dict:
     """Rates of a model that no fold has changed."""
     family = Family(lambda faces, seed, wanted: {("fixed",): model}, {"fixed": ("fixed",)})
@@ -161,7 +155,8 @@ def main() -> None:
     points: dict = {"raw": rows_of(RawEmbedding(), faces, threshold)["45-90"]}
     plain = []
     for name, seed in jobs:
-        model = network(profile, train_row(store, split, profile, name, seed), split.train.feature_dim)
+        path = train_row(store, split, profile, name, seed)
+        model = base_model(config_of(profile, Row(), seed, None), path, split.train.feature_dim)
         synthetic[name, seed] = score_model(model, split, 0.0)
         real[name, seed] = on_real(DropIn(model, WAYS), benchmark)
         if seed == 0:

@@ -10,7 +10,7 @@ import torch
 from chromium import CHROMIUM, HOW_TO_GET
 
 from viewdiff_nb.faces import FaceViews
-from viewdiff_nb.training.checkpoint import save_checkpoint
+from viewdiff_nb.training.checkpoint import build_model, save_checkpoint
 from viewdiff_nb.training.config import TrainConfig
 from viewdiff_nb.training.loop import train
 from viewdiff_nb.training.result import TrainResult
@@ -106,6 +106,14 @@ def sets() -> tuple[FaceViews, FaceViews]:
 
 def run(config: TrainConfig = CONFIG, **options) -> TrainResult:
     return train(config, *sets(), progress=False, **options)
+
+
+def network_that_moves(width: int) -> torch.nn.Module:
+    """An untrained model adds nothing; this one of width does."""
+    torch.manual_seed(0)
+    network = build_model(CONFIG, width)
+    torch.nn.init.normal_(network.output.weight, std=0.1)
+    return network.eval()
 
 
 @pytest.fixture

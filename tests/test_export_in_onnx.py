@@ -1,14 +1,13 @@
 import numpy as np
 import onnxruntime
 import pytest
-import torch
-from conftest import CONFIG, people
+from conftest import CONFIG, network_that_moves, people
 
 from viewdiff_nb.drop_in import DropIn
 from viewdiff_nb.export import export_onnx, main
 from viewdiff_nb.modules.adjusted import Adjusted
 from viewdiff_nb.training import predict
-from viewdiff_nb.training.checkpoint import build_model, save_weights
+from viewdiff_nb.training.checkpoint import save_weights
 
 RAW = (0.0, "none")
 WAYS = (RAW, (0.0, "even"), (0.25, "none"), (0.5, "even"), (1.0, "none"))
@@ -21,10 +20,7 @@ def faces():
 
 @pytest.fixture(scope="module")
 def network(faces):
-    torch.manual_seed(0)
-    network = build_model(CONFIG, faces.feature_dim)
-    torch.nn.init.normal_(network.output.weight, std=0.1)
-    return network.eval()
+    return network_that_moves(faces.feature_dim)
 
 
 @pytest.mark.parametrize("kind", ["network", "drop-in"])

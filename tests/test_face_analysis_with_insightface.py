@@ -3,24 +3,20 @@
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIG
+from conftest import network_that_moves
 from insightface.app import FaceAnalysis
 from tiny_insightface import head, make_pack, take_photo
 
 from viewdiff_nb.drop_in import DropIn
 from viewdiff_nb.face_analysis import FrontalFaceAnalysis
 from viewdiff_nb.faces.photo_reader import EmbedOptions, FaceReader
-from viewdiff_nb.training.checkpoint import build_model
 
 RAW, WHOLE = (0.0, "none"), (1.0, "none")
 WAYS = (RAW, RAW, WHOLE, WHOLE, WHOLE)
 
 
 def model_of(width):
-    torch.manual_seed(0)
-    network = build_model(CONFIG, width)
-    torch.nn.init.normal_(network.output.weight, std=0.1)
-    return DropIn(network.eval(), WAYS)
+    return DropIn(network_that_moves(width), WAYS)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CONFIG, people, write_set
+from conftest import CONFIG, network_that_moves, people, write_set
 
 from viewdiff_nb.drop_in import DropIn
 from viewdiff_nb.faces.geometry import MEAN_FACE, rotation_matrix
@@ -28,11 +28,8 @@ def faces():
 
 @pytest.fixture(scope="module")
 def model(faces):
-    torch.manual_seed(0)
-    network = build_model(CONFIG, faces.feature_dim)
-    torch.nn.init.normal_(network.output.weight, std=0.1)
-    network.half().float()  # what half precision keeps
-    return DropIn(network.eval(), WAYS)
+    network = network_that_moves(faces.feature_dim).half().float()  # what half precision keeps
+    return DropIn(network, WAYS)
 
 
 @pytest.fixture

@@ -4,14 +4,14 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CONFIG, people
+from conftest import CONFIG, network_that_moves, people
 
 from viewdiff_nb.drop_in import DropIn
 from viewdiff_nb.files import read_safetensors, write_safetensors
 from viewdiff_nb.metrics import yaw_bin
 from viewdiff_nb.modules.adjusted import Adjusted
 from viewdiff_nb.pretrained import PRETRAINED, load_drop_in, load_pretrained, save_drop_in
-from viewdiff_nb.training.checkpoint import CheckpointError, build_model
+from viewdiff_nb.training.checkpoint import CheckpointError
 
 RAW = (0.0, "none")
 WAYS = (RAW, RAW, (0.25, "none"), (0.5, "even"), (1.0, "even"))
@@ -24,9 +24,7 @@ def faces():
 
 @pytest.fixture(scope="module")
 def model(faces):
-    torch.manual_seed(0)
-    network = build_model(CONFIG, faces.feature_dim)
-    torch.nn.init.normal_(network.output.weight, std=0.1)  # an untrained one adds nothing
+    network = network_that_moves(faces.feature_dim)
     given = faces.src, faces.angles, faces.keypoints_3d, faces.front
     ways = {way: Adjusted(network if way[0] else None, *given, step=way[0], centring=way[1]) for way in WAYS}
     return DropIn.of(ways, WAYS).eval()

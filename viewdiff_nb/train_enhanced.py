@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from itertools import count
+from typing import Any
 
 import tyro
 
@@ -15,7 +16,7 @@ from viewdiff_nb.faces.splits import load_split_file, split_by_person
 from viewdiff_nb.faces.views import load_face_views
 from viewdiff_nb.training import devices
 from viewdiff_nb.training.checkpoint import BEST_WEIGHTS, find_checkpoint, load_train_config
-from viewdiff_nb.training.config import GROUPS, Adaptation, Architecture, Data, Files, Optimisation, TrainConfig
+from viewdiff_nb.training.config import Adaptation, Architecture, Data, Files, Optimisation, TrainConfig
 from viewdiff_nb.training.loop import train
 from viewdiff_nb.training.result import TrainingAdvice, TrainingInterrupted, TrainResult
 
@@ -42,11 +43,12 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
     default = TrainConfig()
     if path := find_checkpoint(known.resume, known.save_dir):
         default = replace(load_train_config(path), save_dir=str(path.parent))  # where it lies now
-    groups: list = [group(**{field.name: getattr(default, field.name) for field in fields(group)}) for group in GROUPS]
+    groups: list[Any] = [field.type for field in fields(Flags)]
+    given = [group(**{field.name: getattr(default, field.name) for field in fields(group)}) for group in groups]
     flags = tyro.cli(
         Flags,
         args=arguments,
-        default=Flags(*groups),
+        default=Flags(*given),
         description=__doc__,
         config=(tyro.conf.OmitArgPrefixes,),
         use_underscores=True,

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zero_shot
-from conftest import CONFIG, people
+from conftest import CONFIG, network_that_moves, people
 
 from viewdiff_nb.faces.geometry import MEAN_FACE, rotation_matrix
 from viewdiff_nb.modules.baselines import RawEmbedding
@@ -88,7 +88,6 @@ def test_the_mean_of_several_networks():
 
 
 def test_a_step_of_zero_knows_no_pose(faces):
-    network = build_model(CONFIG, faces.feature_dim)
-    torch.nn.init.normal_(network.output.weight, std=0.1)
+    network = network_that_moves(faces.feature_dim)
     exact, wrong = (pose_error.hits(network, faces, noise, True) for noise in (0.0, 20.0))
     assert torch.equal(exact[0.0], wrong[0.0]) and not torch.equal(exact[1.0], wrong[1.0])

@@ -192,16 +192,16 @@ def load_train_config(path: str | Path) -> TrainConfig:
     return parse_config(path, content["config"])
 
 
-def parse_config(path: str | Path, content: dict[str, Any]) -> TrainConfig:
+def parse_config(path: str | Path, content: Any) -> TrainConfig:
     """The config of a file, from what `TrainConfig.to_dict` left there; CheckpointError if it is none."""
+    if not isinstance(content, dict):
+        raise CheckpointError(f"the config in {path} is damaged: it is {type(content).__name__}")
+    config: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in content.items()}
+    if unknown := config.keys() - {field.name for field in fields(TrainConfig)}:
+        raise CheckpointError(f"{path} was written by another version of the kit: it has {shorten(unknown)}")
     try:
-        config: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in content.items()}
-        if unknown := config.keys() - {field.name for field in fields(TrainConfig)}:
-            raise CheckpointError(f"{path} was written by another version of the kit: it has {shorten(unknown)}")
         return TrainConfig(**config)
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, ArithmeticError, AttributeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise CheckpointError(f"the config in {path} is damaged: {str(error)[:300]}") from error
 
 

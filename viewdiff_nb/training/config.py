@@ -186,7 +186,6 @@ class Files:
     the learning rate follows the longer cosine."""
 
 
-GROUPS = (Data, Architecture, Adaptation, Optimisation, Files)
 ARCHITECTURE = tuple(field.name for field in fields(Architecture))
 
 

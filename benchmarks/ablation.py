@@ -1,30 +1,49 @@
-"""The whole grid of ranks, voxel resolutions and prior weights:
+"""The grids: rank, voxel resolution and prior weight; and rank, learning rate and alpha, on three bases each.
 
-python benchmarks/ablation.py [--fast] [--out figures] [--workers 2] [--cells_per_pass 8]
+python benchmarks/ablation.py [--fast] [--small] [--out figures] [--workers 2] [--cells_per_pass 8] [--grids cells]
+
+Writes ablation_cells.csv and ablation_rates.csv, 225 and 360 cells. With --small they adapt the small transformer, and
+for half as many epochs, there are 36 and 225 cells, an hour on two CPU cores.
 """
 
 import argparse
+from dataclasses import replace
 
 from study_arguments import study_arguments
 from tqdm.auto import tqdm
 
-from viewdiff_nb.studies.ablation import FAST_GRID, Grid, run_grid
-from viewdiff_nb.studies.adaptation import FAST_PROFILE, FULL_PROFILE, load_split
+from viewdiff_nb.studies.ablation import FAST_GRID, RATE_GRID, Grid, run_grid
+from viewdiff_nb.studies.adaptation import FAST_PROFILE, load_split
+from viewdiff_nb.studies.controls import FULL, SMALL_PROFILE
+
+GRIDS = {"cells": Grid(), "rates": RATE_GRID}
+SMALL_GRIDS = {
+    "cells": Grid((8,), (0, 4, 8, 16), lambda_prior=(0.0, 0.1, 1.0)),
+    "rates": replace(RATE_GRID, rank=(1, 4, 8, 16, 32), lora_alpha=("1", "rank", "rsLoRA")),
+}
+FAST_GRIDS = {"cells": FAST_GRID, "rates": replace(RATE_GRID, rank=(1, 8), lora_lr=(3e-3, 1e-2), base=(0,))}
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, help="passes side by side, by default one per core or GPU")
     parser.add_argument("--cells_per_pass", type=int, help="at most, by default 8, on a GPU 32")
+    parser.add_argument("--small", action="store_true", help="two layers, 256 wide, instead of four, 512 wide")
+    parser.add_argument("--grids", nargs="+", default=list(GRIDS), choices=GRIDS)
 
 
 def main() -> None:
     arguments = study_arguments(__doc__, more=_flags)
-    profile, grid = (FAST_PROFILE, FAST_GRID) if arguments.fast else (FULL_PROFILE, Grid())
-    cells = run_grid(grid, load_split(profile), profile, arguments.workers, arguments.cells_per_pass, tqdm)
+    long = replace(FULL.profile, adapt_epochs=FULL.adapt_epochs)
+    if arguments.small:
+        long = replace(SMALL_PROFILE, adapt_epochs=FULL.adapt_epochs // 2)
+    profile = FAST_PROFILE if arguments.fast else long
+    grids = FAST_GRIDS if arguments.fast else SMALL_GRIDS if arguments.small else GRIDS
     arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / "ablation_cells.csv"
-    cells.to_csv(path, index=False)
-    print(f"{len(cells)} cells, {(cells['error'] != '').sum()} failed: {path}")
+    for name in arguments.grids:
+        cells = run_grid(grids[name], load_split(profile), profile, arguments.workers, arguments.cells_per_pass, tqdm)
+        path = arguments.out / f"ablation_{name}.csv"
+        cells.to_csv(path, index=False)
+        print(f"{len(cells)} cells, {(cells['error'] != '').sum()} failed: {path}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ PROJECT = Path(os.environ.get("VIEWDIFF_NB_HOME", Path(__file__).resolve().paren
 HEADS = PROJECT / "data" / "heads"  # the shipped set of synthetic people
 TURNTABLE = PROJECT / "data" / "turntable"  # eight of its test people at every pose of a grid, with pictures
 GPU_RESULTS = PROJECT / "data" / "results" / "gpu"  # measured elsewhere, shown beside what is measured here
+CONTROL_RESULTS = PROJECT / "data" / "results" / "controls"  # of benchmarks/controls.py
 RUNS = Path(os.environ.get("VIEWDIFF_NB_RUNS", PROJECT / "runs"))  # finished runs, reused; not in the repository
 FIGURES = RUNS / "fast" / "figures" if FAST else PROJECT / "figures"  # what the notebooks write
 

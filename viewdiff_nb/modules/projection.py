@@ -136,12 +136,16 @@ class LightweightFaceProjectionLayer(nn.Module):
         """
         occupancy = gaussian_occupancy(keypoints, self.voxel_resolution, KEYPOINT_WIDTH)
         scene = self.refine(gains[..., None, None, None] * occupancy)
-        density, shares = F.softplus(scene[:, :1] - 1), scene[:, 1:]
+        density, shares = self.density(scene[:, :1], occupancy), scene[:, 1:]
         if turn is not None:  # turn density, not its logit: beyond the grid there is nothing
             turned = rotate(torch.cat((density, shares), 1), turn.to(scene.dtype))
             density, shares = turned[:, :1], turned[:, 1:]
         weights = ray_weights(density, 2 / self.voxel_resolution)
         return torch.cat((composite(shares, weights), 1 - weights.sum(2)), 1), occupancy, shares, density, weights
+
+    def density(self, logit: Tensor, occupancy: Tensor) -> Tensor:
+        """Per unit of length, (B, 1, R, R, R), of what the CNN says, as large, and occupancy (B, K, R, R, R)."""
+        return F.softplus(logit - 1)
 
     def _render(self, keypoints: Tensor, gains: Tensor, turn: Tensor | None) -> Tensor:
         return self._volumes(keypoints, gains, turn)[0]

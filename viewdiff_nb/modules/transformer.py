@@ -133,6 +133,7 @@ class EnhancedTransformerDecoderOnly3D(nn.Module):
         return_attention: bool = False,
         view_mask: Tensor | None = None,
         pose_error: Tensor | None = None,
+        target_pose: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """
         Args:
@@ -145,14 +146,20 @@ class EnhancedTransformerDecoderOnly3D(nn.Module):
                 `MEMORY_TOKENS`.
             view_mask: (B,) bool with use_cross_view, False for views that only fill up a group of n_views.
             pose_error: (B, 3) standard deviations of angles in radians, for the pose's memory token; None: exact.
+            target_pose: (B, 3) radians to render the projection at; None for frontal, which `training` trains.
 
         Returns:
             (B, feature_dim).
+
+        Raises:
+            ValueError: for shapes that do not fit, or a target_pose without a projection layer, which turns to it.
         """
+        if target_pose is not None and self.projection is None:
+            raise ValueError("target_pose needs the projection layer; build the model with use_projection_layer=True")
         h, length = self._embed(src, angles, keypoints_3d)
         memory = self._encode_memory(angles, keypoints_3d, pose_error)
         if self.projection is not None:
-            h = h + self.projection(h, keypoints_3d, source_pose=angles)
+            h = h + self.projection(h, keypoints_3d, target_pose, angles)
         x = self._attend_across_views(h[:, None] + memory[:, :1], 0, view_mask)
         weights = []
         for i, block in enumerate(self.blocks, 1):

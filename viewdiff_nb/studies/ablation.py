@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import platform
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,13 @@ from viewdiff_nb.studies.significance import Estimate, judged_lines, over_seeds,
 from viewdiff_nb.studies.store import Store, passes, run_jobs, train_pass
 from viewdiff_nb.training import TrainConfig, TrainResult, choose_device, predict
 
-AXES = ("rank", "voxel_resolution", "lora_alpha", "lambda_prior", "lora_lr")
+COLUMNS = ("rank", "voxel_resolution", "lora_alpha", "lambda_prior", "lora_lr")
+ALPHAS: dict[str, Callable[[int], float]] = {
+    "1": lambda rank: 1.0,
+    "rank": float,
+    "2 rank": lambda rank: 2.0 * rank,
+    "rsLoRA": lambda rank: rank**1.5,  # alpha / rank is then sqrt(rank), the scale of rsLoRA with alpha = rank
+}
 CELLS_PER_PASS = {"cpu": 8, "cuda": 32}
 SHIPPED = GPU_RESULTS / "ablation_cells.csv"  # the whole default grid, on one GPU
 GUIDE = {"rank": 8, "voxel_resolution": 16, "lambda_prior": 0.1}  # and lora_alpha = rank
@@ -41,15 +47,16 @@ class Grid:
     """The values of every axis; a cell for each combination."""
 
     rank: Sequence[int] = (4, 8, 16)
-    voxel_resolution: Sequence[int] = (8, 16, 32)  # 0: without the projection
-    lora_alpha: Sequence[float | None] = (None,)  # None: the rank
-    lambda_prior: Sequence[float] = (0.05, 0.1, 0.2)  # 0: without prior preservation
+    voxel_resolution: Sequence[int] = (0, 4, 8, 16, 32)  # 0: without the projection
+    lora_alpha: Sequence[str] = ("rank",)  # of ALPHAS
+    lambda_prior: Sequence[float] = (0.0, 0.05, 0.1, 0.2, 1.0)  # 0: without prior preservation
     lora_lr: Sequence[float] = (1e-2,)
-    seed: Sequence[int] = tuple(range(5))  # of the adapter, its data order and dropout; the base has seed 0
+    base: Sequence[int] = (0, 1, 2)  # seeds of the bases
+    seed: Sequence[int] = (0,)  # of the adapter, its data order and dropout, on each base
 
-    def configs(self, base: Path, epochs: int, common: TrainConfig) -> list[TrainConfig]:
+    def configs(self, bases: Mapping[int, Path], epochs: int, common: TrainConfig) -> list[TrainConfig]:
         """The training of every cell; values that make none raise a ValueError."""
-        adapted = replace(common, use_lora_attention=True, base_model_path=str(base), min_yaw=BOUNDARY, epochs=epochs)
+        adapted = replace(common, use_lora_attention=True, min_yaw=BOUNDARY, epochs=epochs)
         return [
             replace(
                 adapted,
@@ -57,17 +64,24 @@ class Grid:
                 rank=rank,
                 use_projection_layer=resolution > 0,
                 voxel_resolution=resolution or common.voxel_resolution,
-                lora_alpha=float(rank if alpha is None else alpha),
+                lora_alpha=ALPHAS[alpha](rank),
                 use_prior_preservation=weight > 0,
                 lambda_prior=weight,
                 lora_lr=rate,
-                seed=seed,
+                base_model_path=str(bases[base]),
+                seed=len(self.seed) * base + seed,
             )
-            for rank, resolution, alpha, weight, rate, seed in itertools.product(*vars(self).values())
+            for rank, resolution, alpha, weight, rate, base, seed in itertools.product(*vars(self).values())
         ]
 
+    def alphas(self) -> list[str]:
+        """The rule of alpha of every cell."""
+        return [values[2] for values in itertools.product(*vars(self).values())]
 
-FAST_GRID = Grid(voxel_resolution=(4, 8), lambda_prior=(0.1,), seed=(0, 1))
+
+FAST_GRID = Grid(voxel_resolution=(0, 4, 8), lambda_prior=(0.1,), base=(0,), seed=(0, 1))
+RATE_GRID = Grid((1, 2, 4, 8, 16, 32), (0,), tuple(ALPHAS), (0.0,), (1e-3, 3e-3, 1e-2, 3e-2, 1e-1))
+"""Is a rank better, or its learning rate?"""
 
 
 def run_grid(
@@ -88,14 +102,15 @@ def run_grid(
         store: by default that of split.
 
     Returns:
-        a row per cell: `AXES`, seed, epochs, batch_size; every rate as {val, test}_{rate}[_{yaw}]; parameters,
-        trainable; step_ms and seconds (a cell's share of its pass), cells_together; memory_mb (of a training step
-        alone, see `TrainingStep.memory`); train_loss (a list over epochs); machine, version; error (of a cell that
-        failed; its rates are missing).
+        a row per cell: `COLUMNS`, base, alpha (the rule), seed, epochs, batch_size; every rate as
+        {val, test}_{rate}[_{yaw}]; parameters, trainable; step_ms and seconds (a cell's share of its pass),
+        cells_together; memory_mb (of a training step alone, see `TrainingStep.memory`); train_loss (a list over
+        epochs) and final_train_loss; machine, version; error (of a cell that failed; its rates are missing).
     """
     store = store or Store(split)
-    base, _ = base_model(store, split, profile, seed=0)
-    configs = grid.configs(base, profile.adapt_epochs, profile.common)
+    run_jobs(partial(base_model, store, split, profile), [(seed,) for seed in grid.base], workers)
+    bases = {seed: base_model(store, split, profile, seed)[0] for seed in grid.base}
+    configs = grid.configs(bases, profile.adapt_epochs, profile.common)
     missing = [config for config in configs if store.find("ablation", config) is None]
     most = cells_per_pass or CELLS_PER_PASS[choose_device(profile.common.device).type]
     jobs = [(job,) for job in passes(missing, most)]
@@ -103,8 +118,10 @@ def run_grid(
     for failed in run_jobs(partial(_work, store, split), jobs, workers, progress):
         errors |= failed
     rows = []
-    for config in configs:
-        row = {name: getattr(config, name) for name in (*AXES, "seed", "epochs", "batch_size")}
+    of_base = {str(path): seed for seed, path in bases.items()}
+    for config, alpha in zip(configs, grid.alphas(), strict=True):
+        row = {name: getattr(config, name) for name in (*COLUMNS, "seed", "epochs", "batch_size")}
+        row |= {"base": of_base[str(config.base_model_path)], "alpha": alpha}
         row["voxel_resolution"] *= config.use_projection_layer
         found = store.find("ablation", config)
         rows.append(row | (found["cell"] if found else {"error": errors.get(config, "")}))
@@ -153,6 +170,7 @@ def _scored(result: TrainResult, split: Split) -> dict:
         "trainable": counts["trainable"],
         "step_ms": 1e3 * result.train_seconds / result.steps,
         "seconds": result.train_seconds,
+        "final_train_loss": round(result.history["train_loss"].iloc[-1], 5),
         "train_loss": [round(loss, 5) for loss in result.history["train_loss"]],
         "machine": machine(),
         "version": f"viewdiff_nb {__version__}, numpy {np.__version__}, {platform.system()}",

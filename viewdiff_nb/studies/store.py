@@ -4,6 +4,7 @@ import ast
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -167,15 +168,23 @@ def run_jobs(
     Steps of these models are small: two processes with a core each get more done than one with two.
 
     Args:
-        workers: at once; by default what the parallel_config says, or one per core, eight at most; one if there is a
-            GPU.
+        workers: at once; by default what the parallel_config says, or one per GPU, or per core, eight at most. With
+            several GPUs each worker stays on one.
         progress: wraps the list of jobs, e.g. tqdm.
     """
     if not jobs:
         return []
     backend, configured = get_active_backend()
-    workers = workers or configured or (1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 8))
+    workers = workers or configured or torch.cuda.device_count() or min(os.cpu_count() or 1, 8)
     return_as = "generator_unordered" if backend.supports_return_generator else "list"
     parallel = joblib.Parallel(min(workers, len(jobs)), return_as=return_as, batch_size=1)
-    done = parallel(joblib.delayed(function)(*job) for job in jobs)
+    done = parallel(joblib.delayed(_on_own_gpu)(function, *job) for job in jobs)
     return [result for _, result in zip(progress(jobs), done, strict=True)]
+
+
+def _on_own_gpu(function: Callable[..., Result], *job: object) -> Result:
+    """function(*job) on the GPU that falls to this process of a pool, whose name ends with a number."""
+    number = multiprocessing.current_process().name.rpartition("-")[2]
+    if torch.cuda.device_count() > 1 and number.isdigit():
+        torch.cuda.set_device(int(number) % torch.cuda.device_count())
+    return function(*job)

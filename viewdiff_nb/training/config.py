@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args
 
 LossName = Literal["mse", "cosine", "identity", "identity+cosine", "identity+margin", "two-way", "two-way+pairs"]
 LoraTarget = Literal["attention", "feed_forward"]
+PriorTerm = Literal["kl", "feature", "l2"]
 Monitored = Literal["val_loss", "val_cosine", "val_rank1", "val_tar"]
-LOSS_NAMES, LORA_TARGETS = get_args(LossName), get_args(LoraTarget)
+LOSS_NAMES, LORA_TARGETS, PRIOR_TERMS = get_args(LossName), get_args(LoraTarget), get_args(PriorTerm)
 MONITORED = {"val_loss": min, "val_cosine": max, "val_rank1": max, "val_tar": max}  # and which of two is better
 
 Check = tuple[Callable[[Any], bool], str]
@@ -45,6 +46,7 @@ LIMITS: dict[str, Check] = {
     "num_workers": _between(0, 1024),
     "pose_dim": (lambda value: value in (0, 3), "3 (the data has pitch, yaw, roll) or 0"),
     "lora_targets": (lambda value: set(value) <= set(LORA_TARGETS), f"of {', '.join(LORA_TARGETS)}"),
+    "prior_terms": (lambda value: len(value) > 0 and set(value) <= set(PRIOR_TERMS), f"of {', '.join(PRIOR_TERMS)}"),
     "loss": (lambda value: value in LOSS_NAMES, f"one of {', '.join(LOSS_NAMES)}"),
     "monitor": (lambda value: value in MONITORED, f"one of {', '.join(MONITORED)}"),
 }
@@ -118,6 +120,8 @@ class Adaptation:
     """Hold the model to what its base says of near-frontal views."""
     lambda_prior: float = 0.1
     """Weight of that; guide: 0.1, from 0.05 (changes more) to 0.2 (keeps more)."""
+    prior_terms: tuple[PriorTerm, ...] = ("kl", "feature", "l2")
+    """What is held: whom a prediction resembles, its direction, itself."""
     prior_max_yaw: float = 45.0
     """The prior set: training views with |yaw| below this, whose base predictions are preserved."""
     prior_fraction: float = 0.25

@@ -13,7 +13,7 @@ from viewdiff_nb.faces.views import FaceViews
 from viewdiff_nb.modules.prior import EnhancedTransformerWithPrior, PriorPreservationDataset, PriorPreservationLoss
 from viewdiff_nb.modules.transformer import EnhancedTransformerDecoderOnly3D, fuse_views
 from viewdiff_nb.training.batches import FaceBatch, mix
-from viewdiff_nb.training.config import TrainConfig
+from viewdiff_nb.training.config import PRIOR_TERMS, TrainConfig
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 TEMPERATURE = 0.05  # of the softmax over people; cosines differ by a few tenths
@@ -141,7 +141,9 @@ class Objective:
         self.amp_dtype = amp_dtype_for(device) if config.use_amp else None
         self.task = self.prior = None
         if base is not None and prior_faces is not None:
-            self.task = EnhancedTransformerWithPrior(model, base, config.lambda_prior, PriorPreservationLoss(front))
+            weights = tuple(float(term in config.prior_terms) for term in PRIOR_TERMS)
+            prior_loss = PriorPreservationLoss(front, weights=weights)
+            self.task = EnhancedTransformerWithPrior(model, base, config.lambda_prior, prior_loss)
             src, conditions = prior_faces.src, prior_faces.conditions()
             self.prior = PriorPreservationDataset(base, src, conditions)  # type: ignore[arg-type] # rows on disk serve, too
 

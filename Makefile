@@ -1,6 +1,6 @@
 # make reproduce   set up, run the notebooks, write tables and figures (FAST=1: a smoke run)
-# make modules     which module earns what: 65 trainings, hours on a CPU, minutes on a GPU
-# make recipes     which loss, mix-up, margin … trains best: 63 trainings, hours on a CPU, minutes on a GPU
+# make controls    every model with equal budgets beside its controls: half an hour on four GPUs; FAST=1 on a CPU
+# make claims      every number of README and docs against the CSV cell that it names
 # make ablation    the whole grid of rank, resolution and prior weight: 135 trainings, ten minutes on an H200
 # make cfp CFP=…   the kit on real faces: embed the folder of CFP, run notebook 06 on it (needs npm and network once)
 # make test        set up, run the tests
@@ -23,7 +23,7 @@ PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check 
 # A torch that is there already stays, unless TORCH is given.
 KEEP_TORCH := $(if $(filter file,$(origin TORCH)),$(VENV)/bin/python -c "import torch" 2>/dev/null ||)
 
-.PHONY: reproduce cfp cfp-folder modules recipes ablation test test-all lint lab data clean
+.PHONY: reproduce cfp cfp-folder controls claims ablation test test-all lint lab data clean
 
 reproduce: $(VENV)/.kit
 	$(VENV)/bin/python benchmarks/reproduce.py $(if $(FAST),--fast)
@@ -35,11 +35,12 @@ cfp: cfp-folder $(VENV)/.cfp
 cfp-folder:
 	@test -n "$(CFP)" || { echo "give CFP's folder, with Data and Protocol: make cfp CFP=folder (docs/real_faces.md)"; exit 2; }
 
-modules: $(VENV)/.kit
-	$(VENV)/bin/python benchmarks/module_study.py $(if $(FAST),--fast)
+controls: $(VENV)/.peft
+	$(VENV)/bin/python benchmarks/controls.py $(if $(FAST),--effort fast)
+	$(if $(FAST),,$(VENV)/bin/python benchmarks/draw_controls.py)
 
-recipes: $(VENV)/.kit
-	$(VENV)/bin/python benchmarks/recipe_study.py $(if $(FAST),--fast)
+claims: $(VENV)/.kit
+	$(VENV)/bin/python benchmarks/claims.py
 
 ablation: $(VENV)/.kit
 	$(VENV)/bin/python benchmarks/ablation.py $(if $(FAST),--fast)
@@ -80,6 +81,10 @@ $(VENV)/.kit: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.cfp: $(VENV)/.kit
 	$(PIP) --editable ".[cfp]"
+	touch $@
+
+$(VENV)/.peft: $(VENV)/.kit
+	$(PIP) --editable ".[peft]"
 	touch $@
 
 $(VENV)/.heads: $(VENV)/.kit

@@ -17,7 +17,6 @@ TINY = Profile(
     wide_epochs=1,
     small_epochs=1,
     baseline_epochs=1,
-    recipe_epochs=1,
     common=TOY,
 )
 """One seed, one epoch of everything."""

@@ -12,7 +12,7 @@ from viewdiff_nb.studies import ablation
 from viewdiff_nb.studies.ablation import Grid, run_grid
 from viewdiff_nb.studies.store import Store
 
-GRID = Grid(rank=(2, 4), voxel_resolution=(0, 4), lambda_prior=(0.1,), seed=(0, 1))
+GRID = Grid(rank=(2, 4), voxel_resolution=(0, 4), lambda_prior=(0.1,), base=(0,), seed=(0, 1))
 COLUMNS = ["test_rank1", "test_tar", "val_rank1_0-45", "test_cosine_75-90"]
 
 
@@ -37,6 +37,12 @@ def test_every_cell_is_a_row(split, store):
     assert by.loc[(4, 0, 0), "trainable"] == 2 * by.loc[(2, 0, 0), "trainable"]
     assert by.loc[(2, 4, 0), "trainable"] > by.loc[(2, 0, 0), "trainable"]
     assert cells["train_loss"].map(len).eq(TINY.adapt_epochs).all()
+
+
+def test_no_pass_had_to_be_trained_one_by_one(split, store):
+    """Cells that fail together are tried alone, so a pass that cannot run shows nowhere else."""
+    cells = run_grid(replace(GRID, seed=(0,)), split, TINY, workers=1, store=store)
+    assert cells["cells_together"].eq(2).all()
 
 
 def test_together_or_alone_is_the_same(split, tmp_path):
@@ -108,3 +114,12 @@ def test_a_killed_grid_repeats_no_finished_cell(tmp_path):
     process.join()
     assert process.exitcode == 0 and len(list((tmp_path / "study").glob("*.json"))) == 9
     assert all(path.stat().st_mtime_ns == moment for path, moment in written.items())
+
+
+def test_alpha_follows_its_rule_and_every_base_has_seeds_of_its_own(split, store):
+    grid = Grid((4,), (0,), tuple(ablation.ALPHAS), (0.0,), base=(0, 1), seed=(0, 1))
+    cells = run_grid(grid, split, TINY, workers=1, store=store)
+    assert len(cells) == 16 and (cells["error"] == "").all()
+    alphas = cells.drop_duplicates("alpha").set_index("alpha")["lora_alpha"]
+    assert alphas.to_dict() == {"1": 1.0, "rank": 4.0, "2 rank": 8.0, "rsLoRA": 8.0}  # 8 / 4 = 4 / sqrt(4)
+    assert cells.groupby("base")["seed"].unique().map(list).to_dict() == {0: [0, 1], 1: [2, 3]}

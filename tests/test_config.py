@@ -62,6 +62,7 @@ from viewdiff_nb.training.losses import LOSSES
         ({"seed": -1}, "seed must be from 0 to"),
         ({"resume": ""}, "resume must be a name or a path .*, got ''"),
         ({"save_dir": ""}, "save_dir must be a name or a path"),
+        ({"prior_terms": ()}, "prior_terms must be of kl, feature, l2"),
         ({"lora_targets": ("atention",)}, "lora_targets must be of attention, feed_forward"),
         ({"val_people": 1}, "val_people must be from 2"),
         ({"use_amp": "no"}, "use_amp must be true or false, got 'no'"),
@@ -88,7 +89,7 @@ def test_paths_and_lists_are_taken(tmp_path):
 def test_every_number_has_limits():
     """So that no flag reaches torch, which would not name it."""
     free = {"max_yaw", "prior_max_yaw"}  # any number is an angle
-    named = {"loss", "monitor", "lora_targets"}
+    named = {"loss", "monitor", "lora_targets", "prior_terms"}
     numbers = {f.name for f in fields(TrainConfig) if {int, float} & {f.type, *get_args(f.type)}}
     assert numbers - free | named == set(LIMITS)
 

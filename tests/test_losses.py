@@ -1,9 +1,12 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import CONFIG, people
 
 from viewdiff_nb.training import losses
+from viewdiff_nb.training.checkpoint import build_model
 from viewdiff_nb.training.losses import LOSSES, MARGIN, TEMPERATURE, mean_loss
 
 PERSON = torch.tensor([0, 2, 2, 4])
@@ -106,3 +109,13 @@ def test_within_vmap_and_autocast_too():
         found = torch.func.vmap(lambda p, who: mean_loss(losses.two_way, gallery, p, who))(predicted, person)
     exact = [losses.two_way(p.double(), gallery.double(), who).mean() for p, who in zip(predicted, person, strict=True)]
     torch.testing.assert_close(found.double(), torch.stack(exact), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("terms", "weights"), [(("kl", "feature", "l2"), (1, 1, 1)), (("feature",), (0, 1, 0))])
+def test_the_prior_is_held_by_the_terms_that_are_named(terms, weights):
+    faces = people(4, views=3)
+    config = replace(CONFIG, prior_terms=terms)
+    model = torch.nn.Linear(2, 2)
+    base = build_model(config, faces.feature_dim, base=True)
+    objective = losses.Objective(config, model, faces.front, torch.device("cpu"), base, faces)
+    assert objective.task.prior_loss.weights == weights

@@ -1,4 +1,4 @@
-"""Pictures of tables, modules, grids and forgetting: what they show is known by construction."""
+"""Pictures of tables, modules and grids: what they show is known by construction."""
 
 import itertools
 import warnings
@@ -14,7 +14,6 @@ from viewdiff_nb import EnhancedTransformerDecoderOnly3D, LoRALinearLayer
 from viewdiff_nb.plots import (
     BIN_NAMES,
     effective_rank,
-    forgetting_figure,
     interaction,
     lora_spectra,
     projection_steps,
@@ -134,23 +133,3 @@ def test_the_weight_of_the_prior_is_told_by_what_it_keeps():
     cells.loc[cells["lambda_prior"] == 0.2, "test_tar_0-45"] += 1e-6 * cells["seed"]  # a spread to judge by
     assert "Lambda 0.2 keeps +0.020" in retention(cells).axes[0].get_title("left")
     plt.close("all")
-
-
-def test_forgetting_has_gain_to_the_right_and_what_is_kept_upward():
-    points = [[0.40, -0.04], [0.30, -0.01], [0.40, -0.10], [0.40, 0.0]]  # (gained, kept): LoRA, then full fine-tuning
-    runs = itertools.product(("LoRA r=8", "full fine-tuning"), (0.0, 1.0))
-    rows = [
-        (method, weight, rate, where, mean, 0.01)
-        for (method, weight), (gained, kept) in zip(runs, points, strict=True)
-        for rate in ("rank1", "tar")
-        for where, mean in (("45-90", gained), ("0-45", kept))
-    ]
-    fig = forgetting_figure(
-        pd.DataFrame(rows, columns=["method", "weight", "rate", "where", "mean", "half"]), "two seeds"
-    )
-    for ax in fig.axes:
-        assert [bars.lines[0].get_xydata()[0].tolist() for bars in ax.containers] == points
-        assert [bars.lines[0].get_marker() for bars in ax.containers] == ["o", "s"] * 2  # of lambda 0 and 1
-    words = [text.get_text() for text in fig.legends[0].get_texts()]
-    assert words == ["LoRA r=8", "full fine-tuning", "lambda 0", "lambda 1"]
-    plt.close(fig)

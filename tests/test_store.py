@@ -1,13 +1,16 @@
+import multiprocessing
 import os
 import shutil
 from dataclasses import replace
 
 import joblib
 import pytest
+import torch
 from conftest import CONFIG, people
 from studies_fixture import small_split
 
 from viewdiff_nb.faces import split_by_person
+from viewdiff_nb.studies import store as store_module
 from viewdiff_nb.studies.store import (
     PACKAGE,
     RESULT_CODE,
@@ -160,3 +163,15 @@ def test_the_caller_says_where():
         assert {process for process, _ in run_jobs(whole_quotient, [(1, 1)] * 4)} == {os.getpid()}
     with joblib.parallel_config("multiprocessing", n_jobs=2):  # which hands out whole lists only
         assert os.getpid() not in {process for process, _ in run_jobs(whole_quotient, [(1, 1)] * 4)}
+
+
+@pytest.mark.parametrize(
+    ("process", "gpus", "chosen"), [("LokyProcess-6", 4, 2), ("MainProcess", 4, None), ("w-3", 1, None)]
+)
+def test_a_worker_stays_on_one_of_several_gpus(monkeypatch, process, gpus, chosen):
+    asked = []
+    monkeypatch.setattr(multiprocessing.current_process(), "name", process)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    assert store_module._on_own_gpu(pow, 2, 3) == 8
+    assert asked == ([] if chosen is None else [chosen])

@@ -267,3 +267,22 @@ def test_the_face_volume_has_the_resolution_and_pose_asked_for():
     torch.testing.assert_close(turned.keypoints, frontal.keypoints * torch.tensor([-1.0, 1.0, -1.0]))
     with pytest.raises(ValueError, match="no projection layer; build it with use_projection_layer=True"):
         build().face_volume(**given)
+
+
+def test_the_projection_turns_to_the_target_pose():
+    model = build(projection=True)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    given, target = inputs(), torch.tensor([[0.0, 0.8, 0.0]]).expand(6, 3)
+    seen = []
+    model.projection.register_forward_hook(lambda layer, taken, out: seen.append(taken))
+    model(**given, target_pose=target)
+    assert seen[0][2] is target and seen[0][3] is given["angles"]
+    frontal = model(**given)
+    torch.testing.assert_close(model(**given, target_pose=torch.zeros(6, 3)), frontal, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(model(**given, target_pose=target), frontal, atol=1e-3)
+
+
+def test_a_model_without_projection_cannot_turn():
+    with pytest.raises(ValueError, match="use_projection_layer=True"):
+        build()(**inputs(), target_pose=torch.zeros(6, 3))

@@ -1,6 +1,6 @@
-"""The quality studies at full length, several trainings at a time on one GPU.
+"""The main study at full length, several trainings at a time on one GPU.
 
-    python benchmarks/gpu/quality.py OUT [--seeds 20] [--module-seeds 5] [--recipe-seeds 3] [--workers 8] [--fast]
+    python benchmarks/gpu/quality.py OUT [--seeds 20] [--workers 8] [--fast]
 
 A step of this model leaves most of the GPU idle, so processes that share it get more done than one.
 OUT gets the tables as CSV and PNG, of the seeds of which every training is done. Finished trainings are kept in
@@ -14,14 +14,11 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # where module_study and recipe_study are
 os.environ.setdefault("VIEWDIFF_NB_RUNS", str(Path(sys.argv[1] if len(sys.argv) > 1 else ".").resolve() / "runs"))
 
 import matplotlib.pyplot as plt
 import torch
 import torch.multiprocessing as mp
-from module_study import FULL_MODULES, module_study, multi_view_study, write_tables
-from recipe_study import MODELS, RECIPES, recipe_study, write_table
 
 from viewdiff_nb.faces.splits import Split
 from viewdiff_nb.plots import save_table
@@ -47,7 +44,7 @@ from viewdiff_nb.studies.store import Store
 OTHERS = (*ALL_YAWS[:-1], *BASELINES, *CLOSED_FORMS, *STUDIED, *STEP_CHOSEN)
 ADAPTED = (ALL_YAWS[-1], *(name for name in OTHERS if name not in BASES))
 RATES = ("rank1", "tar", "auc", "eer", "cosine")
-Task = tuple[str, str, int]  # study, model, seed
+Task = tuple[str, int]  # model, seed
 
 
 def start_worker(fast: bool) -> None:
@@ -59,23 +56,16 @@ def start_worker(fast: bool) -> None:
 
 
 def work(task: Task) -> tuple[Task, float]:
-    """One model of the main study, or one seed of another one; the results go to the store."""
-    study, name, seed = task
+    """One model of the study; the result goes to the store."""
     started = time.perf_counter()
-    if study == "main":
-        run_job(Store(_split), _split, _profile, name, seed)
-    elif study == "recipe":
-        recipe_study(_profile, _split, [seed], names=[name], workers=1)
-    else:
-        of_study = {"modules": module_study, "views": multi_view_study}[study]
-        of_study(FAST_PROFILE if _profile is FAST_PROFILE else FULL_MODULES, _split, [seed], workers=1)
+    run_job(Store(_split), _split, _profile, *task)
     return task, time.perf_counter() - started
 
 
 def main_tasks(seeds: range) -> list[list[Task]]:
     """In two stages, for the second starts from the bases of the first; within them a seed after the other."""
-    bases = [("main", name, seed) for seed in seeds for name in BASES]
-    return [bases, [("main", name, s) for s in seeds for name in ADAPTED if s == 0 or name not in FIXED]]
+    bases = [(name, seed) for seed in seeds for name in BASES]
+    return [bases, [(name, s) for s in seeds for name in ADAPTED if s == 0 or name not in FIXED]]
 
 
 def write_main_tables(out: Path, profile: Profile, split: Split, seeds: range) -> None:
@@ -96,26 +86,14 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--first-seed", type=int, default=0, help="of the main study, to share it among machines")
-    parser.add_argument("--module-seeds", type=int, default=5, help="at most --seeds: they start from its bases")
-    parser.add_argument("--recipe-seeds", type=int, default=3, help="at most --seeds, too")
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="then what is running is given up")
     parser.add_argument("--fast", action="store_true")
     arguments = parser.parse_args()
-    if arguments.first_seed and (arguments.module_seeds or arguments.recipe_seeds):
-        parser.error("--first-seed is for the main study: give --module-seeds 0 --recipe-seeds 0")
-    if max(arguments.module_seeds, arguments.recipe_seeds) > arguments.seeds:
-        parser.error(
-            f"--module-seeds and --recipe-seeds must be at most --seeds={arguments.seeds}, got "
-            f"{arguments.module_seeds} and {arguments.recipe_seeds}"
-        )
     os.environ["OMP_NUM_THREADS"] = "1"
     started, out = time.perf_counter(), arguments.out
     first, end = arguments.first_seed, arguments.first_seed + arguments.seeds
     stages = main_tasks(range(first, end))
-    # recipes start from the bases that the main study of the same seed trains
-    recipes = [("recipe", name, seed) for seed in range(arguments.recipe_seeds) for name in (*MODELS, *RECIPES)]
-    stages.append(recipes + [(s, "", seed) for seed in range(arguments.module_seeds) for s in ("modules", "views")])
     done: set[Task] = set()
     over = False
     with mp.get_context("spawn").Pool(arguments.workers, start_worker, (arguments.fast,)) as pool:
@@ -129,9 +107,9 @@ def main() -> None:
                     over = True
                     break
                 done.add(task)
-                study, name, seed = task
+                name, seed = task
                 spent = time.perf_counter() - started
-                print(f"{spent:4.0f} s: {study} {name} seed {seed} in {seconds:.0f} s", flush=True)
+                print(f"{spent:4.0f} s: {name} seed {seed} in {seconds:.0f} s", flush=True)
             if over:
                 break
 
@@ -139,21 +117,12 @@ def main() -> None:
     print(f"{len(done)} of {len(wanted)} tasks are done", flush=True)
     profile = FAST_PROFILE if arguments.fast else FULL_PROFILE
     split = load_split(profile)
-    note = f"mean ± 95 % interval over seeds and people; {machine()}"
-    missing = {seed for study, name, seed in wanted if study == "main" and (study, name, seed) not in done}
+    missing = {seed for name, seed in wanted if (name, seed) not in done}
     complete = range(first, min(missing, default=end))
     if complete:
         write_main_tables(out, profile, split, complete)
     if over:
         sys.exit(f"the time was over: {len(complete)} of {arguments.seeds} seeds are complete; start again to go on")
-    if arguments.recipe_seeds:
-        seeds = range(arguments.recipe_seeds)
-        write_table(recipe_study(profile, split, seeds), out, f"{arguments.recipe_seeds} seeds, {note}")
-    if arguments.module_seeds:
-        seeds = range(arguments.module_seeds)
-        note = f"{arguments.module_seeds} seeds, mean ± 95 % interval over seeds; {machine()}"
-        profile = FAST_PROFILE if arguments.fast else FULL_MODULES
-        write_tables(module_study(profile, split, seeds), multi_view_study(profile, split, seeds), out, note)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ for step in "${@:-tests speed compiled training quality one_pass loop grid}"; do
         training) timeout 240 $PYTHON benchmarks/gpu/training.py "$OUT/training.csv" --rounds 2 ;;
         quality)
             timeout $((${QUALITY_SECONDS:-3600} + 60)) $PYTHON benchmarks/gpu/quality.py "$OUT/quality" --seeds 20 \
-                --module-seeds 0 --recipe-seeds 0 --workers "${WORKERS:-8}" --seconds "${QUALITY_SECONDS:-3600}"
+                --workers "${WORKERS:-8}" --seconds "${QUALITY_SECONDS:-3600}"
             ;;
         one_pass)
             for precision in fp32 bf16; do

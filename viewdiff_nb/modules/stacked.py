@@ -124,8 +124,12 @@ class StackedProjection(nn.Module):
         for name, parameter in self.layer.named_parameters():
             parameter.data = torch.stack([layer.get_parameter(name).detach() for layer in layers])
 
-    def forward(self, features: Tensor, keypoints_3d: Tensor, source_pose: Tensor) -> Tensor:
-        """(A B, D), (A B, K, 3), (A B, 3) to (A B, D)."""
+    def forward(
+        self, features: Tensor, keypoints_3d: Tensor, target_pose: Tensor | None, source_pose: Tensor
+    ) -> Tensor:
+        """(A B, D), (A B, K, 3), None (frontal), (A B, 3) to (A B, D)."""
+        if target_pose is not None:
+            raise ValueError("a stack of projections renders the frontal pose only; give no target_pose")
         stacks: dict[str, Tensor] = dict(self.layer.named_parameters())
         parts = [value.unflatten(0, (self.count, -1)) for value in (features, keypoints_3d, source_pose)]
         if features.is_cuda:  # one launch for all, of all voxels

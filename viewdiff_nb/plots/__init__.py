@@ -10,7 +10,6 @@ import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
@@ -21,7 +20,6 @@ from viewdiff_nb.faces.views import FaceViews
 from viewdiff_nb.modules.lora import evaluation_mode, lora_layers
 from viewdiff_nb.modules.transformer import EnhancedTransformerDecoderOnly3D
 from viewdiff_nb.studies.ablation import CHOICE, paired, recommend, summary
-from viewdiff_nb.studies.forgetting import GAINED, KEPT, RATES
 from viewdiff_nb.studies.significance import over_seeds, told_apart
 
 BIN_NAMES = [f"{low}-{high}" for low, high in YAW_BINS]
@@ -30,6 +28,8 @@ MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 LINES = ("-", "--", ":", "-.")
 LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8.5}
 FLAT = 1e-6  # singular values below this share of the largest are rounding
+KEPT, GAINED = "0-45", "45-90"  # degrees of |yaw|: what a base was trained on, and what it is adapted to
+RATES = {"rank1": "rank-1", "tar": "TAR at FAR 1e-3"}
 COSTS = {"trainable": "trainable parameters", "memory_mb": "memory of a training step alone, MB"}
 
 
@@ -302,34 +302,6 @@ def write_all(cells: pd.DataFrame, folder: Path) -> dict[str, Figure]:
             fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
         plt.close(fig)
     return figures
-
-
-def forgetting_figure(found: pd.DataFrame, note: str = "") -> Figure:
-    """What is kept below 45° (up) against what is gained beyond (right); found: of `studies.forgetting.changes`."""
-    fig, axes = plt.subplots(1, len(RATES), figsize=(10, 4), layout="constrained")
-    weights = sorted(found["weight"].unique())
-    for ax, (rate, words) in zip(axes, RATES.items(), strict=True):
-        of_rate = found[found["rate"] == rate]
-        for colour, (method, rows) in zip(COLOURS, of_rate.groupby("method", sort=False), strict=False):
-            kept, gained = (rows[rows["where"] == where].set_index("weight") for where in (KEPT, GAINED))
-            ax.plot(gained["mean"], kept["mean"], ":", color=colour, zorder=1, label=method)
-            for weight, y in kept.iterrows():
-                x, style = gained.loc[weight], {"color": colour, "elinewidth": 0.8}
-                _points(ax, weights.index(weight), x["mean"], y["mean"], y["half"], xerr=x["half"], **style)
-        ax.axhline(0, color="0.6", linewidth=1, zorder=0)
-        ax.set(xlabel="gained at |yaw| ≥ 45°, against the base", ylabel="change at |yaw| < 45°")
-        ax.xaxis.set_major_locator(MaxNLocator(5))
-        ax.set_title(words, loc="left", fontsize=10)
-    methods, _ = axes[0].get_legend_handles_labels()
-    shapes = [
-        Line2D([], [], color="0.4", linestyle="", marker=marker, label=f"lambda {weight:g}")
-        for marker, weight in zip(MARKERS, weights, strict=False)
-    ]
-    fig.legend(handles=[*methods, *shapes], loc="outside right center", **LEGEND)
-    if note:
-        fig.supxlabel(note, fontsize=7.5, color="0.35", x=0.01, ha="left")
-    sns.despine(fig)
-    return fig
 
 
 def _points(ax: Axes, i: int, x: Any, y: Any, half: Any, **style: Any) -> None:

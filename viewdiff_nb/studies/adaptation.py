@@ -26,7 +26,7 @@ from viewdiff_nb.training.checkpoint import build_model, load_base_weights, save
 
 BOUNDARY = 45.0  # degrees of |yaw|: the base's domain below, the adapted one from there on
 
-# scored at the end; the recipe (loss, mix-up) was chosen on validation people, see benchmarks/recipe_study.py
+# scored at the end; the recipe (loss, mix-up) was chosen on validation people, see docs/recipe.md
 COMMON = TrainConfig(val_people=200, test_people=300, batch_size=128, dropout=0.2, lr=5e-4, mixup=True, val_every=1000)
 
 
@@ -43,7 +43,6 @@ class Profile:
     wide_epochs: int = 7  # for its adaptation to all yaws
     small_epochs: int = 16  # of the small transformer, all yaws
     baseline_epochs: int = 12  # all yaws, too
-    recipe_epochs: int = 8  # of each of benchmarks/recipe_study.py
     real_epochs: int = 8  # on the folds of a real benchmark; of 16 its training folds chose a quarter most often
     real_seeds: int = 3
     common: TrainConfig = COMMON
@@ -60,7 +59,6 @@ FAST_PROFILE = Profile(
     wide_epochs=2,
     small_epochs=2,
     baseline_epochs=2,
-    recipe_epochs=2,
     real_epochs=1,
     real_seeds=1,
     common=replace(COMMON, d_model=256, num_layers=2, dim_feedforward=512),

@@ -80,7 +80,10 @@ def _dense(how: Any) -> Build:
 
 
 def _dora(model: EnhancedTransformerDecoderOnly3D, faces: FaceViews) -> None:
-    from peft import LoraConfig, inject_adapter_in_model
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("DoRA is PEFT's: pip install 'viewdiff_nb[peft]', or leave its row out") from error
 
     names = ["query", "key", "value", "out"]
     inject_adapter_in_model(LoraConfig(r=8, lora_alpha=8, target_modules=names, use_dora=True), model)

@@ -22,11 +22,10 @@ from viewdiff_nb.files import CONTROL_RESULTS
 from viewdiff_nb.studies import adaptation
 from viewdiff_nb.studies.control_rows import ROWS, SMALL
 from viewdiff_nb.studies.robustness import HALF, fused, geometry, robustness, side_rates
-from viewdiff_nb.studies.store import Store, code_fingerprint, train_pass
+from viewdiff_nb.studies.store import Store, train_pass
 from viewdiff_nb.training import TrainConfig, TrainingDiverged, predict
 from viewdiff_nb.training.checkpoint import load_model, save_checkpoint
 
-CODE = code_fingerprint(Path(__file__).parent, ("controls.py", "control_rows.py", "robustness.py"))
 RATES, DECAYS, DROPOUTS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.01, 1.0), (0.1, 0.3)
 TRIALS = tuple(
     {"lr": rate, "lora_lr": rate, "weight_decay": decay, "dropout": dropout}
@@ -125,7 +124,7 @@ def try_out(effort: str, name: str, trial: int) -> dict:
         val = side_rates(*_scored_faces(model, name, split.val))
         return {"settings": options, "val": val, "train_seconds": seconds}
 
-    return store.get(f"controls {CODE}, trial, {name}", config, make)
+    return store.get(f"controls, trial, {name}", config, make)
 
 
 def choose(effort: str, name: str) -> dict[str, float]:
@@ -149,7 +148,7 @@ def single_view(effort: str, seed: int) -> Path:
     _, _, store = setting(effort)
     name = "LoRA r=8 + projection"
     config = config_of(effort, name, seed, choose(effort, name) | {"min_yaw": 0.0})
-    key = f"controls {CODE}, single view"
+    key = "controls, single view"
 
     def make() -> dict:
         model, seconds = _trained(effort, name, config)
@@ -182,7 +181,7 @@ def final(effort: str, name: str, seed: int) -> dict:
             scores["geometry"] = found
         return scores
 
-    return store.get(f"controls {CODE}, {name}", config, make)
+    return store.get(f"controls, {name}", config, make)
 
 
 def _average(effort: str, name: str, seed: int) -> dict:
@@ -195,7 +194,7 @@ def _average(effort: str, name: str, seed: int) -> dict:
         scores = adaptation.score(*fused(predict(model, split.test), split.test, int(name.split()[1])), "test")
         return scores | adaptation.parameter_counts(model) | {"train_seconds": 0.0, "settings": {}}
 
-    return store.get(f"controls {CODE}, {name}", config, make)
+    return store.get(f"controls, {name}", config, make)
 
 
 def curve(effort: str, name: str, epochs: int, seed: int) -> dict:
@@ -207,7 +206,7 @@ def curve(effort: str, name: str, epochs: int, seed: int) -> dict:
         model, _ = _trained(effort, name, config)
         return {"val": side_rates(*_scored_faces(model, name, split.val))}
 
-    return store.get(f"controls {CODE}, curve, {name}", config, make)
+    return store.get(f"controls, curve, {name}", config, make)
 
 
 def fewer(effort: str, name: str, people: int, views: int, seed: int) -> dict:
@@ -223,4 +222,4 @@ def fewer(effort: str, name: str, people: int, views: int, seed: int) -> dict:
         model, _ = _trained(effort, name, config, part)
         return {"test": side_rates(predict(model, part.test), part.test)}
 
-    return store.get(f"controls {CODE}, {people} people, {views} views, {name}", config, make)
+    return store.get(f"controls, {people} people, {views} views, {name}", config, make)

@@ -1,4 +1,4 @@
-from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -7,61 +7,42 @@ from studies_fixture import TINY, small_split
 from viewdiff_nb.metrics import COUNTS
 from viewdiff_nb.studies import adaptation
 from viewdiff_nb.studies import store as store_module
-from viewdiff_nb.studies.adaptation import run_study
+from viewdiff_nb.studies.adaptation import run_job
 from viewdiff_nb.studies.significance import RESAMPLES
-from viewdiff_nb.studies.store import Store
+from viewdiff_nb.studies.store import Store, run_jobs
 
 
-def test_study_trains_everything_once_and_reuses_it(monkeypatch, tmp_path):
+def test_a_model_is_trained_once_and_reused(monkeypatch, tmp_path):
     split = small_split()
     store = Store(split, tmp_path)
-    results = run_study(TINY, split, workers=1, store=store)
-    rows = (
-        *adaptation.BASELINES,
-        *adaptation.CLOSED_FORMS,
-        *adaptation.STUDIED,
-        *adaptation.ALL_YAWS,
-        *adaptation.STEP_CHOSEN,
-    )
-    assert {name for name, _ in results} == {*rows, "base"}
+    results = {name: run_job(store, split, TINY, name, 0) for name in adaptation.MODELS}
     for result in results.values():
         assert 0 <= result["test"]["all"]["rank1"] <= 1 and result["test"]["all"]["views"] == 40 * 12
         assert set(result["test"]["all"]) - set(result["test_people"]["all"]) == set(COUNTS)
         assert len(result["test_people"]["75-90"]["tar@1e-4"]) == RESAMPLES
-    assert results["LoRA r=8", 0]["trainable"] == results["LoRA r=8", 0]["lora"] > 0
-    assert results["LoRA r=8 + 3-D projection", 0]["trainable"] > results["LoRA r=8", 0]["trainable"]
 
     def fail(*_, **__):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(store_module, "train", fail)
-    assert run_study(TINY, split, workers=1, store=store) == results
-    assert run_study(TINY, split, workers=2, store=store) == results  # nothing is missing, so no process starts
+    assert {name: run_job(store, split, TINY, name, 0) for name in adaptation.MODELS} == results
     path, result = adaptation.base_model(store, split, TINY, seed=0)
-    assert path.is_file() and result == results["base", 0]
+    assert path.is_file() and result == results["base"]
 
 
 def test_processes_side_by_side_give_the_results_of_one(tmp_path):
     split = small_split()
-    names = ("mean face", "MLP", "base", "full fine-tuning")
-    one, two = (
-        run_study(TINY, split, names=names, workers=workers, store=Store(split, tmp_path / str(workers)))
-        for workers in (1, 2)
-    )
-    for job, result in one.items():
+    names = ("mean face", "MLP", "base")
+    found = {}
+    for workers in (1, 2):
+        store = Store(split, tmp_path / str(workers))
+        run_jobs(partial(run_job, store, split, TINY), [(name, 0) for name in names], workers)
+        found[workers] = {name: run_job(store, split, TINY, name, 0) for name in names}
+    for name in names:
         for part in ("val", "test"):  # another process lays out memory otherwise, which changes last bits
-            assert two[job][part]["all"] == pytest.approx(result[part]["all"], abs=1e-3), job
-    assert not list((tmp_path / "2/study").glob("*.part")) and len(two) == len(names)
-
-
-def test_what_is_adapted_needs_no_base_beforehand(tmp_path):
-    split = small_split()
-    store = Store(split, tmp_path)
-    alone = run_study(TINY, split, names=["LoRA r=8"], workers=1, store=store)
-    config = adaptation.config_of(store, TINY, "LoRA r=8", 0)
-    assert len(alone) == 1 and store.find("base", adaptation.config_of(store, TINY, "base", 0), with_weights=True)
-    other = replace(TINY, common=replace(TINY.common, lr=1e-3))
-    assert adaptation.config_of(store, other, "LoRA r=8", 0).base_model_path != config.base_model_path
+            one, two = (found[workers][name][part]["all"] for workers in (1, 2))
+            assert two == pytest.approx(one, abs=1e-3), name
+    assert not list((tmp_path / "2/study").glob("*.part"))
 
 
 def test_the_shipped_set_loads_and_splits():

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # What a GPU is asked, step by step; results go to the folder OUT. Without steps all of them.
-#   OUT=folder bash benchmarks/gpu/run.sh [tests] [speed] [compiled] [training] [quality] [one_pass] [loop] [grid]
+#   OUT=folder bash benchmarks/gpu/run.sh [tests] [speed] [compiled] [training] [controls] [one_pass] [loop] [grid]
 #   OUT=folder bash benchmarks/gpu/run.sh several        (two GPUs against one)
-# Time limits in seconds: SPEED_SECONDS, COMPILED_SECONDS, QUALITY_SECONDS. What was not reached is said so in the tables;
-# quality goes on where it was when it is started again. Trainings side by side: WORKERS.
+# Time limits in seconds: SPEED_SECONDS, COMPILED_SECONDS, CONTROLS_SECONDS. What was not reached is said so in the tables;
+# controls go on where they were when they are started again. Trainings side by side: WORKERS.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 : "${OUT:?a folder for the results}"
 mkdir -p "$OUT"
 export PYTHONPATH=$PWD:${PYTHONPATH:-} PYTHONUNBUFFERED=1 VIEWDIFF_NB_RUNS=${VIEWDIFF_NB_RUNS:-$OUT/runs}
 PYTHON=${PYTHON:-python3}
-for step in "${@:-tests speed compiled training quality one_pass loop grid}"; do
+for step in "${@:-tests speed compiled training controls one_pass loop grid}"; do
     for part in $step; do
         echo "== $part"
         case $part in
@@ -30,10 +30,7 @@ for step in "${@:-tests speed compiled training quality one_pass loop grid}"; do
                 --names "full fine-tuning" "LoRA r=8" "LoRA r=8 + 3-D projection"
             ;;
         training) timeout 240 $PYTHON benchmarks/gpu/training.py "$OUT/training.csv" --rounds 2 ;;
-        quality)
-            timeout $((${QUALITY_SECONDS:-3600} + 60)) $PYTHON benchmarks/gpu/quality.py "$OUT/quality" --seeds 20 \
-                --workers "${WORKERS:-8}" --seconds "${QUALITY_SECONDS:-3600}"
-            ;;
+        controls) timeout $((${CONTROLS_SECONDS:-3600})) $PYTHON benchmarks/controls.py "$OUT/controls" --workers "${WORKERS:-15}" ;;
         one_pass)
             for precision in fp32 bf16; do
                 flag=$([ $precision = bf16 ] && echo --use_amp)

@@ -208,18 +208,7 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
 
 
-YAWS = ("all", "75-90")
 MODES = ("eager", "graph")  # of the steps measured on a GPU; a CUDA graph replays a whole step
-
-
-def recognition_on_both(here: Path, rate: str, folder: Path = GPU_RESULTS) -> pd.DataFrame:
-    """A rate of every model on both machines: "mean ± interval" here, and on the GPU with its own seeds.
-
-    here: folder with the table4_RATE.csv that notebook 04 wrote.
-    """
-    ours, theirs = (pd.read_csv(path / f"table4_{rate}.csv", index_col="model", dtype=str) for path in (here, folder))
-    both = {f"{name}, {place}": table[name] for name in YAWS for place, table in (("here", ours), ("GPU", theirs))}
-    return pd.DataFrame(both).reindex(ours.index).fillna("–")
 
 
 def speed_on_both(measured: pd.DataFrame, batch_size: int, folder: Path = GPU_RESULTS) -> pd.DataFrame:
@@ -236,9 +225,3 @@ def speed_on_both(measured: pd.DataFrame, batch_size: int, folder: Path = GPU_RE
         table[f"{name}, ms"] = [f"{value:.3g}" for value in ms]
         table[f"{name}, speed"] = [f"{ms.iloc[0] / value:.2f}x" for value in ms]
     return pd.DataFrame(table, index=there.index.rename("configuration"))
-
-
-def gpu_note(folder: Path = GPU_RESULTS) -> str:
-    """Seeds, interval and machine of the rates that a GPU gave, and the machine of the steps, in words."""
-    steps = pd.read_csv(folder / "speed.csv", usecols=["machine"])["machine"].iloc[0]
-    return f"{(folder / 'claims.md').read_text().strip().splitlines()[-1]}; training steps: {steps}"

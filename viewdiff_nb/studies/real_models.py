@@ -144,7 +144,7 @@ def base_candidates(
 def synthetic_base(profile: Profile, split: Split, seed: int, store: Store | None = None) -> Path:
     """Weights of the small transformer trained on the synthetic people of split, all yaws."""
     store = store or Store(split)
-    config = config_of(store, profile, SMALL, seed)
+    config = config_of(profile, SMALL, seed)
     trained(store, split, "synthetic base", config, keep_weights=True, score=lambda *_: {})
     return store.checkpoint("synthetic base", config)
 

@@ -1,14 +1,13 @@
 """The performance tables: the guide's three, measured, beside the guide's own figures, and recognition by yaw."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from itertools import product
 
 import pandas as pd
 
-from viewdiff_nb.studies.significance import Estimate, correction, estimate, in_words, judged, over_seeds
+from viewdiff_nb.studies.significance import Estimate, correction, estimate, judged
 
-Results = dict[tuple[str, int], dict]  # of a name and a seed, as `adaptation.run_study` gives them
+Results = dict[tuple[str, int], dict]  # of a name and a seed, as `controls.final` gives them
 
 # The guide's "performance comparison" chapter. It does not say how they came about.
 GUIDE_PARAMETERS = {  # total, trainable, LoRA, reduction
@@ -28,7 +27,7 @@ GUIDE_SPEED = {  # training speed, memory
 GUIDE_QUALITY = {  # validation loss, cosine, training time
     "full fine-tuning": ("0.0123", "0.985", "100%"),
     "LoRA r=8": ("0.0125", "0.984", "40%"),
-    "LoRA r=8 + 3-D projection": ("0.0118", "0.987", "60%"),
+    "LoRA r=8 + projection 16³": ("0.0118", "0.987", "60%"),
 }
 
 
@@ -64,11 +63,6 @@ def estimates(results: Results, names: Iterable[str], rate: str, bins: Iterable[
     return pd.DataFrame(rows, columns=["model", "yaw", "mean", "half"])
 
 
-def best_on_validation(results: Results, names: Iterable[str], rate: str = "tar") -> str:
-    """The model that is best by a rate on validation people; test people must not choose."""
-    return max(names, key=lambda name: rate_estimate(results, name, rate, part="val").mean)
-
-
 def parameter_table(counts: dict[str, dict[str, int]]) -> pd.DataFrame:
     """Guide's table 1: parameters in all, trainable and in LoRA, and what is saved against full fine-tuning.
 
@@ -94,29 +88,51 @@ def speed_table(measured: pd.DataFrame, batch_size: int, amp: bool) -> pd.DataFr
     return _beside_guide(table, GUIDE_SPEED, {"speed": "speed", "memory": "memory"})
 
 
-def quality_table(results: Results) -> pd.DataFrame:
-    """Guide's table 3 on validation people: loss, cosine, training time, and rank-1, which they do not tell."""
-    seconds = {name: [r["train_seconds"] for r in found] for name, found in by_name(results).items()}
-    rows = {}
-    for name in ("base", *GUIDE_QUALITY):
-        mse, cosine, rank1 = (rate_estimate(results, name, rate, part="val") for rate in ("mse", "cosine", "rank1"))
-        share = [s / full for s, full in zip(seconds[name], seconds["full fine-tuning"], strict=True)]
-        rows[name] = {
-            "MSE x 1000": f"{1e3 * mse.mean:.3f} ± {1e3 * mse.half:.3f}",
-            "cosine": str(cosine),
-            "training time": "–" if name == "base" else f"{over_seeds(share):.0%}",
-            "rank-1": str(rank1),
-        }
-    heads = {"MSE x 1000": "loss", "cosine": "cosine", "training time": "time"}
-    return _beside_guide(_frame(rows, "model"), GUIDE_QUALITY, heads)
-
-
 def recognition_table(results: Results, rate: str, part: str = "test") -> pd.DataFrame:
     """One rate of `recognition_by_yaw` by |yaw| bin, every model of the study."""
     grouped = by_name(results)
     bins = list(next(iter(grouped.values()))[0][part])
     rows = {name: {b: str(rate_estimate(results, name, rate, b, part)) for b in bins} for name in grouped}
     return _frame(rows, "model")
+
+
+def rates_by_yaw(rates: pd.DataFrame, models: Sequence[str], rate: str) -> pd.DataFrame:
+    """A rate of `benchmarks/controls.py` by |yaw| bin, a row a model; the highest of a column is marked.
+
+    Args:
+        rates: of its rates.csv: a row per model, rate and yaw, with mean and half.
+    """
+    found = rates[(rates["rate"] == rate) & rates["model"].isin(models)]
+    mean, half = (found.pivot(index="model", columns="yaw", values=column) for column in ("mean", "half"))
+    bins = list(dict.fromkeys(found["yaw"]))
+    rows = {
+        model: {
+            yaw: f"{mean.at[model, yaw]:.3f} ± {half.at[model, yaw]:.3f}" + " *" * (mean[yaw].idxmax() == model)
+            for yaw in bins
+        }
+        for model in models
+    }
+    return _frame(rows, "model (* highest)")
+
+
+def quality_table(rates: pd.DataFrame) -> pd.DataFrame:
+    """Guide's table 3 on test people: loss and cosine, and rank-1, which they do not tell.
+
+    Args:
+        rates: as for `rates_by_yaw`, of models in both recipes; "guide: NAME" is NAME in the guide's own.
+    """
+    shown = {"mse": ("MSE x 1000", 1000.0), "cosine": ("cosine", 1.0), "rank1": ("rank-1", 1.0)}
+    wanted = {"base", *GUIDE_QUALITY} | {name for name in rates["model"] if name.startswith("guide: ")}
+    found = rates[(rates["yaw"] == "all") & rates["model"].isin(wanted)].set_index(["model", "rate"])
+    rows = {
+        name: {
+            head: f"{scale * found.at[(name, rate), 'mean']:.3f} ± {scale * found.at[(name, rate), 'half']:.3f}"
+            for rate, (head, scale) in shown.items()
+        }
+        for name in dict.fromkeys(found.index.get_level_values(0))
+    }
+    guide = GUIDE_QUALITY | {f"guide: {name}": said for name, said in GUIDE_QUALITY.items()}
+    return _beside_guide(_frame(rows, "model"), guide, {"MSE x 1000": "loss", "cosine": "cosine"})
 
 
 def comparison_table(
@@ -132,31 +148,6 @@ def comparison_table(
     return table.rename_axis(f"{name} against ({correction(len(found))})")
 
 
-def verdicts(results: Results, comparisons: Sequence[tuple[str, str, str, str]]) -> list[str]:
-    """Differences in words that follow from the numbers, p-values corrected for all of them at once.
-
-    Args:
-        comparisons: (name, other, rate, where) each.
-    """
-    found = [difference(results, *comparison) for comparison in comparisons]
-    lines = []
-    for (name, other, rate, where), apart, sure in zip(comparisons, found, in_words(found), strict=True):
-        size, side = replace(apart, mean=abs(apart.mean)), "above" if apart.mean > 0 else "below"
-        only = ", for this one training only" if apart.seeds == 1 else ""
-        lines.append(f"{name} is {size:.3f} {side} {other} in {rate} ({where}): {sure}{only}")
-    return lines
-
-
-def claims(results: Results) -> str:
-    """What the guide promises of LoRA and of the projection, and what came out, as a Markdown list."""
-    adapted, full, lora, prior = "LoRA r=8 + 3-D projection", "full fine-tuning", "LoRA r=8", "LoRA r=8 + prior"
-    pairs = ((lora, full), (adapted, full), (adapted, lora))
-    comparisons = [(*pair, rate, "all") for pair in pairs for rate in ("rank1", "tar")]
-    comparisons += [(lora, full, "rank1", "0-45"), (adapted, full, "rank1", "0-45"), (adapted, full, "tar", "0-45")]
-    comparisons += [(prior, lora, "tar", "0-45"), (prior, lora, "rank1", "45-90")]
-    return "\n".join([*_listed(verdicts(results, comparisons)), f"- ({correction(len(comparisons))})"])
-
-
 def speed_findings(measured: pd.DataFrame) -> str:
     """Measured against promised speed-up, as a Markdown list."""
     lines = []
@@ -168,24 +159,6 @@ def speed_findings(measured: pd.DataFrame) -> str:
         "Why less than promised: freezing W spares its gradient and its optimiser state, but the forward pass and the "
         "backward pass through the activations stay; the adapters add work of their own, and so do the voxels and the "
         "prior samples"
-    )
-    return "\n".join(_listed(lines))
-
-
-def quality_findings(results: Results) -> str:
-    """How MSE and cosine order the models, and how recognition does."""
-    grouped = by_name(results)
-    lines = []
-    for rate, words, sign in (("mse", "MSE, best first", -1), ("cosine", "cosine", 1), ("rank1", "rank-1", 1)):
-        means = {
-            name: sign * over_seeds(r["val"]["all"][rate] for r in grouped[name]).mean
-            for name in ("base", *GUIDE_QUALITY)
-        }
-        lines.append(f"by {words}: {' > '.join(sorted(means, key=means.__getitem__, reverse=True))}")
-    near = grouped["raw side view"][0]["val"]["0-30"]["cosine"]
-    lines.append(
-        "The guide's cosine of .98 is out of reach here: even raw views below 30 degrees, which need no correction, "
-        f"have a cosine of {near:.2f} with the frontal picture of the same person"
     )
     return "\n".join(_listed(lines))
 

@@ -1,6 +1,6 @@
 """The grids: rank, voxel resolution and prior weight; and rank, learning rate and alpha, on three bases each.
 
-python benchmarks/ablation.py [--fast] [--small] [--out figures] [--workers 2] [--cells_per_pass 8] [--grids cells]
+python benchmarks/ablation.py [--fast] [--small] [--out figures] [--workers 2] [--bases 0] [--grids cells]
 
 Writes ablation_cells.csv and ablation_rates.csv, 225 and 360 cells. With --small they adapt the small transformer, and
 for half as many epochs, there are 36 and 225 cells, an hour on two CPU cores.
@@ -27,6 +27,7 @@ FAST_GRIDS = {"cells": FAST_GRID, "rates": replace(RATE_GRID, rank=(1, 8), lora_
 def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, help="passes side by side, by default one per core or GPU")
     parser.add_argument("--cells_per_pass", type=int, help="at most, by default 8, on a GPU 32")
+    parser.add_argument("--bases", type=int, nargs="+", help="their seeds, by default 0 1 2")
     parser.add_argument("--small", action="store_true", help="two layers, 256 wide, instead of four, 512 wide")
     parser.add_argument("--grids", nargs="+", default=list(GRIDS), choices=GRIDS)
 
@@ -40,7 +41,8 @@ def main() -> None:
     grids = FAST_GRIDS if arguments.fast else SMALL_GRIDS if arguments.small else GRIDS
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name in arguments.grids:
-        cells = run_grid(grids[name], load_split(profile), profile, arguments.workers, arguments.cells_per_pass, tqdm)
+        grid = replace(grids[name], base=tuple(arguments.bases or grids[name].base))
+        cells = run_grid(grid, load_split(profile), profile, arguments.workers, arguments.cells_per_pass, tqdm)
         path = arguments.out / f"ablation_{name}.csv"
         cells.to_csv(path, index=False)
         print(f"{len(cells)} cells, {(cells['error'] != '').sum()} failed: {path}")

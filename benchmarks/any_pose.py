@@ -1,4 +1,4 @@
-"""Does the projection's target pose earn anything?   python benchmarks/any_pose.py [OUT] [--seeds 4] [--fast]
+"""Does the projection's target pose earn anything?   python benchmarks/any_pose.py [OUT] [--effort full] [--seeds 4]
 
 LoRA and the projection adapt a near-frontal base to all views. "frontal only" is trained as everywhere; "any pose" is
 also asked for other views of the same person, at their poses, told by the layer's target turn; "any pose, not told" is
@@ -138,10 +138,12 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?", default=CONTROL_RESULTS)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--workers", type=int)
-    parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--effort", default="full", choices=controls.EFFORTS)
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="learning rates to choose among")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    effort, rates = ("fast", RATES[1:2]) if arguments.fast else ("full", RATES)
+    effort: str = arguments.effort
+    rates: Sequence[float] = arguments.rates
     seeds: Sequence[int] = controls.EFFORTS[effort].seeds[: arguments.seeds]
     run = partial(run_jobs, partial(work, effort), workers=arguments.workers)
     tried = run([(how, rate, 0) for how in HOW for rate in rates])

@@ -11,6 +11,8 @@ the digits that are shown; behind ± its half, behind "p" its p_holm. Tables sta
 
     <!-- table rates | rank1 all, tar 75-90 | MODEL | MODEL ... -->       a row a model, a column a rate and yaw
     <!-- table differences | FAMILY | rank1 all, tar all -->               a row a comparison
+    <!-- table grid | test_tar -->       rank by rule of alpha, at the learning rate that validation people choose
+    <!-- table trials | tar all | MODEL | MODEL ... -->      the best trial of each learning rate, on validation people
 
 and --write writes them anew. In the files of `STRICT` every number like .123 must stand in such a table or have such a
 comment.
@@ -140,6 +142,26 @@ def table_of(name: str, told: str) -> str:
             count = int(budget.loc[model, "trained parameters"])
             size = f"{count / 1e6:.2f} M" if count >= 10_000 else "–"
             lines.append(f"| {model} | {size} | " + " | ".join(cells) + " |")
+    elif name == "trials":
+        rate, models = parts[0], parts[1:]
+        trials = read("trials")
+        best = trials[trials["model"].isin(models)].pivot_table(rate, "model", "lr", aggfunc="max").loc[models]
+        lines = ["| model | " + " | ".join(f"{lr:g}" for lr in best) + " |", "|---" * (best.shape[1] + 1) + "|"]
+        for model, row in best.iterrows():
+            cells = [f"**{short(v)}**" if v == row.max() else short(v) for v in row]
+            lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    elif name == "grid":
+        keys = ["rank", "alpha"]
+        mean = read("ablation_rates").groupby([*keys, "lora_lr"])[["val_tar", parts[0], "final_train_loss"]].mean()
+        best = mean.loc[mean.groupby(level=keys)["val_tar"].idxmax()].reset_index("lora_lr")
+        rules = list(dict.fromkeys(best.index.get_level_values("alpha")))
+        loss = mean["final_train_loss"].groupby("rank").min()
+        lines = ["| rank | " + " | ".join(f"alpha {rule}" for rule in rules) + " | lowest training loss |"]
+        lines.append("|---" * (len(rules) + 2) + "|")
+        for rank, lowest in loss.items():
+            rows = [best.loc[(rank, rule)] for rule in rules]
+            cells = [f"{short(row[parts[0]])} at {row['lora_lr']:g}" for row in rows]
+            lines.append(f"| {rank} | " + " | ".join(cells) + f" | {lowest:.2f} |")
     elif name == "differences":
         family, heads = parts[0], [head.strip().split(" ", 1) for head in parts[1].split(",")]
         table = read("differences")

@@ -50,6 +50,18 @@ def test_the_resolution_is_that_of_the_grid_and_the_model_keeps_its_own():
     assert model.projection.voxel_resolution == 8
 
 
+def test_it_says_which_states_the_model_was_not_trained_in():
+    explorer = VoxelExplorer(make_model())
+    own = explorer.model.projection.voxel_resolution
+    assert explorer.pictures.caption == "As the model uses it."
+    explorer.set(target_yaw=30)
+    assert "frontal pose only" in explorer.pictures.caption and "grid" not in explorer.pictures.caption
+    explorer.set(target_yaw=0, resolution=4 if own != 4 else 8)
+    assert explorer.pictures.caption == f"Not what the model was trained in: its grid has {own}³ voxels."
+    explorer.set(resolution=own)
+    assert explorer.pictures.caption == "As the model uses it."
+
+
 def test_looking_from_elsewhere_leaves_the_grid():
     model = make_model()
     explorer = VoxelExplorer(model)

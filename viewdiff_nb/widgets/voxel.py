@@ -130,6 +130,13 @@ class VoxelExplorer(Explorer):
         """Pitch, yaw and roll to render at, degrees."""
         return self.target_pitch.value, self.target_yaw.value, self.target_roll.value
 
+    def state(self) -> str:
+        """Whether the model was trained in what is shown, in words."""
+        own = self.model.projection.voxel_resolution  # type: ignore[union-attr]  # there is one
+        odd = ["it renders the frontal pose only"] if any(self._target()) else []
+        odd += [f"its grid has {own}³ voxels"] if self.resolution.value != own else []
+        return f"Not what the model was trained in: {', and '.join(odd)}." if odd else "As the model uses it."
+
     def volume(self) -> FaceVolume:
         """The grid as the controls say, of one view; on the CPU."""
         return self._last_volume(self.person.index, self.yaw.value, self._target(), self.resolution.value)
@@ -201,7 +208,7 @@ class VoxelExplorer(Explorer):
     def _draw(self) -> None:
         self._draw_cubes()
         self._draw_slices(self._axes)
-        self.pictures.picture = self._live.png()
+        self.pictures.picture, self.pictures.caption = self._live.png(), self.state()
         [image] = self._axes[0].images
         cells = np.asarray(image.get_array())
         if cells.ndim == 2:
@@ -220,9 +227,11 @@ class VoxelExplorer(Explorer):
         axes = right.subplots(2, 2).flatten()
         self._draw_slices(axes[:3])
         pitch, yaw, roll = self._target()
+        words = self.state().replace(": ", ":\n").replace(", and ", ",\nand ")
         about = (
             f"{self.person.value}\nsource: yaw {self.yaw.value:.0f}°\ntarget: yaw {yaw:.0f}°, "
-            f"pitch {pitch:.0f}°, roll {roll:.0f}°\ndrawn: from {self.threshold.value:.0%} of the range"
+            f"pitch {pitch:.0f}°, roll {roll:.0f}°\ndrawn: from {self.threshold.value:.0%} of the range\n"
+            f"{words}"
         )
         axes[3].text(0, 0.9, about, va="top", fontsize=9)
         axes[3].axis("off")

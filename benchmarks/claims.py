@@ -11,6 +11,7 @@ the digits that are shown; behind ± its half, behind "p" its p_holm. Tables sta
 
     <!-- table rates | rank1 all, tar 75-90 | MODEL | MODEL ... -->       a row a model, a column a rate and yaw
     <!-- table differences | FAMILY | rank1 all, tar all -->               a row a comparison
+    <!-- table csv | FILE | COLUMN as HEAD; COLUMN ... -->   cells of a CSV file of finished cells, all its rows
     <!-- table grid | test_tar -->       rank by rule of alpha, at the learning rate that validation people choose
     <!-- table trials | tar all | MODEL | MODEL ... -->      the best trial of each learning rate, on validation people
 
@@ -150,6 +151,12 @@ def table_of(name: str, told: str) -> str:
         for model, row in best.iterrows():
             cells = [f"**{short(v)}**" if v == row.max() else short(v) for v in row]
             lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    elif name == "csv":
+        table = pd.read_csv(PROJECT / parts[0], dtype=str)
+        columns = [column.strip().split(" as ") for column in parts[1].split(";")]
+        lines = ["| | " + " | ".join(column[-1] for column in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        for _, row in table.iterrows():
+            lines.append(f"| {row.iloc[0]} | " + " | ".join(row[column[0]] for column in columns) + " |")
     elif name == "grid":
         keys = ["rank", "alpha"]
         mean = read("ablation_rates").groupby([*keys, "lora_lr"])[["val_tar", parts[0], "final_train_loss"]].mean()

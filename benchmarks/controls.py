@@ -269,7 +269,7 @@ class Tables:
             for rate in RATES:
                 for side in SIDES if "0-30" in found[0]["test"] else ("all",):
                     e = tables.rate_estimate(results, name, rate, side)
-                    rows.append({"model": name, "rate": rate, "yaw": side, "mean": e.mean, "half": e.half})
+                    rows.append({"model": name, "rate": rate, "yaw": side, "mean": e.mean, "half": e.bound})
         return rows
 
     def differences(self, results: tables.Results) -> list[dict]:

@@ -48,6 +48,12 @@ class Estimate:
         return self._half(LEVEL)
 
     @property
+    def bound(self) -> float:
+        """half; of a rate of 0 or 1 that nobody differs in how far Clopper & Pearson's bound is away."""
+        degenerate = self.half == 0 and self.mean in (0, 1) and math.isfinite(self.people)
+        return 1 - (LEVEL / 2) ** (1 / self.people) if degenerate else self.half
+
+    @property
     def low(self) -> float:
         return self.mean - self.half
 
@@ -80,9 +86,8 @@ class Estimate:
         >>> str(Estimate(1.0, people=300))   # 300 people of 300; .025 ** (1 / 300)
         '1.000 (≥ 0.988)'
         """
-        if self.half == 0 and self.mean in (0, 1) and math.isfinite(self.people):
-            least = (LEVEL / 2) ** (1 / self.people)
-            return f"1.000 (≥ {least:.3f})" if self.mean else f"0.000 (≤ {1 - least:.3f})"
+        if self.bound != self.half and self.half == 0:
+            return f"1.000 (≥ {1 - self.bound:.3f})" if self.mean else f"0.000 (≤ {self.bound:.3f})"
         return f"{self:.3f}"
 
     def __format__(self, form: str) -> str:

@@ -2,18 +2,18 @@
 
 A number is followed by a comment, which no reader of the page sees, with what it is:
 
-    rank-1 .944 ± .008<!-- rates | small transformer | rank1 | all -->
+    rank-1 .944 ± .008<!-- rates · small transformer · rank1 · all -->
 
 The first word is a file of data/results/controls, or a path of a CSV file in the project; then come the cells that find
 the row, each in a column of its own; then, if it is not mean, the column. What is shown must be the value, rounded to
 the digits that are shown; behind ± its half, behind "p" its p_holm. Tables stand between <!-- table ... --> and
 <!-- end -->; they are made of
 
-    <!-- table rates | rank1 all, tar 75-90 | MODEL | MODEL ... -->       a row a model, a column a rate and yaw
-    <!-- table differences | FAMILY | rank1 all, tar all -->               a row a comparison
-    <!-- table csv | FILE | COLUMN as HEAD; COLUMN ... -->   cells of a CSV file of finished cells, all its rows
-    <!-- table grid | test_tar -->       rank by rule of alpha, at the learning rate that validation people choose
-    <!-- table trials | tar all | MODEL | MODEL ... -->      the best trial of each learning rate, on validation people
+    <!-- table rates · rank1 all, tar 75-90 · MODEL · MODEL ... -->       a row a model, a column a rate and yaw
+    <!-- table differences · FAMILY · rank1 all, tar all -->               a row a comparison
+    <!-- table csv · FILE · COLUMN as HEAD; COLUMN ... -->   cells of a CSV file of finished cells, all its rows
+    <!-- table grid · test_tar -->       rank by rule of alpha, at the learning rate that validation people choose
+    <!-- table trials · tar all · MODEL · MODEL ... -->      the best trial of each learning rate, on validation people
 
 and --write writes them anew. In the files of `STRICT` every number like .123 must stand in such a table or have such a
 comment.
@@ -33,8 +33,8 @@ from viewdiff_nb.files import CONTROL_RESULTS, PROJECT, write_text
 STRICT = ("README.md", "README.zh-CN.md", "docs/modules.md", "docs/ablation.md", "docs/recipe.md")
 NUMBER = r"[+−-]?\d*\.?\d+"
 SHOWN = re.compile(rf"({NUMBER})(?: ± ({NUMBER}))?(?:, p (<?) ?({NUMBER}))?\**$")
-MARK = re.compile(r"<!-- ([\w./-]+) \| ([^>]*?) -->")
-TABLE = re.compile(r"(<!-- table (\w+) \| ([^>]*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"<!-- ([\w./-]+) · ([^>]*?) -->")  # no |, which would end a cell of a table
+TABLE = re.compile(r"(<!-- table (\w+) · ([^>]*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 RATE = re.compile(r"(?<![\w.\d])[+−-]?\.\d{2,3}(?!\d)")
 KEYS = {  # by which columns a row is found
     "rates": ["model", "rate", "yaw"],
@@ -84,7 +84,7 @@ def wrong_numbers(text: str) -> Iterator[str]:
     """What is wrong with the marked numbers of a page."""
     for mark in MARK.finditer(text):
         line = text.count("\n", 0, mark.start()) + 1
-        name, cells = mark[1], [cell.strip() for cell in mark[2].split(" | ")]
+        name, cells = mark[1], [cell.strip() for cell in mark[2].split(" · ")]
         shown = SHOWN.search(text[max(0, mark.start() - 60) : mark.start()])
         if not shown:
             yield f"line {line}: no number before {mark[0]}"
@@ -129,7 +129,7 @@ def short(value: float, sign: str = "") -> str:
 
 def table_of(name: str, told: str) -> str:
     """The Markdown of a table."""
-    parts = [part.strip() for part in told.split(" | ")]
+    parts = [part.strip() for part in told.split(" · ")]
     if name == "rates":
         heads, models = [head.strip().split(" ", 1) for head in parts[0].split(",")], parts[1:]
         budget = read("models").set_index("model")
@@ -190,7 +190,7 @@ def table_of(name: str, told: str) -> str:
 def wrong_tables(text: str) -> Iterator[str]:
     for table in TABLE.finditer(text):
         if table[4] != table_of(table[2], table[3]):
-            yield f"the table {table[2]} | {table[3][:50]} is not that of the CSV file; run with --write"
+            yield f"the table {table[2]} · {table[3][:50]} is not that of the CSV file; run with --write"
 
 
 def problems(path: Path, strict: bool) -> list[str]:

@@ -23,7 +23,7 @@ def made(tmp_path, monkeypatch):
     claims.read.cache_clear()
 
 
-RATE, APART = "<!-- rates | LoRA | rank1 | all -->", "<!-- differences | f | LoRA | base | rank1 | all -->"
+RATE, APART = "<!-- rates · LoRA · rank1 · all -->", "<!-- differences · f · LoRA · base · rank1 · all -->"
 
 
 @pytest.mark.parametrize(
@@ -43,9 +43,9 @@ def test_a_right_number_passes(made, text):
         (f"−.004, p .022{APART}", "0.02130"),
         (f"−.004, p < .02{APART}", "0.02130"),
         (f"many{RATE}", "no number before"),
-        (".153<!-- rates | LoRA | rank1 | 0-45 -->", "0 rows"),
-        (".153<!-- rates | LoRA | rank1 | all | median -->", "no column median"),
-        (".153<!-- rates | LoRA -->", "wants model, rate, yaw"),
+        (".153<!-- rates · LoRA · rank1 · 0-45 -->", "0 rows"),
+        (".153<!-- rates · LoRA · rank1 · all · median -->", "no column median"),
+        (".153<!-- rates · LoRA -->", "wants model, rate, yaw"),
     ],
 )
 def test_a_wrong_number_is_found(made, text, problem):
@@ -61,7 +61,7 @@ def test_a_number_without_a_cell_is_found():
 
 def test_a_table_is_written_from_its_cells_and_a_changed_one_is_found(made):
     written = "".join(
-        f"<!-- table differences | f | rank1 all -->\n{claims.table_of('differences', 'f | rank1 all')}<!-- end -->"
+        f"<!-- table differences · f · rank1 all -->\n{claims.table_of('differences', 'f · rank1 all')}<!-- end -->"
     )
     assert "| LoRA | base | **−.004 ± .012, p .021** |" in written
     assert list(claims.wrong_tables(written)) == []

@@ -146,8 +146,9 @@ def main() -> None:
     rates: Sequence[float] = arguments.rates
     seeds: Sequence[int] = controls.EFFORTS[effort].seeds[: arguments.seeds]
     run = partial(run_jobs, partial(work, effort), workers=arguments.workers)
-    tried = run([(how, rate, 0) for how in HOW for rate in rates])
-    best = {how: max((t for t in tried if t[0] == how), key=lambda t: t[3]["front TAR"])[1] for how in HOW}
+    tried = run([(how, rate, 0) for how in HOW for rate in rates]) if len(rates) > 1 else []
+    best = {how: max((t for t in tried if t[0] == how), key=lambda t: t[3]["front TAR"])[1] for how in HOW if tried}
+    best = best or dict.fromkeys(HOW, rates[0])
     found = run([(how, best[how], seed) for how in HOW for seed in seeds])
     rows = []
     for how in HOW:

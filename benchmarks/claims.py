@@ -4,9 +4,9 @@ A number is followed by a comment, which no reader of the page sees, with what i
 
     rank-1 .944 ± .008<!-- rates · small transformer · rank1 · all -->
 
-The first word is a file of data/results/controls, or a path of a CSV file in the project; then come the cells that find
-the row, each in a column of its own; then, if it is not mean, the column. What is shown must be the value, rounded to
-the digits that are shown; behind ± its half, behind "p" its p_holm. Tables stand between <!-- table ... --> and
+The first word is a file of data/results/controls without its .csv, or a path of a CSV file in the project; then come the
+cells that find the row, each in a column of its own; then, if it is not mean, the column. What is shown must be the
+value, rounded to the digits that are shown; behind ± its half, behind "p" its p_holm. Tables stand between <!-- table ... --> and
 <!-- end -->; they are made of
 
     <!-- table rates · rank1 all, tar 75-90 · MODEL · MODEL ... -->       a row a model, a column a rate and yaw
@@ -52,7 +52,7 @@ KEYS = {  # by which columns a row is found
 
 @cache
 def read(name: str) -> pd.DataFrame:
-    path = CONTROL_RESULTS / f"{name}.csv" if "/" not in name else PROJECT / name
+    path = PROJECT / name if name.endswith(".csv") else CONTROL_RESULTS / f"{name}.csv"
     return pd.read_csv(path, dtype={"rate": str, "yaw": str})
 
 
@@ -62,7 +62,7 @@ def find(name: str, cells: list[str]) -> tuple[pd.Series, str]:
     Raises LookupError if there is none, or more than one.
     """
     table = read(name)
-    keys = KEYS.get(name, [str(table.columns[0])])
+    keys = KEYS.get(Path(name).name, [str(table.columns[0])])
     if len(cells) < len(keys):
         raise LookupError(f"{name} wants {', '.join(keys)}, got {cells}")
     rows = table

@@ -4,10 +4,10 @@ A number is followed by a comment, which no reader of the page sees, with what i
 
     rank-1 .944 ± .008<!-- rates · small transformer · rank1 · all -->
 
-The first word is a file of data/results/controls without its .csv, or a path of a CSV file in the project; then come the
-cells that find the row, each in a column of its own; then, if it is not mean, the column. What is shown must be the
-value, rounded to the digits that are shown; behind ± its half, behind "p" its p_holm. Tables stand between <!-- table ... --> and
-<!-- end -->; they are made of
+The first word is a file of data/results/controls without its .csv, or a path of a CSV file in the project; then come
+the cells that find the row, each in a column of its own; then, if it is not mean, the column. What is shown must be the
+value, rounded to the digits that are shown; behind ± its half, behind "p" its p_holm. Tables stand between
+<!-- table ... --> and <!-- end -->; they are made of
 
     <!-- table rates · rank1 all, tar 75-90 · MODEL · MODEL ... -->       a row a model, a column a rate and yaw
     <!-- table differences · FAMILY · rank1 all, tar all -->               a row a comparison

@@ -219,16 +219,13 @@ class Tables:
             self.store.get = get  # type: ignore[method-assign]
 
     def results(self) -> tables.Results:
-        found = {}
-        averages = [f"average, {v} views" for v in VIEW_COUNTS]
-        for name in (*ROWS, *averages):
+        job = partial(adaptation.run_job, self.store, self.split, self.chosen.profile)
+        found = {(name, self.seeds[0]): job(name, 0) for name in FIXED}
+        found |= {("base", seed): job("base", seed) for seed in self.seeds}
+        for name in (*ROWS, *(f"average, {v} views" for v in VIEW_COUNTS)):
             for seed in self.seeds:
                 if result := self.stored(controls.final, name, seed):
                     found[name, seed] = result
-        for seed in self.seeds:
-            found["base", seed] = adaptation.run_job(self.store, self.split, self.chosen.profile, "base", seed)
-        for name in FIXED:
-            found[name, self.seeds[0]] = adaptation.run_job(self.store, self.split, self.chosen.profile, name, 0)
         return found
 
     def trials(self) -> list[dict]:

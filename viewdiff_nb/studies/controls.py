@@ -162,7 +162,8 @@ def single_view(effort: str, seed: int) -> Path:
 def final(effort: str, name: str, seed: int) -> dict:
     """`adaptation.score` of what was chosen, trained with a seed, on validation and test people; and how it was made.
 
-    Also `robustness` and `geometry` of the rows that have them. Names "average, V views" are means of `single_view`'s predictions.
+    Also `robustness` and `geometry` of the rows that have them. Names "average, V views" are means of the predictions
+    of `single_view`.
     """
     _, split, store = setting(effort)
     if name.startswith("average"):

@@ -72,7 +72,8 @@ def figures(machine: str) -> Iterator[tuple[str, Figure]]:
     if (CONTROL_RESULTS / "cfp_differences.csv").exists():
         rows = read("cfp_differences")
         rows = rows.assign(rate=rows["rate"].map(WORDS | {"rank1": "rank-1, %"}))
-        note = f"CFP, ten folds of 50 people, seeds: {rows['seeds'].max()}; 95 % over people; filled: p < .05 after Holm"
+        seeds = f"seeds: {rows['seeds'].max()}"
+        note = f"CFP, ten folds of 50 people, {seeds}; 95 % over people; filled: p < .05 after Holm"
         yield "cfp", differences_figure(rows, "The same controls on real faces", note)
 
 

@@ -6,29 +6,28 @@ row chooses its learning rate among the same three inside its training folds. Th
 """
 
 import argparse
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
-import torch
+from study_arguments import benchmark_and_bases
 from torch import nn
 from tqdm.auto import tqdm
 
-from viewdiff_nb.faces import FaceViews, Split
-from viewdiff_nb.files import CONTROL_RESULTS, HEADS, RUNS
+from viewdiff_nb.faces import FaceViews
+from viewdiff_nb.files import CONTROL_RESULTS, RUNS
 from viewdiff_nb.studies import real_models, real_tables
-from viewdiff_nb.studies.adaptation import FULL_PROFILE, Profile, load_split
+from viewdiff_nb.studies.adaptation import Profile
 from viewdiff_nb.studies.benchmark import machine
 from viewdiff_nb.studies.candidates import Setting
-from viewdiff_nb.studies.controls import ROWS, SMALL
-from viewdiff_nb.studies.real_benchmark import load_benchmark, seen_by
+from viewdiff_nb.studies.control_rows import ROWS, SMALL
+from viewdiff_nb.studies.controls import train_row
 from viewdiff_nb.studies.real_faces import run_real_faces
 from viewdiff_nb.studies.real_rates import names_of, rate_estimate
 from viewdiff_nb.studies.significance import holm
-from viewdiff_nb.studies.store import code_fingerprint, train_pass
+from viewdiff_nb.studies.store import code_fingerprint
 
 CODE = code_fingerprint(Path(__file__).parent, (Path(__file__).name,))  # results are stored under it
 RATES = (3e-4, 1e-3, 3e-3)
@@ -60,20 +59,12 @@ def candidates(
     """A row of `studies.controls` trained on faces with each learning rate."""
     row, base = ROWS[name], str(bases[seed]) if name in ADAPTED else None
     common = replace(profile.common, epochs=EPOCHS, weight_decay=1.0, seed=seed, base_model_path=base)
-    most, two = torch.arange(len(faces.names)).split([len(faces.names) - 2, 2])  # for the loop's own validation
-    split = Split(faces.select(most), faces.select(two), faces.select(two))
-    found: dict[Setting, nn.Module] = {}
+    split, found = real_models.two_held_back(faces), {}
     for rate in RATES:
         if wanted is not None and (rate, "rate") not in wanted:
             continue
-        config, model = replace(common, **(SMALL | row.options | {"lr": rate, "lora_lr": rate})), None
-        if row.build:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = row.build(config, split.train)
-            config = replace(config, base_model_path=None, freeze_base=None, use_prior_preservation=False)
-        (run,) = train_pass([config], split, model)
-        found[rate, "rate"] = run.model.cpu().eval()
+        config = replace(common, **(SMALL | row.options | {"lr": rate, "lora_lr": rate}))
+        found[rate, "rate"] = train_row(row, config, split).model.cpu().eval()
     return found
 
 
@@ -84,11 +75,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int)
     parser.add_argument("--out", type=Path, default=CONTROL_RESULTS)
     arguments = parser.parse_args()
-    benchmark, split = load_benchmark(arguments.set), load_split(FULL_PROFILE)
-    if benchmark.seen_by != seen_by(HEADS):
-        sys.exit(f"error: {arguments.set} was seen by {benchmark.seen_by}, the synthetic people by {seen_by(HEADS)}")
-    profile = replace(FULL_PROFILE, real_seeds=arguments.seeds)
-    bases = [real_models.synthetic_base(profile, split, seed) for seed in range(arguments.seeds)]
+    benchmark, profile, bases = benchmark_and_bases(arguments.set, arguments.seeds)
     closed = real_models.families(profile, bases)
     every = {name: closed[name] for name in ("raw", "canonical correlation")}
     every["base"] = replace(closed["pretrained transformer, not adapted"], rows={"base": real_models.WHOLE})

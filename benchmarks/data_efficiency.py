@@ -7,20 +7,17 @@ fits: three minutes on a GPU, hours on two cores; what was done before is reused
 """
 
 import argparse
-import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from study_arguments import benchmark_and_bases
 from tqdm.auto import tqdm
 
-from viewdiff_nb.files import FIGURES, HEADS, RUNS
+from viewdiff_nb.files import FIGURES, RUNS
 from viewdiff_nb.plots import save_table
 from viewdiff_nb.plots.rates import efficiency_figure
 from viewdiff_nb.studies import data_efficiency, real_models, real_tables
-from viewdiff_nb.studies.adaptation import FULL_PROFILE, load_split
-from viewdiff_nb.studies.real_benchmark import load_benchmark, seen_by
 from viewdiff_nb.studies.real_faces import run_real_faces
 
 
@@ -32,11 +29,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int)
     parser.add_argument("--out", type=Path, default=FIGURES)
     arguments = parser.parse_args()
-    benchmark, split = load_benchmark(arguments.set), load_split(FULL_PROFILE)
-    if benchmark.seen_by != seen_by(HEADS):
-        sys.exit(f"error: {arguments.set} was seen by {benchmark.seen_by}, the synthetic people by {seen_by(HEADS)}")
-    profile = replace(FULL_PROFILE, real_seeds=arguments.seeds)
-    bases = [real_models.synthetic_base(profile, split, seed) for seed in range(arguments.seeds)]
+    benchmark, profile, bases = benchmark_and_bases(arguments.set, arguments.seeds)
     every = {"raw": real_models.families(profile, bases)["raw"]}
     for people in arguments.people:
         every |= data_efficiency.families(profile, bases, people)

@@ -1,10 +1,15 @@
-"""The command line that the studies beside the notebooks share."""
+"""What the studies beside the notebooks share: their command line, and what those on real faces start from."""
 
 import argparse
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from viewdiff_nb.files import FIGURES, RUNS
+from viewdiff_nb.files import FIGURES, HEADS, RUNS
+from viewdiff_nb.studies.adaptation import FULL_PROFILE, Profile, load_split
+from viewdiff_nb.studies.real_benchmark import Benchmark, load_benchmark, seen_by
+from viewdiff_nb.studies.real_models import synthetic_base
 
 
 def study_arguments(
@@ -25,3 +30,13 @@ def study_arguments(
     arguments = parser.parse_args()
     arguments.out = arguments.out or (RUNS / "fast" / "figures" if arguments.fast else FIGURES)
     return arguments
+
+
+def benchmark_and_bases(folder: Path, seeds: int) -> tuple[Benchmark, Profile, list[Path]]:
+    """A benchmark of real faces, the profile with so many seeds, and for each the weights of a transformer trained on
+    synthetic people; ends the program if another recogniser saw those."""
+    benchmark, split = load_benchmark(folder), load_split(FULL_PROFILE)
+    if benchmark.seen_by != seen_by(HEADS):
+        sys.exit(f"error: {folder} was seen by {benchmark.seen_by}, the synthetic people by {seen_by(HEADS)}")
+    profile = replace(FULL_PROFILE, real_seeds=seeds)
+    return benchmark, profile, [synthetic_base(profile, split, seed) for seed in range(seeds)]

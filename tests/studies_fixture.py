@@ -10,7 +10,6 @@ from viewdiff_nb.studies.adaptation import COMMON, Profile
 TOY = replace(COMMON, d_model=32, nhead=4, num_layers=2, dim_feedforward=48, voxel_resolution=4)
 TINY = Profile(
     "tiny",
-    seeds=1,
     base_epochs=1,
     adapt_epochs=1,
     small_epochs=1,

@@ -32,7 +32,6 @@ class Profile:
     """How much work a study does, by default all of it, and the config that its trainings have in common."""
 
     name: str = "full"
-    seeds: int = 5
     train_people: int | None = None  # None: all
     base_epochs: int = 5
     adapt_epochs: int = 7
@@ -46,7 +45,6 @@ class Profile:
 FULL_PROFILE = Profile()
 FAST_PROFILE = Profile(
     "fast",
-    seeds=1,
     train_people=300,
     base_epochs=2,
     adapt_epochs=2,

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from viewdiff_nb.faces import FaceViews, Split
 from viewdiff_nb.files import CONTROL_RESULTS
 from viewdiff_nb.studies import adaptation
-from viewdiff_nb.studies.control_rows import ROWS, SMALL
+from viewdiff_nb.studies.control_rows import ROWS, SMALL, Row
 from viewdiff_nb.studies.robustness import HALF, fused, geometry, robustness, side_rates
 from viewdiff_nb.studies.store import Store, train_pass
-from viewdiff_nb.training import TrainConfig, TrainingDiverged, predict
+from viewdiff_nb.training import TrainConfig, TrainingDiverged, TrainResult, predict
 from viewdiff_nb.training.checkpoint import load_model, save_checkpoint
 
 RATES, DECAYS, DROPOUTS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.01, 1.0), (0.1, 0.3)
@@ -88,17 +88,21 @@ def config_of(effort: str, name: str, seed: int, options: dict[str, Any]) -> Tra
     return replace(common, **(changes | row.options | options))
 
 
+def train_row(row: Row, config: TrainConfig, split: Split) -> TrainResult:
+    """A row's model, built from a config and trained; what a row builds itself has its base in it already."""
+    model = None
+    if row.build:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = row.build(config, split.train)
+        config = replace(config, base_model_path=None, freeze_base=None, use_prior_preservation=False)
+    (run,) = train_pass([config], split, model)
+    return run
+
+
 def _trained(effort: str, name: str, config: TrainConfig, split: Split | None = None) -> tuple[nn.Module, float]:
     """A row's model and the seconds of its training."""
-    row, split = ROWS[name], split or setting(effort)[1]
-    if row.build is None:
-        (run,) = train_pass([config], split)
-        return run.model, run.train_seconds
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = row.build(config, split.train)
-    plain = replace(config, base_model_path=None, freeze_base=None, use_prior_preservation=False)
-    (run,) = train_pass([plain], split, model)
+    run = train_row(ROWS[name], config, split or setting(effort)[1])
     return run.model, run.train_seconds
 
 

@@ -76,13 +76,17 @@ def closed_candidates(
 Build = Callable[[FaceViews], nn.Module] | None
 
 
+def two_held_back(faces: FaceViews) -> Split:
+    """All people to train on, but two, who are there for the loop's own validation."""
+    most, two = torch.arange(len(faces.names)).split([len(faces.names) - 2, 2])
+    return Split(faces.select(most), faces.select(two), faces.select(two))
+
+
 def trainings(
     config: TrainConfig, build: Build, bases: Sequence[Path], faces: FaceViews, seed: int, wanted: Wanted
 ) -> Iterator[tuple[float, nn.Module]]:
     """A model trained on faces, from a base if there is one, for each wanted share of config's epochs."""
-    base = str(bases[seed]) if bases else None
-    most, two = torch.arange(len(faces.names)).split([len(faces.names) - 2, 2])  # for the loop's own validation
-    split = Split(faces.select(most), faces.select(two), faces.select(two))
+    base, split = str(bases[seed]) if bases else None, two_held_back(faces)
     for share in EPOCHS:
         if wanted is not None and not any(setting[0] == share for setting in wanted):
             continue

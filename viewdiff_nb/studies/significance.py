@@ -86,7 +86,7 @@ class Estimate:
         >>> str(Estimate(1.0, people=300))   # 300 people of 300; .025 ** (1 / 300)
         '1.000 (≥ 0.988)'
         """
-        if self.bound != self.half and self.half == 0:
+        if self.half == 0 < self.bound:
             return f"1.000 (≥ {1 - self.bound:.3f})" if self.mean else f"0.000 (≤ {self.bound:.3f})"
         return f"{self:.3f}"
 

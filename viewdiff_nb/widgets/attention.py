@@ -6,6 +6,7 @@ from functools import lru_cache
 import ipywidgets as widgets
 import numpy as np
 import torch
+from matplotlib.colors import FuncNorm
 from matplotlib.figure import Figure
 
 from viewdiff_nb.faces.turntable import load_turntable
@@ -15,11 +16,24 @@ from viewdiff_nb.widgets.explorer import LOOK, Explorer, LiveFigure, Stage, png,
 from viewdiff_nb.widgets.pose import People
 
 DPI = 100  # a large picture: half the pixels are half the time
-ROWS = (  # what a row shows, of what kind its values are, colour map and limits
-    ("pose A", "weight", "viridis", 0, 1),
-    ("pose B", "weight", "viridis", 0, 1),
-    ("B − A", "difference", "RdBu_r", -1.0, 1.0),
+ROWS = (  # what a row shows, of what kind its values are, colour map and least value
+    ("pose A", "weight", "viridis", 0.0),
+    ("pose B", "weight", "viridis", 0.0),
+    ("B − A", "difference", "RdBu_r", -1.0),
 )
+TICKS = (0.0, 0.1, 0.25, 0.5, 1.0)  # of a colour bar, and their negatives
+
+
+def scale(low: float) -> FuncNorm:
+    """Limits that stay while poses change, and colours by the square root: weights of .1 and .2 can be told apart."""
+
+    def root(values: np.ndarray) -> np.ndarray:
+        return np.sign(values) * np.sqrt(np.abs(values))
+
+    def square(values: np.ndarray) -> np.ndarray:
+        return np.sign(values) * np.square(values)
+
+    return FuncNorm((root, square), low, 1.0)
 
 
 def draw_maps(fig: Figure, columns: dict[str, Sequence[str]], weights: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
@@ -33,17 +47,18 @@ def draw_maps(fig: Figure, columns: dict[str, Sequence[str]], weights: Sequence[
     """
     images = np.empty((len(ROWS), len(columns)), object)
     axes = fig.subplots(*images.shape, squeeze=False)
-    for row, (name, meaning, cmap, low, high) in enumerate(ROWS):
+    for row, (name, meaning, cmap, low) in enumerate(ROWS):
         for column, tokens in enumerate(columns.values()):
             ax, values = axes[row, column], weights[row][column]
-            images[row, column] = ax.imshow(values, cmap, vmin=low, vmax=high, aspect="auto")
+            images[row, column] = ax.imshow(values, cmap, norm=scale(low), aspect="auto")
             names = tokens if row == len(ROWS) - 1 else []
             ax.set_xticks(range(len(tokens)), names, rotation=40, ha="right", fontsize=7)
             numbers = range(1, len(values) + 1) if column == 0 else []
             ax.set_yticks(range(len(values)), numbers, fontsize=7)
             ax.tick_params(length=2)
         axes[row, 0].set_ylabel(f"{name}\nhead", fontsize=8)
-        bar = fig.colorbar(images[row, -1], ax=list(axes[row]), shrink=0.9, pad=0.01)
+        ticks = [*TICKS, *(-tick for tick in TICKS[1:] if low)]
+        bar = fig.colorbar(images[row, -1], ax=list(axes[row]), shrink=0.95, pad=0.01, ticks=ticks, format="{x:.4g}")
         bar.ax.tick_params(labelsize=7, length=2)
         bar.set_label(meaning, fontsize=7)
     for ax, title in zip(axes[0], columns, strict=True):
@@ -63,6 +78,11 @@ class AttentionExplorer(Explorer):
         yaws: degrees, of pose A and of pose B.
     """
 
+    HINT = (
+        "Turn A or B: drag a head, or move its sliders. A row is what its feature token attends to, head by head.",
+        "Bright cells hold most of a head's weight; red in the last row: more at B than at A.",
+    )
+
     def __init__(
         self,
         model: EnhancedTransformerDecoderOnly3D,
@@ -79,7 +99,6 @@ class AttentionExplorer(Explorer):
         self.head_a = Stage(width=130, turnable=True, label="pose A", caption="A: drag to turn")
         self.head_b = Stage(width=130, turnable=True, label="pose B", caption="B: drag to turn")
         self.maps = Stage(width=900, label="attention weights, heads against tokens")
-        self.maps.caption = "Point at a cell for its value. The weights of a head sum to 1."
         self.columns: dict[str, Sequence[str]] = {  # title: tokens
             f"layer {i}": ("self", *MEMORY_TOKENS) for i in range(1, len(model.blocks) + 1)
         }
@@ -105,6 +124,15 @@ class AttentionExplorer(Explorer):
         """Of A, of B and of their difference: (heads, tokens) of every column."""
         a, b = (self._last_weights(self.person.index, *pose) for pose in self.poses())
         return [a, b, [after - before for before, after in zip(a, b, strict=True)]]
+
+    def largest_change(self) -> str:
+        """Where A and B differ most, in words."""
+        title, tokens, change = max(
+            ((*names, of) for names, of in zip(self.columns.items(), self.weights()[2], strict=True)),
+            key=lambda column: np.abs(column[2]).max(),
+        )
+        head, token = np.unravel_index(np.abs(change).argmax(), change.shape)
+        return f"Largest change from A to B: {title}, head {head + 1} → {tokens[token]}, {change[head, token]:+.3f}."
 
     def _weights_at(self, person: int, pitch: float, yaw: float, roll: float) -> list[np.ndarray]:
         model = self.model
@@ -136,7 +164,9 @@ class AttentionExplorer(Explorer):
                 ]
                 grids.append(self._live.grid(image, texts))
         self.maps.picture, self.maps.grids = self._live.png(), grids
-        for stage, pose in zip((self.head_a, self.head_b), self.poses(), strict=True):
+        self.maps.caption = f"{self.largest_change()} Point at a cell for its value; the weights of a head sum to 1."
+        for name, stage, pose in zip("AB", (self.head_a, self.head_b), self.poses(), strict=True):
+            stage.label = f"pose {name}: {pose_text(*pose)}"
             picture = self.people.picture(self.person.index, *pose)
             if picture is not None:
                 stage.picture = png(picture)

@@ -60,9 +60,12 @@ class Explorer(widgets.VBox):
     figure: Callable[[], Figure]  # a subclass's method: what is seen now, as a static figure
     _draw: Callable[[], None]  # a subclass's method: sets the pictures of its stages
     FIRST: tuple[str, ...] = ()  # controls that `set` moves before the others, because they limit them
+    HINT: tuple[str, ...] = ()  # what to do first, and how to read what is seen: a line each
 
     def __init__(self, rows: Sequence[Sequence[widgets.Widget]], controls: Sequence[widgets.Widget] = ()) -> None:
-        super().__init__([widgets.HBox(row, layout=widgets.Layout(flex_flow="row wrap")) for row in rows])
+        lines = [[widgets.HTML("<br>".join(self.HINT)).add_class("vd-hint")]] if self.HINT else []
+        wrapped = widgets.Layout(flex_flow="row wrap")
+        super().__init__([widgets.HBox(row, layout=wrapped) for row in (*lines, *rows)])
         self.add_class("vd-explorer")
         self._held = 0  # how many contexts of `together` are open
         for control in controls:

@@ -94,6 +94,11 @@ class PoseExplorer(Explorer):
         ValueError: if the people are not in the gallery, or their embeddings have another width.
     """
 
+    HINT = (
+        "Turn the head: drag it, or move yaw. The further it turns, the less its raw embedding resembles the front.",
+        "A search finds the right person where the solid line is above the dotted one of its colour.",
+    )
+
     def __init__(
         self,
         model: nn.Module,
@@ -188,19 +193,22 @@ class PoseExplorer(Explorer):
         else:
             self._draw_face(self._face)
             self.head.picture = self._live_face.png()
-        draw_curves(self._axes, *self._search(), len(self.gallery.names))
+        found, at = self._search()
+        draw_curves(self._axes, found, at, len(self.gallery.names))
+        raw, predicted = found.own[:, at]
+        self.curves.label = f"cosine with the own front over yaw; here {raw:.2f} raw, {predicted:.2f} predicted"
         self.curves.picture = self._live.png()
         self.readout.value = self._table()
 
     def _table(self) -> str:
         found, at = self._search()
         names = "", "cosine with own front", f"rank among {len(self.gallery.names)}", "most similar other"
-        lines = ["".join(f"<th>{name}</th>" for name in names)]
+        lines = ["".join(f"<th scope='col'>{name}</th>" for name in names)]
         for i, name in enumerate(("raw side view", "predicted")):
             rank, best = found.rank[i, at], html.escape(self.gallery.names[found.other[i, at]])
             word = "right" if rank == 1 else "wrong"
             lines.append(
-                f"<td>{name}</td><td>{found.own[i, at]:.3f}</td><td class=vd-{word}>{rank} ({word})</td>"
+                f"<th scope='row'>{name}</th><td>{found.own[i, at]:.3f}</td><td class='vd-{word}'>{rank} ({word})</td>"
                 f"<td>{found.best[i, at]:.3f}, {best}</td>"
             )
         return f"<table><tr>{'</tr><tr>'.join(lines)}</tr></table>"

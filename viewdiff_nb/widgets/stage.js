@@ -127,6 +127,21 @@ function render({ model, el }) {
     // Jupyter would take the arrow keys of the stage, and of the sliders beside it, to move between cells
     explorer.addEventListener("focusin", (event) => event.target.setAttribute("data-lm-suppress-shortcuts", "true"));
     placed.disconnect();
+    nameSliders(explorer);
+    named.observe(explorer, { childList: true, subtree: true });
+  }
+
+  // ipywidgets writes a slider's name beside it, and does not tell it to screen readers
+  const named = new MutationObserver(() => nameSliders(el.closest(".vd-explorer")));
+  function nameSliders(explorer) {
+    for (const slider of explorer?.querySelectorAll(".widget-slider") ?? []) {
+      const name = slider.querySelector("label")?.textContent;
+      slider.querySelector(".noUi-handle")?.setAttribute("aria-label", name);
+      const number = slider.querySelector(".widget-readout");
+      number?.setAttribute("role", "textbox");
+      number?.setAttribute("aria-label", `${name}, the number`);
+    }
+    explorer?.querySelector(".vd-readout")?.setAttribute("aria-live", "polite");
   }
   placed.observe(document.body, { childList: true, subtree: true });
 
@@ -137,6 +152,7 @@ function render({ model, el }) {
   join();
   return () => {
     placed.disconnect();
+    named.disconnect();
     if (url) URL.revokeObjectURL(url);
   };
 }

@@ -75,6 +75,10 @@ class VoxelExplorer(Explorer):
     FEATURES = "features, 3 principal components"
     SHARES = tuple(f"share of {name}" for name in KEYPOINT_NAMES)
     FIRST = ("resolution",)
+    HINT = (
+        "Raise the threshold or move the slice to look inside; drag the grid to look from elsewhere.",
+        "The red dots are the keypoints: if the layer had learnt a face, density would gather around them.",
+    )
 
     def __init__(
         self,
@@ -186,13 +190,15 @@ class VoxelExplorer(Explorer):
         scale = parts.flatten(1).abs().amax(1).clamp_min(1e-12).view(3, *[1] * (parts.dim() - 1))
         return (0.5 + 0.5 * parts / scale).movedim(0, -1).numpy()
 
-    def _cubes(self, size: int) -> Image.Image:
+    def _cubes(self, shown: np.ndarray, colours: np.ndarray, size: int) -> Image.Image:
         right, down = self.cubes.turned
         points = self.volume().keypoints[0].double().numpy()
-        return draw_cubes(*self.scene(), right - 30, min(90, max(-90, 20 + down)), size, points)
+        return draw_cubes(shown, colours, right - 30, min(90, max(-90, 20 + down)), size, points)
 
     def _draw_cubes(self) -> None:
-        self.cubes.picture = png(self._cubes(600))
+        shown, colours = self.scene()
+        self.cubes.label = f"the voxel grid, {self.quantity.value}: {shown.sum()} of {shown.size} voxels drawn"
+        self.cubes.picture = png(self._cubes(shown, colours, 600))
 
     def _draw_slices(self, axes: Sequence[Axes]) -> None:
         """A slice, the rendered features and the light stopped on three axes."""
@@ -209,6 +215,8 @@ class VoxelExplorer(Explorer):
         self._draw_cubes()
         self._draw_slices(self._axes)
         self.pictures.picture, self.pictures.caption = self._live.png(), self.state()
+        where = f"{self.plane.value} {self.layer.value} of {self.resolution.value}"
+        self.pictures.label = f"a slice of the grid, {where}, and the rendering"
         [image] = self._axes[0].images
         cells = np.asarray(image.get_array())
         if cells.ndim == 2:
@@ -221,7 +229,7 @@ class VoxelExplorer(Explorer):
         fig = Figure((10.5, 4.6), 110, layout="constrained")
         left, right = fig.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.25)).flat
         ax = left.subplots()
-        ax.imshow(self._cubes(700))
+        ax.imshow(self._cubes(*self.scene(), 700))
         ax.axis("off")
         left.suptitle(f"{self.quantity.value}, {self.resolution.value}³ voxels", fontsize=9)
         axes = right.subplots(2, 2).flatten()

@@ -127,21 +127,24 @@ function render({ model, el }) {
     // Jupyter would take the arrow keys of the stage, and of the sliders beside it, to move between cells
     explorer.addEventListener("focusin", (event) => event.target.setAttribute("data-lm-suppress-shortcuts", "true"));
     placed.disconnect();
-    nameSliders(explorer);
+    if (explorer.querySelector(".vd-stage") !== el) return; // the first stage does it for all
+    nameSliders();
     named.observe(explorer, { childList: true, subtree: true });
   }
 
   // ipywidgets writes a slider's name beside it, and does not tell it to screen readers
-  const named = new MutationObserver(() => nameSliders(el.closest(".vd-explorer")));
-  function nameSliders(explorer) {
-    for (const slider of explorer?.querySelectorAll(".widget-slider") ?? []) {
-      const name = slider.querySelector("label")?.textContent;
-      slider.querySelector(".noUi-handle")?.setAttribute("aria-label", name);
+  const named = new MutationObserver(nameSliders);
+  function nameSliders() {
+    const explorer = el.closest(".vd-explorer");
+    for (const handle of explorer?.querySelectorAll(".noUi-handle:not([aria-label])") ?? []) {
+      const slider = handle.closest(".widget-slider");
+      const name = slider.querySelector("label")?.textContent ?? "";
+      handle.setAttribute("aria-label", name);
       const number = slider.querySelector(".widget-readout");
       number?.setAttribute("role", "textbox");
       number?.setAttribute("aria-label", `${name}, the number`);
     }
-    explorer?.querySelector(".vd-readout")?.setAttribute("aria-live", "polite");
+    explorer?.querySelector(".vd-readout:not([aria-live])")?.setAttribute("aria-live", "polite");
   }
   placed.observe(document.body, { childList: true, subtree: true });
 

@@ -1,20 +1,28 @@
-"""The pictures of the README: explorers of a trained model in a real JupyterLab, recorded by a headless Chromium.
+"""Pictures of what moves: explorers of a trained model in a real JupyterLab, and TensorBoard, in a headless Chromium.
 
 python benchmarks/record_explorer.py [FOLDER]        by default figures/; needs the extra test, and a Chromium
 """
 
 import io
+import socket
+import subprocess
 import sys
 import tempfile
+import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "browser"))
+import torch
 from lab import Lab, handle, launch, write_notebook
 from PIL import Image, ImageChops
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Error, Page, sync_playwright
 
 from viewdiff_nb.files import FIGURES
+from viewdiff_nb.studies.adaptation import ADAPTATIONS, COMMON, FULL_PROFILE, base_model, load_split
+from viewdiff_nb.studies.store import Store
+from viewdiff_nb.training import train
 
 SMALL = """
 from viewdiff_nb.faces import load_face_views, split_by_person
@@ -76,6 +84,35 @@ def write_gif(frames: list[Image.Image], path: Path) -> None:
     shown[0].save(path, save_all=True, append_images=shown[1:], duration=FRAME_MS, loop=0, optimize=True)
 
 
+def tensorboard(browser: Browser, folder: Path) -> None:
+    """Two short runs of the guide's model, with and without the prior, in TensorBoard."""
+    logs, split = Path(tempfile.mkdtemp()), load_split(FULL_PROFILE)
+    people, _ = split.train.select(torch.arange(300)), torch.manual_seed(0)
+    base, _ = base_model(Store(split), split, FULL_PROFILE, seed=0)
+    for name, prior in (("LoRA", False), ("LoRA_and_prior", True)):
+        options = ADAPTATIONS["LoRA r=8"] | {"use_prior_preservation": prior, "log_dir": str(logs / name)}
+        train(replace(COMMON, epochs=6, base_model_path=str(base), val_every=1, **options), people, split.val)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", logs, "--port", str(port), "--load_fast=false"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        for _ in range(100):  # until it listens
+            try:
+                page.goto(f"http://127.0.0.1:{port}/#timeseries")
+                break
+            except Error:
+                time.sleep(0.3)
+        page.locator("card-view").first.wait_for(timeout=60_000)
+        page.wait_for_timeout(4000)
+        picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+        picture.quantize(256).save(folder / "tensorboard.png", optimize=True)
+    finally:
+        server.terminate()
+
+
 def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FIGURES
     root, config = Path(tempfile.mkdtemp()), Path(tempfile.mkdtemp())
@@ -85,7 +122,9 @@ def main() -> None:
     lab = Lab(root, config, {})
     try:
         with sync_playwright() as playwright:
-            page = launch(playwright).new_page(viewport={"width": 1700, "height": 1300})
+            browser = launch(playwright)
+            tensorboard(browser, folder)
+            page = browser.new_page(viewport={"width": 1700, "height": 1300})
             for name in ("pose", "voxels", "attention"):
                 lab.open(page, f"{name}.ipynb")
                 lab.run_all(page, timeout=600)

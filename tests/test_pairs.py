@@ -267,3 +267,22 @@ def test_a_missing_file_is_missing(tmp_path):
 def test_a_grey_crop_becomes_rgb(tmp_path):
     (tmp_path / "grey.png").write_bytes(picture(colour=(90, 90, 90), mode="L"))
     assert (open_crop(tmp_path / "grey.png", "grey") == 90).all()
+
+
+@pytest.mark.parametrize("name", ["../outside.jpg", "a" * 5000, "a/../../outside.jpg"])
+def test_a_list_of_strangers_reads_no_file_outside_of_its_folder(tmp_path, name):
+    """It once raised what the operating system says of a name that is too long, and followed two dots."""
+    (tmp_path / "images").mkdir()
+    for path in (tmp_path / "outside.jpg", tmp_path / "images" / "in.jpg"):
+        path.write_bytes(b"picture")
+    (tmp_path / "pairs.txt").write_text(f"in.jpg 1\n{name} 1\n")
+    with pytest.raises(FaceDataError, match=r"pairs.txt: line 2: there is no picture '") as found:
+        read_picture_pairs(tmp_path / "pairs.txt", tmp_path / "images")
+    assert len(str(found.value)) < 1000
+
+
+def test_long_lines_are_quoted_in_short(tmp_path):
+    (tmp_path / "pairs.csv").write_text("first,second,same,fold\n" + "9" * 7000 + "\n")
+    with pytest.raises(FaceDataError, match="line 2") as found:
+        read_pairs(tmp_path / "pairs.csv", 4)
+    assert len(str(found.value)) < 1000

@@ -14,8 +14,8 @@ from viewdiff_nb import EnhancedTransformerDecoderOnly3D, LoRALinearLayer
 from viewdiff_nb.plots import (
     BIN_NAMES,
     effective_rank,
-    interaction,
     lora_spectra,
+    model_style,
     projection_steps,
     recognition_curves,
     retention,
@@ -53,11 +53,12 @@ def test_equal_directions_count_as_many_as_they_are():
 def test_figures_show_every_layer_and_step():
     model = EnhancedTransformerDecoderOnly3D(**MODEL, rank=2)
     torch.nn.init.normal_(model.blocks[0].attention.query.lora_up)
-    _, right = spectra_figure(lora_spectra(model), rank=2).axes
-    assert [text.get_text() for text in right.get_yticklabels()] == [
-        f"0 attention {part}" for part in ("query", "value", "key", "out")
+    _, used, size = spectra_figure(lora_spectra(model), rank=2).axes
+    assert [text.get_text() for text in used.get_yticklabels()] == [
+        f"layer 1 attention {part}" for part in ("query", "value", "key", "out")
     ]
-    assert right.patches[0].get_width() > 1 and right.patches[1].get_width() == 0  # only the query learned
+    assert used.patches[0].get_width() > 1 and used.patches[1].get_width() == 0  # only the query learned
+    assert size.patches[0].get_width() > 0 and size.patches[1].get_width() == 0
     faces = people(2, views=2)
     fig = projection_steps(model, faces.where(torch.tensor([1])), yaws=(-30, 0, 30))
     panels = [ax for ax in fig.axes if ax.get_label() != "<colorbar>"]
@@ -68,6 +69,7 @@ def test_a_table_is_saved_as_csv_and_picture(tmp_path):
     table = pd.DataFrame({"rank-1": ["0.500 ± 0.028"], "guide: rank-1": ["–"]}, index=pd.Index(["base"], name="model"))
     save_table(table, "t", tmp_path / "new", "Title", "a note")
     assert pd.read_csv(tmp_path / "new/t.csv", index_col=0).loc["base", "rank-1"] == "0.500 ± 0.028"
+    assert r"base & 0.500 $\pm$ 0.028 & -- \\" in (tmp_path / "new/t.tex").read_text()
     assert (tmp_path / "new/t.png").read_bytes()[:4] == b"\x89PNG"
     plt.close("all")
 
@@ -77,6 +79,9 @@ def test_recognition_curves_name_every_model():
     figure = recognition_curves(pd.DataFrame(rows, columns=["model", "yaw", "mean", "half"]), "rank-1", "title")
     words = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert words == ["full fine-tuning", "LoRA r=8"]
+    lines = figure.axes[0].lines
+    assert [list(line.get_xdata()) for line in lines] == [list(range(5))] * 2  # on the ticks
+    assert lines[1].get_color() == model_style("LoRA", 0)["color"] == model_style("LoRA r=8", 5)["color"]
     plt.close(figure)
 
 
@@ -113,19 +118,9 @@ def test_every_picture_is_written_twice_and_says_what_it_shows(tmp_path, seeds):
     assert {p.name for p in tmp_path.iterdir()} == {f"{name}.{kind}" for name in figures for kind in ("png", "svg")}
     titles = {name: fig.axes[0].get_title("left") for name, fig in figures.items()}
     assert titles["ablation_heat_map"] == "Rank 8 with 4³ voxels is enough" or seeds == 1
-    assert titles["ablation_loss"] == "LoRA rank 8 fits the training people best"
     again = {p.name: p.read_bytes() for p in tmp_path.glob("*.svg")}
     write_all(cells, tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.glob("*.svg")} == again
-
-
-def test_interaction_is_told_from_none():
-    cells = made(rank_gain=(0.0, 0.0))
-    assert interaction(cells).axes[0].get_title("left") == "Resolution and rank are not seen to interact"
-    crossed = (cells["rank"] == 8) & (cells["voxel_resolution"] == 8)
-    cells.loc[crossed, "test_tar"] += 0.05 + 1e-4 * cells.loc[crossed, "seed"]
-    assert interaction(cells).axes[0].get_title("left") == "Resolution and rank interact"
-    plt.close("all")
 
 
 def test_the_weight_of_the_prior_is_told_by_what_it_keeps():

@@ -40,7 +40,7 @@ from viewdiff_nb.faces.pairs import FOLDS, Pairs, numbers, read_lines, write_pai
 from viewdiff_nb.faces.photo_reader import EmbedOptions, FaceReader, RefusedError
 from viewdiff_nb.faces.recogniser import embed_crops, make_recogniser, unit_rows
 from viewdiff_nb.faces.views import CONVENTIONS, FaceDataError, load_rows, write_samples
-from viewdiff_nb.files import PROJECT, RUNS, fingerprint, writable_folder, write_atomically, write_text
+from viewdiff_nb.files import PROJECT, RUNS, fingerprint, shorten, writable_folder, write_atomically, write_text
 
 KINDS = {"F": ("frontal", 10), "P": ("profile", 4)}  # of pictures: folder, and how many of a person
 PROTOCOLS = ("FF", "FP")
@@ -113,10 +113,12 @@ def read_pictures(cfp: Path) -> list[Picture]:
             match = re.fullmatch(rf"{number}\s+(?:.*/)?Images/((\d+)/{folder}/\d+\.jpg)", line.strip())
             if not match:
                 wanted = f"{number}, a space, and ../Data/Images/PERSON/{folder}/NUMBER.jpg"
-                raise FaceDataError(f"{where}: must be {wanted}, got {line.strip()!r}")
+                raise FaceDataError(f"{where}: must be {wanted}, got {shorten(line.strip())}")
             picture, person = match[1], (number - 1) // each
             if int(match[2]) != person + 1:
-                raise FaceDataError(f"{where}: must be of person {person + 1:03d}, {each} a person, got {picture}")
+                raise FaceDataError(
+                    f"{where}: must be of person {person + 1:03d}, {each} a person, got {picture[:80]}"
+                )
             if not (cfp / "Data" / "Images" / picture).is_file():
                 raise FaceDataError(f"{where}: there is no picture {cfp / 'Data' / 'Images' / picture}")
             found.append(Picture(picture, person, kind == "P", where))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from viewdiff_nb.faces.crops import CROP_SIZE
 from viewdiff_nb.faces.views import FaceDataError
-from viewdiff_nb.files import read_bytes, write_text
+from viewdiff_nb.files import read_bytes, shorten, write_text
 
 FOLDS = 10
 HEAD = "first,second,same,fold"
@@ -100,7 +100,7 @@ def numbers(line: str, count: int, where: str, kind: type[Number]) -> list[Numbe
         found = []
     if len(found) != count or not all(math.isfinite(number) for number in found if kind is float):
         wanted = f"{count} {'whole ' if kind is int else ''}numbers with commas between them"
-        raise FaceDataError(f"{where}: must be {wanted}, got {line.strip()!r}")
+        raise FaceDataError(f"{where}: must be {wanted}, got {shorten(line.strip())}")
     return found
 
 
@@ -118,9 +118,10 @@ def read_picture_pairs(path: str | Path, images: str | Path) -> tuple[list[Path]
         name, _, mark = line.strip().rpartition(" ")
         where = f"{path}: line {number}"
         if not name or mark not in ("0", "1"):
-            raise FaceDataError(f"{where}: must be a picture's name, a space, and 1 or 0, got {line.strip()!r}")
-        if not (Path(images) / name).is_file():
-            raise FaceDataError(f"{where}: there is no picture {Path(images) / name}")
+            wanted = "a picture's name, a space, and 1 or 0"
+            raise FaceDataError(f"{where}: must be {wanted}, got {shorten(line.strip())}")
+        if not _is_within(images, name):
+            raise FaceDataError(f"{where}: there is no picture {shorten(name)} in {images}")
         paths.append(Path(images) / name)
         marks.append(mark == "1")
     if len(lines) % 2:
@@ -129,6 +130,15 @@ def read_picture_pairs(path: str | Path, images: str | Path) -> tuple[list[Path]
         if marks[number] != marks[number + 1]:
             raise FaceDataError(f"{path}: line {number + 2}: says {marks[number + 1]:d}, the line before it does not")
     return paths, pairs_in_order(torch.tensor(marks[::2], dtype=torch.bool), source=path)
+
+
+def _is_within(folder: str | Path, name: str) -> bool:
+    """Whether a file of this name is there, and in the folder: a list may come from anybody."""
+    path = Path(name)
+    try:
+        return not path.is_absolute() and ".." not in path.parts and (Path(folder) / path).is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 class _Plain(pickle.Unpickler):

@@ -11,7 +11,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 from torch import nn
 
@@ -20,23 +20,54 @@ from viewdiff_nb.faces.views import FaceViews
 from viewdiff_nb.modules.lora import evaluation_mode, lora_layers
 from viewdiff_nb.modules.transformer import EnhancedTransformerDecoderOnly3D
 from viewdiff_nb.studies.ablation import CHOICE, paired, recommend, summary
-from viewdiff_nb.studies.significance import over_seeds, told_apart
+from viewdiff_nb.studies.significance import told_apart
+from viewdiff_nb.studies.tables import latex
 
 BIN_NAMES = [f"{low}-{high}" for low, high in YAW_BINS]
 COLOURS = sns.color_palette("colorblind")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 LINES = ("-", "--", ":", "-.")
 LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8.5}
+ALIASES = {"raw": "raw side view", "LoRA": "LoRA r=8", "trained model": "small transformer"}
+STYLES: dict[str, dict[str, Any]] = {  # a model looks the same in all pictures; the best one is the strongest
+    "raw side view": {"color": "0.45", "marker": "o"},
+    "base": {"color": "0.65", "marker": "P"},
+    "canonical correlation": {"color": COLOURS[1], "marker": "s"},
+    "DREAM": {"color": COLOURS[5], "marker": "v"},
+    "MLP, 1024 wide": {"color": COLOURS[2], "marker": "^"},
+    "LoRA r=8": {"color": COLOURS[4], "marker": "D"},
+    "LoRA + prior": {"color": COLOURS[3], "marker": "X"},
+    "shipped weights": {"color": COLOURS[9], "marker": "s"},
+    "drop-in": {"color": COLOURS[3], "marker": "D"},
+    "small transformer": {"color": COLOURS[0], "marker": "*", "linewidth": 2.6},
+}
+DPI = 150
 FLAT = 1e-6  # singular values below this share of the largest are rounding
 KEPT, GAINED = "0-45", "45-90"  # degrees of |yaw|: what a base was trained on, and what it is adapted to
 RATES = {"rank1": "rank-1", "tar": "TAR at FAR 1e-3"}
 COSTS = {"trainable": "trainable parameters", "memory_mb": "memory of a training step alone, MB"}
 
 
+def model_style(name: str, i: int) -> dict[str, Any]:
+    """Colour, marker, dashes and width of a model's line; one without a look of its own has that of the i-th series.
+
+    >>> model_style("raw", 3)["color"], model_style("mine", 3)["marker"]
+    ('0.45', '^')
+    """
+    plain = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "linewidth": 1.6}
+    return plain | {"linestyle": LINES[i % len(LINES)], "markersize": 5} | STYLES.get(ALIASES.get(name, name), {})
+
+
+def panels(rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """A figure that is sharp in a notebook, and its axes; options of matplotlib's `subplots`."""
+    return plt.subplots(rows, columns, layout="constrained", dpi=DPI, **options)
+
+
 def save_table(table: pd.DataFrame, name: str, folder: Path, title: str, note: str = "") -> Figure:
-    """Write NAME.csv and NAME.png to the folder; returns the picture, with the guide's columns in grey."""
+    """Write NAME.csv, NAME.tex and NAME.png to the folder; returns the picture, with the guide's columns in grey."""
     folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(folder / f"{name}.csv")
+    (folder / f"{name}.tex").write_text(latex(table, ". ".join(filter(None, (title, note)))), encoding="utf-8")
     cells = table.reset_index()
     widths = [max(len(str(v)) for v in (column, *cells[column])) for column in cells]
     fig, ax = plt.subplots(figsize=(0.085 * sum(widths) + 0.3 * len(widths), 0.32 * (len(cells) + 1) + 0.9))
@@ -54,36 +85,38 @@ def save_table(table: pd.DataFrame, name: str, folder: Path, title: str, note: s
     fig.text(0.01, 0.01, note, fontsize=7.5, color="0.35", ha="left", va="bottom")
     height = fig.get_figheight()
     fig.subplots_adjust(left=0.01, right=0.99, bottom=(0.3 if note else 0.05) / height, top=1 - 0.35 / height)
-    fig.savefig(folder / f"{name}.png", dpi=150)
+    fig.savefig(folder / f"{name}.png", dpi=DPI)
     return fig
 
 
-def recognition_curves(found: pd.DataFrame, rate: str, title: str) -> Figure:
-    """A rate over |yaw| bins for several models, with 95 % intervals; found: of `tables.estimates`."""
-    fig, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    models, bins = found["model"].unique(), found["yaw"].unique()
-    style = {"markersize": 5, "linewidth": 1.4, "elinewidth": 1.2}
-    for i, model in enumerate(models):
-        rows = found[found["model"] == model]
-        shift = 0.25 * (i / max(1, len(models) - 1) - 0.5)
-        _points(ax, i, np.arange(len(bins)) + shift, rows["mean"], rows["half"], label=model, **style)
+def recognition_curves(found: pd.DataFrame, rate: str, title: str, note: str = "") -> Figure:
+    """A rate over |yaw| bins for several models, with bands of 95 %; found: of `tables.estimates`."""
+    fig, ax = panels(figsize=(8, 4.2))
+    bins = list(found["yaw"].unique())
+    for i, model in enumerate(found["model"].unique()):
+        rows, look = found[found["model"] == model], model_style(model, i)
+        x = [bins.index(yaw) for yaw in rows["yaw"]]
+        ax.plot(x, rows["mean"], label=model, **look)
+        low, high = rows["mean"] - rows["half"], rows["mean"] + rows["half"]
+        ax.fill_between(x, low, high, color=look["color"], alpha=0.12, linewidth=0)
     ax.set_xticks(range(len(bins)), bins)
     ax.set(xlabel="|yaw| of the side view, degrees", ylabel=rate, ylim=(0, 1.02))
     ax.set_title(title, loc="left", fontsize=11)
     ax.legend(**LEGEND, loc="lower left")
+    fig.supxlabel(note, fontsize=8, color="0.35")
     sns.despine(fig)
     return fig
 
 
 def learning_curves(history: pd.DataFrame, fig: Figure | None = None) -> Figure:
     """Loss and recognition over epochs of a `TrainResult`'s history, or of a part of it; drawn anew on fig, if any."""
-    fig = fig or plt.figure(figsize=(9, 3.2), layout="constrained")
+    fig = fig or plt.figure(figsize=(9, 3.2), layout="constrained", dpi=DPI)
     fig.clear()
-    panels = {
+    shown_in = {
         "loss": {"train_loss": "training", "val_loss": "validation", "prior_loss": "prior"},
         "validation people": {"val_rank1": "rank-1", "val_tar": "TAR at FAR 1e-3", "val_cosine": "cosine"},
     }
-    for ax, (title, columns) in zip(fig.subplots(1, 2), panels.items(), strict=True):
+    for ax, (title, columns) in zip(fig.subplots(1, 2), shown_in.items(), strict=True):
         for i, (column, label) in enumerate(columns.items()):
             if column in history:
                 shown = history.dropna(subset=[column])
@@ -144,8 +177,8 @@ def effective_rank(spectrum: pd.DataFrame) -> pd.Series:
 
 
 def spectra_figure(spectrum: pd.DataFrame, rank: int) -> Figure:
-    """Singular values of update and frozen weight, and how many directions each layer's update uses."""
-    fig, (left, right) = plt.subplots(1, 2, width_ratios=(1.3, 1), figsize=(10, 3.4), layout="constrained")
+    """Singular values of update and frozen weight; how many directions each layer's update uses, and its size."""
+    fig, (left, middle, right) = panels(1, 3, width_ratios=(1.5, 1, 1), figsize=(10.5, 3.6))
     shown = spectrum[spectrum["number"] <= 4 * rank]
     least = FLAT * shown["frozen"].max()
     for i, (column, label) in enumerate((("frozen", "frozen W"), ("update", "update s B A"))):
@@ -161,15 +194,17 @@ def spectra_figure(spectrum: pd.DataFrame, rank: int) -> Figure:
     left.legend(**LEGEND)
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     used, relative = effective_rank(spectrum), spectrum.groupby("layer", sort=False)["relative"].first()
-    kinds, _ = pd.factorize(used.index.str.split(".").str[-1])
-    right.barh(range(len(used)), used, color=[COLOURS[2 + kind] for kind in kinds])
-    for i, (value, size) in enumerate(zip(used, relative, strict=True)):
-        right.text(value + 0.1, i, f"{size:.1%}", va="center", fontsize=7)
-    names = [name.removeprefix("blocks.").replace(".", " ") for name in used.index]
-    right.set_yticks(range(len(used)), names, fontsize=7)
-    right.invert_yaxis()
-    right.set(xlim=(0, rank + 1.2), xlabel="directions used, of the rank")
-    right.set_title("by block and layer; beside it |update| / |W|", loc="left", fontsize=9)
+    parts = [name.removeprefix("blocks.").split(".") for name in used.index]
+    names = [" ".join((f"layer {int(part[0]) + 1}", *part[1:]) if part[0].isdigit() else part) for part in parts]
+    kinds, _ = pd.factorize(np.array([part[-1] for part in parts]))
+    for ax, values, title in ((middle, used, f"directions used, of {rank}"), (right, relative, "|update| / |W|")):
+        ax.barh(range(layers), values, color=[COLOURS[2 + kind] for kind in kinds])
+        ax.set_yticks(range(layers), names if ax is middle else [], fontsize=8)
+        ax.invert_yaxis()
+        ax.set_title(title, loc="left", fontsize=9)
+    middle.set_xlim(0, rank)
+    right.axvline(1, color="0.4", linestyle=":")
+    right.xaxis.set_major_formatter(PercentFormatter(1))
     sns.despine(fig)
     plt.close(fig)  # it is returned, not shown a second time when the cell ends
     return fig
@@ -177,7 +212,7 @@ def spectra_figure(spectrum: pd.DataFrame, rank: int) -> Figure:
 
 def projection_steps(model: EnhancedTransformerDecoderOnly3D, view: FaceViews, yaws: tuple[float, ...]) -> Figure:
     """The 3-D projection of one side view, step by step, a row for each yaw (degrees) that it is rendered at."""
-    fig = plt.figure(figsize=(11, 2.1 * len(yaws)), layout="compressed")
+    fig = plt.figure(figsize=(10.6, 2.1 * len(yaws)), layout="compressed", dpi=DPI)
     axes = fig.subplots(len(yaws), 5, squeeze=False, subplot_kw={"xticks": (), "yticks": ()})
     target = torch.tensor([[0.0, yaw, 0.0] for yaw in yaws]).deg2rad()
     rows = torch.zeros(len(yaws), dtype=torch.long)  # the one view for each yaw
@@ -198,7 +233,7 @@ def projection_steps(model: EnhancedTransformerDecoderOnly3D, view: FaceViews, y
             drawn = ax.imshow(values[i].numpy(), extent=(-1, 1, 1, -1))
             if title == "light stopped":
                 drawn.set_clim(0, 1)
-            fig.colorbar(drawn, ax=ax, shrink=0.75, pad=0.02).ax.tick_params(labelsize=6)
+            fig.colorbar(drawn, ax=ax, shrink=0.75, pad=0.02).ax.tick_params(labelsize=8)
     for ax, title in zip(axes[0], ("keypoints, turned", *steps), strict=True):
         ax.set_title(title, fontsize=9)
     plt.close(fig)
@@ -210,7 +245,7 @@ def heat_map(cells: pd.DataFrame) -> Figure:
     found = summary(cells, CHOICE, "test_tar")
     found["words"] = [f"{mean:.3f}" + ("" if np.isnan(half) else f"\n± {half:.3f}") for mean, half in found.to_numpy()]
     means, words = (found[x].unstack("voxel_resolution").sort_index(ascending=False) for x in ("mean", "words"))
-    fig, ax = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    fig, ax = panels(figsize=(5.2, 3.6))
     sns.heatmap(means, annot=words, fmt="", cmap="cividis", linewidths=1, ax=ax, cbar_kws={"label": RATES["tar"]})
     rank, voxels = recommend(cells).chosen
     corner = means.columns.get_loc(voxels), means.index.get_loc(rank)
@@ -219,27 +254,11 @@ def heat_map(cells: pd.DataFrame) -> Figure:
     return _finished(fig, title, "voxels along an edge of the grid", "LoRA rank")
 
 
-def interaction(cells: pd.DataFrame) -> Figure:
-    """TAR over voxel resolutions, a line for each rank: parallel lines do not interact."""
-    found = summary(cells, CHOICE, "test_tar").fillna({"half": 0})
-    fig, ax = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
-    ranks, resolutions = (list(found.index.unique(axis)) for axis in CHOICE)
-    for i, rank in enumerate(ranks):
-        rows = found.loc[rank].reindex(resolutions)
-        x = np.arange(len(resolutions)) + 0.12 * (i - (len(ranks) - 1) / 2)
-        _points(ax, i, x, rows["mean"], rows["half"], capsize=2, linestyle=LINES[i % 4], label=f"{rank:g}")
-    ax.set_xticks(range(len(resolutions)), [f"{resolution:g}" for resolution in resolutions])
-    table = cells.pivot_table(index=CHOICE, columns="seed", values="test_tar", aggfunc="mean")
-    low, high = (table.loc[rank, resolutions[-1]] - table.loc[rank, resolutions[0]] for rank in (ranks[0], ranks[-1]))
-    words = "interact" if told_apart([over_seeds(high - low)])[0] else "are not seen to interact"
-    return _finished(fig, f"Resolution and rank {words}", "voxel resolution", RATES["tar"], "LoRA rank")
-
-
 def pareto(cells: pd.DataFrame, cost: str = "trainable") -> Figure:
     """Every rank and resolution by cost (one of `COSTS`) and TAR; the front is what nothing cheaper equals."""
     found = summary(cells, CHOICE, "test_tar").fillna({"half": 0}).join(cells.groupby(CHOICE)[cost].mean())
     found = found.sort_values([cost, "mean"])
-    fig, ax = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
+    fig, ax = panels(figsize=(5.6, 3.6))
     for i, rank in enumerate(sorted(cells["rank"].unique())):
         rows = found.xs(rank, level="rank")
         _points(ax, i, rows[cost], rows["mean"], rows["half"], linestyle="", capsize=2, label=f"rank {rank}")
@@ -254,27 +273,11 @@ def pareto(cells: pd.DataFrame, cost: str = "trainable") -> Figure:
     return _finished(fig, f"Nothing is above rank {rank} with {resolution}³", COSTS[cost], RATES["tar"])
 
 
-def loss_bands(cells: pd.DataFrame) -> Figure:
-    """Training loss over epochs by rank, mean with its interval over seeds."""
-    losses = cells[["rank", "seed", "train_loss"]].explode("train_loss").astype({"train_loss": float})
-    losses["epoch"] = losses.groupby(level=0).cumcount() + 1
-    found = summary(losses, ["rank", "epoch"], "train_loss").fillna({"half": 0})
-    fig, ax = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
-    for i, rank in enumerate(found.index.unique("rank")):
-        rows = found.loc[rank]
-        low, high = rows["mean"] - rows["half"], rows["mean"] + rows["half"]
-        ax.fill_between(rows.index, low, high, color=COLOURS[i], alpha=0.25, linewidth=0)
-        style = {"color": COLOURS[i], "marker": MARKERS[i], "markersize": 4, "linestyle": LINES[i % 4]}
-        ax.plot(rows.index, rows["mean"], label=f"{rank:g}", **style)
-    best = found["mean"].unstack("rank").iloc[-1].idxmin()
-    return _finished(fig, f"LoRA rank {best:g} fits the training people best", "epoch", "training loss", "LoRA rank")
-
-
 def retention(cells: pd.DataFrame) -> Figure:
     """What is kept below 45° against what is gained beyond, for each weight of the prior."""
     sides = (summary(cells, ["lambda_prior"], f"test_tar_{side}") for side in (KEPT, GAINED))
     kept, gained = (side.fillna({"half": 0}) for side in sides)
-    fig, ax = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    fig, ax = panels(figsize=(5.2, 3.6))
     for i, weight in enumerate(kept.index):
         (x, x_half), (y, y_half) = gained.loc[weight], kept.loc[weight]
         _points(ax, i, x, y, y_half, xerr=x_half, capsize=2, linestyle="", label=f"{weight:g}")
@@ -289,15 +292,13 @@ def write_all(cells: pd.DataFrame, folder: Path) -> dict[str, Figure]:
     """All pictures of a grid as PNG and SVG in folder, by name."""
     figures = {
         "ablation_heat_map": heat_map(cells),
-        "ablation_interaction": interaction(cells),
         "ablation_pareto_parameters": pareto(cells),
         "ablation_pareto_memory": pareto(cells, "memory_mb"),
-        "ablation_loss": loss_bands(cells),
         "ablation_retention": retention(cells),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, fig in figures.items():
-        fig.savefig(folder / f"{name}.png", dpi=150)
+        fig.savefig(folder / f"{name}.png", dpi=DPI)
         with plt.rc_context({"svg.hashsalt": name}):  # equal pictures, equal files
             fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
         plt.close(fig)

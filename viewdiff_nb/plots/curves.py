@@ -6,7 +6,6 @@ dashes, so that they are told apart in grey.
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 import torch
@@ -16,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from viewdiff_nb import metrics
-from viewdiff_nb.plots import COLOURS, LEGEND, LINES, MARKERS
+from viewdiff_nb.plots import COLOURS, LEGEND, LINES, MARKERS, model_style, panels
 from viewdiff_nb.studies.significance import resampled_people
 
 RESAMPLES = 200
@@ -37,7 +36,7 @@ def roc_and_det(models: Mapping[str, Tensor], gallery: Tensor, person: Tensor, t
     """
     weights = resampled_people(len(gallery), RESAMPLES)
     fars = np.geomspace(1 / (len(person) * (len(gallery) - 1)), 0.999, POINTS)
-    fig, (roc, det) = plt.subplots(1, 2, figsize=(9.6, 4.0), layout="constrained")
+    fig, (roc, det) = panels(1, 2, figsize=(9.6, 4.0))
     det.set_ylim(0.5 / len(person), 1.1)  # a logarithmic axis that is empty cannot scale itself
     for i, (name, predicted) in enumerate(models.items()):
         tar, low, high = _tar_over_far(predicted, gallery, person, weights, fars)
@@ -79,7 +78,7 @@ def cmc(models: Mapping[str, Tensor], gallery: Tensor, person: Tensor, title: st
     [0.0, 1.0, 1.0]
     """
     weights, shown = resampled_people(len(gallery), RESAMPLES), torch.arange(1, min(ranks, len(gallery)) + 1)
-    fig, ax = plt.subplots(figsize=(5.6, 4.0), layout="constrained")
+    fig, ax = panels(figsize=(5.6, 4.0))
     for i, (name, predicted) in enumerate(models.items()):
         rank = metrics.similarity_scores(predicted, gallery, person).rank
         _band(ax, i, shown.numpy(), *_over_people((rank[:, None] <= shown).double(), person, weights), name)
@@ -106,9 +105,7 @@ def similarity_histograms(
     ['raw', 'model']
     """
     size = 1.0 + 3.9 * len(models), 3.4
-    fig, axes = plt.subplots(
-        1, len(models), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
-    )
+    fig, axes = panels(1, len(models), figsize=size, sharex=True, sharey=True, squeeze=False)
     own = F.one_hot(person, len(gallery)).bool()
     bins = np.linspace(-0.5, 1, 76)
     for ax, (name, predicted) in zip(axes[0], models.items(), strict=True):
@@ -134,7 +131,7 @@ def similarity_by_yaw(
     >>> figure.axes[0].get_xlabel()
     'yaw of the side view, degrees'
     """
-    fig, ax = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
+    fig, ax = panels(figsize=(7.2, 4.0))
     number = (yaw / width).round()
     for i, (name, predicted) in enumerate(models.items()):
         cosines = F.normalize(predicted, dim=1) @ F.normalize(gallery, dim=1).T
@@ -143,7 +140,8 @@ def similarity_by_yaw(
         middles = number.unique()
         for values, words, line in ((own, name, 1.8), (other, None, 0.8)):
             heights = [values[number == middle].median() for middle in middles]
-            ax.plot(middles * width, heights, LINES[i % len(LINES)], color=COLOURS[i], linewidth=line, label=words)
+            look = {"color": model_style(name, i)["color"], "linestyle": LINES[i % len(LINES)], "linewidth": line}
+            ax.plot(middles * width, heights, label=words, **look)
     ax.set(xlabel="yaw of the side view, degrees", ylabel="cosine: own front; thin: the most similar other")
     ax.legend(**LEGEND)
     return _titled(fig, title)
@@ -162,9 +160,7 @@ def embedding_map(
     fronts = F.normalize(gallery, dim=1)
     axes_of = torch.linalg.svd(fronts[list(people)] - fronts[list(people)].mean(0), full_matrices=False).Vh[:2].T
     size = 1.0 + 3.9 * len(models), 3.9
-    fig, axes = plt.subplots(
-        1, len(models), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
-    )
+    fig, axes = panels(1, len(models), figsize=size, sharex=True, sharey=True, squeeze=False)
     for ax, (name, predicted) in zip(axes[0], models.items(), strict=True):
         seen = F.normalize(predicted, dim=1) @ axes_of
         for i, one in enumerate(people):
@@ -178,8 +174,9 @@ def embedding_map(
 
 
 def _band(ax: Axes, i: int, x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.ndarray, name: str) -> None:
-    ax.plot(x, y, LINES[i % len(LINES)], color=COLOURS[i % len(COLOURS)], linewidth=1.6, label=name)
-    ax.fill_between(x, low, high, color=COLOURS[i % len(COLOURS)], alpha=0.15, linewidth=0)
+    look = model_style(name, i) | {"marker": ""}
+    ax.plot(x, y, label=name, **look | {"linestyle": LINES[i % len(LINES)]})
+    ax.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
 
 
 def _titled(fig: Figure, title: str) -> Figure:

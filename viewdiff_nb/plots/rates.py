@@ -1,11 +1,10 @@
 """Rates of many models side by side, with their intervals."""
 
-import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from viewdiff_nb.plots import COLOURS, LEGEND, LINES, MARKERS
+from viewdiff_nb.plots import COLOURS, LEGEND, LINES, MARKERS, model_style, panels
 from viewdiff_nb.studies.significance import LEVEL
 
 
@@ -17,7 +16,7 @@ def rates_figure(found: pd.DataFrame, title: str, note: str = "") -> Figure:
     """
     rates, models = list(found["rate"].unique()), list(found["model"].unique())
     size = 3.0 + 2.6 * len(rates), 0.9 + 0.27 * len(models)
-    fig, axes = plt.subplots(1, len(rates), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    fig, axes = panels(1, len(rates), figsize=size, sharey=True, squeeze=False)
     for ax, rate, colour in zip(axes[0], rates, COLOURS, strict=False):
         rows = found[found["rate"] == rate].set_index("model").loc[models]
         ax.errorbar(rows["mean"], range(len(models)), xerr=rows["half"], fmt="o", color=colour, elinewidth=1)
@@ -38,7 +37,7 @@ def efficiency_figure(found: pd.DataFrame, title: str, note: str = "") -> Figure
     """
     rates, raw = list(found["rate"].unique()), found[found["people"] == 0]
     ways = [way for way in found["way"].unique() if way not in set(raw["way"])]
-    fig, axes = plt.subplots(1, len(rates), figsize=(1.6 + 4.0 * len(rates), 5.2), layout="constrained", squeeze=False)
+    fig, axes = panels(1, len(rates), figsize=(1.6 + 4.0 * len(rates), 5.2), squeeze=False)
     for ax, rate in zip(axes[0], rates, strict=True):
         for i, way in enumerate(ways):
             rows = found[(found["way"] == way) & (found["rate"] == rate)].sort_values("people")
@@ -71,7 +70,7 @@ def differences_figure(found: pd.DataFrame, title: str, note: str = "") -> Figur
     rates = list(found["rate"].unique())
     pairs = list(dict.fromkeys(zip(found["model"], found["other"], strict=True)))
     size = 4.6 + 2.5 * len(rates), 1.0 + 0.27 * len(pairs)
-    fig, axes = plt.subplots(1, len(rates), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    fig, axes = panels(1, len(rates), figsize=size, sharey=True, squeeze=False)
     for ax, rate, colour in zip(axes[0], rates, COLOURS, strict=False):
         rows = found[found["rate"] == rate].set_index(["model", "other"]).loc[pairs]
         for i, row in enumerate(rows.itertuples()):
@@ -97,12 +96,12 @@ def sweep_figure(found: pd.DataFrame, xlabel: str, title: str, note: str = "", l
     """
     rates, models = list(found["rate"].unique()), list(found["model"].unique())
     size = 1.6 + 3.9 * len(rates), 1.6 + 0.34 * max(6, len(models))
-    fig, axes = plt.subplots(1, len(rates), figsize=size, layout="constrained", squeeze=False)
+    fig, axes = panels(1, len(rates), figsize=size, squeeze=False)
     for ax, rate in zip(axes[0], rates, strict=True):
         for i, model in enumerate(models):
             rows = found[(found["model"] == model) & (found["rate"] == rate)].sort_values("x")
-            look = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-            ax.plot(rows["x"], rows["mean"], LINES[i % len(LINES)], label=model, markersize=5, **look)
+            look = model_style(model, i)
+            ax.plot(rows["x"], rows["mean"], label=model, **look)
             low, high = rows["mean"] - rows["half"], rows["mean"] + rows["half"]
             ax.fill_between(rows["x"], low, high, color=look["color"], alpha=0.12, linewidth=0)
         numbers = sorted(found["x"].unique())

@@ -163,6 +163,35 @@ def speed_findings(measured: pd.DataFrame) -> str:
     return "\n".join(_listed(lines))
 
 
+LATEX = {"\\": r"\textbackslash ", "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "±": r"$\pm$"} | {
+    **{"³": "$^3$", "°": r"$^\circ$", "λ": r"$\lambda$", "≥": r"$\geq$", "−": "$-$", "×": r"$\times$", "–": "--"}
+}
+
+
+def latex(table: pd.DataFrame, caption: str = "") -> str:
+    """A table for a paper, in booktabs' rules; what ends with * is bold.
+
+    >>> print(latex(pd.DataFrame({"rank-1, %": ["78 ± 1", "94 ± 1 *"]}, ["raw", "ours"]).rename_axis("model")))
+    \\begin{tabular}{ll}
+    \\toprule
+    model & rank-1, \\% \\\\
+    \\midrule
+    raw & 78 $\\pm$ 1 \\\\
+    ours & \\textbf{94 $\\pm$ 1} \\\\
+    \\bottomrule
+    \\end{tabular}
+    <BLANKLINE>
+    """
+
+    def cell(value: object) -> str:
+        text = str(value)
+        escaped = "".join(LATEX.get(letter, letter) for letter in text.removesuffix(" *"))
+        return rf"\textbf{{{escaped}}}" if text.endswith(" *") else escaped
+
+    shown = table.reset_index().map(cell)
+    return shown.rename(columns=cell).to_latex(index=False, escape=False, caption=(caption and cell(caption)) or None)
+
+
 def _listed(lines: Iterable[str]) -> list[str]:
     return [f"- {line}." for line in lines]
 

@@ -172,7 +172,7 @@ class AttentionExplorer(Explorer):
                 stage.picture = png(picture)
 
     def figure(self) -> Figure:
-        fig = Figure((9.4, 4.9), 110, layout="constrained")
+        fig = Figure((9.4, 4.9), 144, layout="constrained")
         draw_maps(fig, self.columns, self.weights())
         a, b = (pose_text(*pose) for pose in self.poses())
         fig.suptitle(f"{self.person.value}; A: {a}; B: {b}", fontsize=9, parse_math=False)

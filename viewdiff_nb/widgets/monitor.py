@@ -131,5 +131,5 @@ class TrainingMonitor(Explorer):
     def _draw(self) -> None:
         self.curves.picture = png(self.figure(DPI))
 
-    def figure(self, dpi: int = 110) -> Figure:
+    def figure(self, dpi: int = DPI) -> Figure:
         return learning_curves(self.history, Figure((9, 3.2), dpi, layout="constrained"))

@@ -215,7 +215,7 @@ class PoseExplorer(Explorer):
 
     def figure(self) -> Figure:
         found, at = self._search()
-        fig = Figure((9.5, 5.4), 110, layout="constrained")
+        fig = Figure((9.5, 5.4), DPI, layout="constrained")
         top, bottom = fig.subfigures(2, 1, squeeze=False, height_ratios=(1, 1.15)).flat
         titles = f"{self.person.value}: {pose_text(*self.pose)}", self.side.caption, self.front.caption
         if self.people.pitches:

@@ -226,7 +226,7 @@ class VoxelExplorer(Explorer):
         self.pictures.grids = [self._live.grid(image, texts)]
 
     def figure(self) -> Figure:
-        fig = Figure((10.5, 4.6), 110, layout="constrained")
+        fig = Figure((10.5, 4.6), DPI, layout="constrained")
         left, right = fig.subfigures(1, 2, squeeze=False, width_ratios=(1, 1.25)).flat
         ax = left.subplots()
         ax.imshow(self._cubes(*self.scene(), 700))

@@ -51,6 +51,15 @@ def test_a_damaged_result_is_made_again(store, content):
     assert store.find(*KEY)["value"] == 2
 
 
+def test_a_flipped_digit_is_not_believed(store):
+    store.get(*KEY, lambda: {"rates": [0.5, float("nan")], "names": {"李雷": 1}})
+    assert store.find(*KEY)["rates"][0] == 0.5
+    path = store.path(*KEY)
+    path.write_text(path.read_text().replace("0.5", "0.7"))
+    with pytest.warns(DamagedResult, match="checksum"):
+        assert store.find(*KEY) is None
+
+
 def test_a_result_is_stored_under_all_that_made_it(store, tmp_path):
     other_data = Store(split_by_person(people(8, noise=0.4), 2, 3), tmp_path)
     other_code, other_torch = (Store(split_by_person(people(8), 2, 3), tmp_path) for _ in range(2))

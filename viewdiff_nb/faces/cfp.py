@@ -116,9 +116,7 @@ def read_pictures(cfp: Path) -> list[Picture]:
                 raise FaceDataError(f"{where}: must be {wanted}, got {shorten(line.strip())}")
             picture, person = match[1], (number - 1) // each
             if int(match[2]) != person + 1:
-                raise FaceDataError(
-                    f"{where}: must be of person {person + 1:03d}, {each} a person, got {picture[:80]}"
-                )
+                raise FaceDataError(f"{where}: must be of person {person + 1:03d}, {each} a person, got {picture[:80]}")
             if not (cfp / "Data" / "Images" / picture).is_file():
                 raise FaceDataError(f"{where}: there is no picture {cfp / 'Data' / 'Images' / picture}")
             found.append(Picture(picture, person, kind == "P", where))

@@ -39,7 +39,7 @@ STYLES: dict[str, dict[str, Any]] = {  # a model looks the same in all pictures;
     "LoRA + prior": {"color": COLOURS[3], "marker": "X"},
     "shipped weights": {"color": COLOURS[9], "marker": "s"},
     "drop-in": {"color": COLOURS[3], "marker": "D"},
-    "small transformer": {"color": COLOURS[0], "marker": "*", "linewidth": 2.6},
+    "small transformer": {"color": COLOURS[0], "marker": "*", "linewidth": 2.6, "linestyle": "-"},
 }
 DPI = 150
 FLAT = 1e-6  # singular values below this share of the largest are rounding

@@ -104,7 +104,7 @@ def similarity_histograms(
     >>> [ax.get_title(loc="left") for ax in figure.axes]
     ['raw', 'model']
     """
-    size = 1.0 + 3.9 * len(models), 3.4
+    size = 1.0 + 3.2 * len(models), 3.1
     fig, axes = panels(1, len(models), figsize=size, sharex=True, sharey=True, squeeze=False)
     own = F.one_hot(person, len(gallery)).bool()
     bins = np.linspace(-0.5, 1, 76)
@@ -159,7 +159,7 @@ def embedding_map(
     """
     fronts = F.normalize(gallery, dim=1)
     axes_of = torch.linalg.svd(fronts[list(people)] - fronts[list(people)].mean(0), full_matrices=False).Vh[:2].T
-    size = 1.0 + 3.9 * len(models), 3.9
+    size = 1.0 + 3.2 * len(models), 3.4
     fig, axes = panels(1, len(models), figsize=size, sharex=True, sharey=True, squeeze=False)
     for ax, (name, predicted) in zip(axes[0], models.items(), strict=True):
         seen = F.normalize(predicted, dim=1) @ axes_of
@@ -175,7 +175,7 @@ def embedding_map(
 
 def _band(ax: Axes, i: int, x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.ndarray, name: str) -> None:
     look = model_style(name, i) | {"marker": ""}
-    ax.plot(x, y, label=name, **look | {"linestyle": LINES[i % len(LINES)]})
+    ax.plot(x, y, label=name, **look)
     ax.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
 
 

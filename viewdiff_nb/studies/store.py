@@ -41,7 +41,6 @@ RESULT_CODE = (
     "studies/candidates.py",
     "studies/control_rows.py",
     "studies/controls.py",
-    "studies/data_efficiency.py",
     "studies/operating_points.py",
     "studies/real_benchmark.py",
     "studies/real_faces.py",
@@ -88,6 +87,8 @@ class Store:
             found = read_json(path, ValueError)
             if not isinstance(found, dict) or found.get("key") != _key(name, config):
                 raise ValueError(f"{path}: is not the result of its key")
+            if found.pop("sha256", None) != _checksum(found):
+                raise ValueError(f"{path}: its checksum is that of another result")
         except ValueError as error:
             warnings.warn(f"{error}; the result is made again", DamagedResult, stacklevel=3)
             return None
@@ -97,9 +98,13 @@ class Store:
         """The stored result, or make(), stored; with_weights: make also writes the file `checkpoint`."""
         if (found := self.find(name, config, with_weights)) is not None:
             return found
-        path = self.path(name, config)
-        write_text(path, json.dumps({"key": _key(name, config)} | make()))
-        return read_json(path, ValueError)
+        made = json.loads(json.dumps({"key": _key(name, config)} | make()))  # what is read again
+        write_text(self.path(name, config), json.dumps(made | {"sha256": _checksum(made)}))
+        return made
+
+
+def _checksum(result: dict) -> str:
+    return hashlib.sha256(json.dumps(result).encode()).hexdigest()
 
 
 def _key(name: str, config: TrainConfig) -> dict:

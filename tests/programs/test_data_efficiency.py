@@ -1,17 +1,13 @@
 import re
 from pathlib import Path
 
+import data_efficiency
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import people
-from studies_fixture import TINY
-
-from viewdiff_nb.modules.adjusted import Adjusted
-from viewdiff_nb.modules.baselines import PoseRidge, RawEmbedding
-from viewdiff_nb.studies import data_efficiency, real_models
-from viewdiff_nb.studies.data_efficiency import (
+from data_efficiency import (
     HALF_WAY,
     PEOPLE,
     RANKS,
@@ -21,6 +17,11 @@ from viewdiff_nb.studies.data_efficiency import (
     of_few,
     wide_table,
 )
+from studies_fixture import TINY
+
+from viewdiff_nb.modules.adjusted import Adjusted
+from viewdiff_nb.modules.baselines import PoseRidge, RawEmbedding
+from viewdiff_nb.studies import real_models
 from viewdiff_nb.studies.real_benchmark import stand_in
 from viewdiff_nb.studies.real_faces import score_fold
 from viewdiff_nb.studies.real_models import Family

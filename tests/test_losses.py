@@ -25,14 +25,27 @@ def log_share(row, chosen, allowed):
     return row[chosen] - math.log(sum(math.exp(row[j]) for j in allowed))
 
 
-def test_two_way_by_hand(batch):
-    predicted, gallery = batch
+@pytest.mark.parametrize("person", [PERSON, torch.tensor([0, 2, 2, 4, 0, 0, 1]), torch.tensor([3] * 7)])
+def test_two_way_by_hand(person):
+    """With fewer samples than people, with more, and of one person only."""
+    predicted, gallery = torch.randn(len(person), 6, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
     scaled = cosines(predicted, gallery)
-    for i, value in enumerate(losses.two_way(predicted, gallery, PERSON).tolist()):
-        there = -log_share(scaled[i], int(PERSON[i]), range(5))
-        column = [scaled[j][int(PERSON[i])] for j in range(4)]
-        others = [j for j in range(4) if j == i or PERSON[j] != PERSON[i]]
+    for i, value in enumerate(losses.two_way(predicted, gallery, person).tolist()):
+        there = -log_share(scaled[i], int(person[i]), range(5))
+        column = [scaled[j][int(person[i])] for j in range(len(person))]
+        others = [j for j in range(len(person)) if j == i or person[j] != person[i]]
         assert value == pytest.approx(there - log_share(column, i, others))
+    predicted.requires_grad_()
+    assert torch.autograd.gradcheck(lambda p: losses.two_way(p, gallery, person), predicted)
+
+
+def test_two_way_is_linear_in_a_batch_larger_than_the_gallery():
+    """16,384 samples of 50 people would need a gigabyte for each square of the batch."""
+    predicted, gallery = torch.randn(16_384, 8, requires_grad=True), torch.randn(50, 8)
+    person = torch.randint(50, (16_384,))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        losses.two_way(predicted, gallery, person).mean().backward()
+    assert max(abs(event.cpu_memory_usage) for event in profile.events()) < 50 * 16_384 * 8 * 4
 
 
 def test_pairs_by_hand(batch):
@@ -102,9 +115,11 @@ def test_a_loss_by_itself_too(name):
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
 
 
-def test_within_vmap_and_autocast_too():
+@pytest.mark.parametrize("people_there", [9, 5])
+def test_within_vmap_and_autocast_too(people_there):
     """As many adapters at once are trained."""
-    predicted, gallery, person = torch.randn(3, 8, 16), torch.randn(9, 16), torch.randint(9, (3, 8))
+    predicted, gallery = torch.randn(3, 8, 16), torch.randn(people_there, 16)
+    person = torch.randint(people_there, (3, 8))
     with torch.autocast("cpu", torch.bfloat16):
         found = torch.func.vmap(lambda p, who: mean_loss(losses.two_way, gallery, p, who))(predicted, person)
     exact = [losses.two_way(p.double(), gallery.double(), who).mean() for p, who in zip(predicted, person, strict=True)]

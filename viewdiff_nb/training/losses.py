@@ -51,11 +51,18 @@ def two_way(predicted: Tensor, gallery: Tensor, person: Tensor) -> Tensor:
     """identity, plus the way back: telling for each sample's front which prediction of the batch is its own.
 
     The way back makes similarities comparable between people, which one threshold for all needs. Both directions as in
-    CLIP (Radford et al. 2021, arXiv:2103.00020); other predictions of the same person count neither way.
+    CLIP (Radford et al. 2021, arXiv:2103.00020); other predictions of the same person count neither way. Memory and time
+    grow with the square of the batch, and with the batch alone where it has more samples than there are people.
     """
     scaled = _cosines(predicted, gallery) / TEMPERATURE  # (B, P)
-    back = scaled[:, person].T  # (B, B): the front of sample i against prediction j
-    right = back.diagonal() - back.masked_fill(_partners(person), -float("inf")).logsumexp(1)
+    if len(person) > len(gallery):  # samples of a person are told from the same predictions: once a person is enough
+        own = person[:, None] == torch.arange(len(gallery), device=person.device)
+        others = scaled.masked_fill(own, torch.finfo(scaled.dtype).min / 2).logsumexp(0)  # (P,)
+        mine = scaled.gather(1, person[:, None])[:, 0]
+        right = mine - torch.logaddexp(mine, others[person])
+    else:
+        back = scaled[:, person].T  # (B, B): the front of sample i against prediction j
+        right = back.diagonal() - back.masked_fill(_partners(person), -float("inf")).logsumexp(1)
     return F.cross_entropy(scaled, person, reduction="none") - right
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from playwright.sync_api import expect
 
 from viewdiff_nb.drop_in import DropIn
@@ -26,9 +28,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    out = tmp_path_factory.mktemp("site")
-    done = subprocess.run([sys.executable, ROOT / "docs/site/build.py", out], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """Built once, whichever of pytest's processes comes first."""
+    own = tmp_path_factory.getbasetemp()
+    out = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "the_site"
+    with FileLock(f"{out}.lock"):
+        if not (out / "done").is_file():
+            done = subprocess.run([sys.executable, ROOT / "docs/site/build.py", out], capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            (out / "done").touch()
     return out / "site"
 
 

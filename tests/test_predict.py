@@ -182,3 +182,20 @@ def test_more_than_fits_in_memory_is_streamed(files, tmp_path):
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert report["samples"] == 200_000 and np.load(files / "out.npy", mmap_mode="r").shape == (200_000, 32)
     assert grown < 60e6  # the map of the source counts as well
+
+
+def test_what_stays_raw_is_not_asked_of_the_network():
+    """And is the embedding itself, bit for bit, however long it is."""
+    asked = []
+    network = network_that_moves(32)
+    network.register_forward_pre_hook(lambda module, inputs: asked.append(len(inputs[0])))
+    model = DropIn(network, [(0.0, "none")] * 2 + [(0.5, "none")] * 3)
+    faces = people(10, views=6)
+    src = 3 * faces.src
+    found = frontal_embeddings(model, src, faces.angles.rad2deg(), faces.keypoints_3d, batch_size=25)
+    far = faces.abs_yaw >= 45
+    assert sum(asked) == int(far.sum()) < len(faces)
+    assert np.array_equal(found[~far], src[~far].numpy()) and not np.allclose(found[far], src[far].numpy())
+    with torch.no_grad():
+        whole = model(src, faces.angles, faces.keypoints_3d, return_residual=False)
+    np.testing.assert_allclose(found, whole.numpy(), atol=1e-5)

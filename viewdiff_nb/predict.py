@@ -130,7 +130,24 @@ def _predicted(model: nn.Module, views: Views, batch_size: int) -> Iterator[np.n
             if not (finite := values.flatten(1).isfinite().all(1)).all():
                 raise ValueError(f"row {start + int(finite.int().argmin())}: its {name} is not finite")
         told = {} if views.pose_error is None else {"pose_error": views.pose_error[rows].to(device)}
-        yield model(src, angles, points, return_residual=False, **told).float().cpu().numpy()
+        moved, found = ~raw_rows(model, angles), src.clone()
+        if moved.any():  # the network is not asked for what stays raw
+            told = {name: values[moved] for name, values in told.items()}
+            answer = model(src[moved], angles[moved], points[moved], return_residual=False, **told)
+            found[moved] = answer.to(found.dtype)
+        yield found.float().cpu().numpy()
+
+
+def raw_rows(model: nn.Module, angles: Tensor) -> Tensor:
+    """(B,) bool: which views a model answers with the raw embedding, whatever it is; a drop-in does so near the front.
+
+    >>> yaw = torch.tensor([[0.0, 0.1, 0.0], [0.0, -1.2, 0.0]])
+    >>> raw_rows(DropIn(nn.Identity(), [(0.0, "none")] * 2 + [(0.25, "none")] * 3), yaw)
+    tensor([ True, False])
+    """
+    ways = model.ways if isinstance(model, DropIn) else [None] * len(YAW_BINS)
+    stays = torch.tensor([way == (0.0, "none") for way in ways], device=angles.device)
+    return stays[yaw_bin(angles[:, 1].abs().rad2deg())]
 
 
 def load_any(name: str, drop_in: bool = True) -> tuple[nn.Module, dict]:

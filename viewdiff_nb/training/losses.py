@@ -51,8 +51,8 @@ def two_way(predicted: Tensor, gallery: Tensor, person: Tensor) -> Tensor:
     """identity, plus the way back: telling for each sample's front which prediction of the batch is its own.
 
     The way back makes similarities comparable between people, which one threshold for all needs. Both directions as in
-    CLIP (Radford et al. 2021, arXiv:2103.00020); other predictions of the same person count neither way. Memory and time
-    grow with the square of the batch, and with the batch alone where it has more samples than there are people.
+    CLIP (Radford et al. 2021, arXiv:2103.00020); other predictions of the same person count neither way. Memory and
+    time grow with the square of the batch, and with the batch alone where it has more samples than there are people.
     """
     scaled = _cosines(predicted, gallery) / TEMPERATURE  # (B, P)
     if len(person) > len(gallery):  # samples of a person are told from the same predictions: once a person is enough

@@ -80,7 +80,8 @@ def run_cells(folder: Path) -> str:
     split = Split(people(40, 0), people(20, 1000), people(20, 2000))
     profile = replace(adaptation.FAST_PROFILE, common=CONFIG, base_epochs=2, adapt_epochs=2)
     grid = Grid(rank=(2, 4), voxel_resolution=(4,), lambda_prior=(0.0, 0.1), base=(0,), seed=(0, 1))
-    cells = run_grid(grid, split, profile, workers=1, cells_per_pass=2, store=Store(split, folder))
+    # one by one: a cell that is made again alone equals one of a pass to 1e-4, not bit for bit
+    cells = run_grid(grid, split, profile, workers=1, cells_per_pass=1, store=Store(split, folder))
     kept = [name for name in cells if name.startswith(("test_", "val_", "rank", "lambda", "final", "error"))]
     return digest(cells[kept].to_csv(index=False))
 

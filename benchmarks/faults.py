@@ -9,7 +9,6 @@ name a file of its folder, or if a limited one says anything but which file it c
 """
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -31,6 +30,7 @@ import torch._dynamo  # optimisers would import it, in each attempt anew
 
 from viewdiff_nb.faces.splits import Split
 from viewdiff_nb.faces.views import FaceViews
+from viewdiff_nb.files import fingerprint
 from viewdiff_nb.predict import PredictOptions, predict_file
 from viewdiff_nb.studies import adaptation
 from viewdiff_nb.studies.ablation import Grid, run_grid
@@ -56,10 +56,7 @@ def people(count: int, first: int, views: int = 8, width: int = 16) -> FaceViews
 
 
 def digest(*parts: object) -> str:
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(part.numpy().tobytes() if isinstance(part, torch.Tensor) else str(part).encode())
-    return found.hexdigest()[:16]
+    return fingerprint(*(p.numpy().tobytes() if isinstance(p, torch.Tensor) else str(p).encode() for p in parts))
 
 
 # ---- the jobs: each does its work in a folder, going on with what it finds there, and returns a digest of the result

@@ -83,7 +83,6 @@ class Loader:
 
     make: Callable[[Path], None]
     read: Callable[[Path], object]
-    errors: tuple[type[BaseException], ...] = (ValueError, FileNotFoundError)
 
 
 # ---- valid files
@@ -402,7 +401,7 @@ def check(loader: Loader, folder: Path) -> str | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             loader.read(folder)
-    except loader.errors as error:
+    except (ValueError, FileNotFoundError) as error:
         if str(folder) not in str(error):
             return f"does not name the file: {type(error).__name__}: {str(error)[:300]}"
         if len(str(error)) > 5000:

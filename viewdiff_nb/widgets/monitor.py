@@ -129,7 +129,7 @@ class TrainingMonitor(Explorer):
         self.start_button.description = "Go on" if stopped else "Start"
 
     def _draw(self) -> None:
-        self.curves.picture = png(self.figure(DPI))
+        self.curves.picture = png(self.figure())
 
-    def figure(self, dpi: int = DPI) -> Figure:
-        return learning_curves(self.history, Figure((9, 3.2), dpi, layout="constrained"))
+    def figure(self) -> Figure:
+        return learning_curves(self.history, Figure((9, 3.2), DPI, layout="constrained"))

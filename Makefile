@@ -1,7 +1,7 @@
 # make reproduce   set up, run the notebooks, write tables and figures (FAST=1: a smoke run)
 # make controls    every model with equal budgets beside its controls: half an hour on four GPUs; FAST=1 on a CPU
 # make claims      every number of README and docs against the CSV cell that it names
-# make ablation    the whole grid of rank, resolution and prior weight: 135 trainings, ten minutes on an H200
+# make ablation    the grids of rank, voxels, prior weight and learning rate: 450 trainings, 15 minutes on four H100
 # make cfp CFP=…   the kit on real faces: embed the folder of CFP, run notebook 06 on it (needs npm and network once)
 # make test        set up, run the tests
 # make test-all    those too that need the maker of people, a cluster, InsightFace, PEFT, ONNX or a browser

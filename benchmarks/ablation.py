@@ -1,9 +1,10 @@
-"""The grids: rank, voxel resolution and prior weight; and rank, learning rate and alpha, on three bases each.
+"""The grids: rank and voxels; rank and the prior's weight; rank, learning rate and alpha; on three bases each.
 
-python benchmarks/ablation.py [--fast] [--small] [--out figures] [--workers 2] [--bases 0] [--grids cells]
+python benchmarks/ablation.py [--fast] [--small] [--out figures] [--workers 2] [--bases 0] [--grids voxels]
 
-Writes ablation_cells.csv and ablation_rates.csv, 225 and 360 cells. With --small they adapt the small transformer, and
-for half as many epochs, there are 36 and 225 cells, an hour on two CPU cores.
+Writes ablation_voxels.csv, ablation_prior.csv and ablation_rates.csv: 45, 45 and 360 cells, a quarter of an hour on
+four GPUs. With --small they adapt the small transformer, for half as many epochs, and there are 12, 9 and 225 cells, an
+hour on two CPU cores.
 """
 
 import argparse
@@ -12,16 +13,21 @@ from dataclasses import replace
 from study_arguments import study_arguments
 from tqdm.auto import tqdm
 
-from viewdiff_nb.studies.ablation import FAST_GRID, RATE_GRID, Grid, run_grid
+from viewdiff_nb.studies.ablation import FAST_GRID, PRIOR_GRID, RATE_GRID, Grid, run_grid
 from viewdiff_nb.studies.adaptation import FAST_PROFILE, load_split
 from viewdiff_nb.studies.controls import FULL, SMALL_PROFILE
 
-GRIDS = {"cells": Grid(), "rates": RATE_GRID}
+GRIDS = {"voxels": Grid(), "prior": PRIOR_GRID, "rates": RATE_GRID}
 SMALL_GRIDS = {
-    "cells": Grid((8,), (0, 4, 8, 16), lambda_prior=(0.0, 0.1, 1.0)),
+    "voxels": Grid((8,), (0, 4, 8, 16)),
+    "prior": Grid((8,), (8,), lambda_prior=(0.0, 0.1, 1.0)),
     "rates": replace(RATE_GRID, rank=(1, 4, 8, 16, 32), lora_alpha=("1", "rank", "rsLoRA")),
 }
-FAST_GRIDS = {"cells": FAST_GRID, "rates": replace(RATE_GRID, rank=(1, 8), lora_lr=(3e-3, 1e-2), base=(0,))}
+FAST_GRIDS = {
+    "voxels": FAST_GRID,
+    "prior": Grid((8,), (8,), lambda_prior=(0.0, 0.1), base=(0,)),
+    "rates": replace(RATE_GRID, rank=(1, 8), lora_lr=(3e-3, 1e-2), base=(0,)),
+}
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,8 @@
 
 On a CPU in minutes: training steps of adapters against full fine-tuning, eight adapters in one pass against eight
 runs, the two-way loss with more samples than people, prediction of a million embeddings, and the import. Ratios are of
-things that take turns in one process. What needs a GPU, or two: benchmarks/gpu/run.sh.
+things that take turns in one process. On a GPU also the rates of 100,000 probes in a gallery of as many; what else
+needs a GPU, or two: benchmarks/gpu/run.sh.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from viewdiff_nb.metrics import recognition_by_yaw
 from viewdiff_nb.predict import PredictOptions, predict_file
 from viewdiff_nb.studies.adaptation import load_split
 from viewdiff_nb.studies.benchmark import TrainingStep, machine, side_by_side, step_config
@@ -92,6 +94,18 @@ def prediction(rows: int = 10**6) -> Iterator[Row]:
     )
 
 
+def evaluation(people: int = 100_000) -> Iterator[Row]:
+    if not torch.cuda.is_available():
+        return
+    gallery = torch.randn(people, 384, device="cuda")
+    probes, person = gallery + 1.5 * torch.randn_like(gallery), torch.arange(people, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    started = time.perf_counter()
+    recognition_by_yaw(probes, gallery, person, torch.rand(people, device="cuda") * 90)
+    seconds, memory = time.perf_counter() - started, torch.cuda.max_memory_allocated() / 1e9
+    yield f"all rates of {people:,} probes in a gallery of as many", f"{seconds:.1f} s, {memory:.1f} GB", "10 s"
+
+
 def one_pass() -> Iterator[Row]:
     command = [sys.executable, Path(__file__).with_name("one_pass.py"), "--adapters", "8", "--rounds", "2"]
     done = subprocess.run([*command, "--batches", "10"], capture_output=True, text=True, check=True)
@@ -117,7 +131,14 @@ def main() -> None:
     print(machine(), flush=True)
     rows, parts = (
         [],
-        (prediction(), imported(arguments.rounds), steps(arguments.rounds), loss(arguments.rounds), one_pass()),
+        (
+            prediction(),
+            imported(arguments.rounds),
+            steps(arguments.rounds),
+            loss(arguments.rounds),
+            evaluation(),
+            one_pass(),
+        ),
     )
     for part in parts:
         for row in part:

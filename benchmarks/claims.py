@@ -13,6 +13,7 @@ value, rounded to the digits that are shown; behind ± its half, behind "p" its 
     <!-- table differences · FAMILY · rank1 all, tar all -->               a row a comparison
     <!-- table csv · FILE · COLUMN as HEAD; COLUMN ... -->   cells of a CSV file of finished cells, all its rows
     <!-- table grid · test_tar -->       rank by rule of alpha, at the learning rate that validation people choose
+    <!-- table cells · GRID · rank · voxel_resolution · test_tar -->     an axis down, one across, the rest averaged
     <!-- table trials · tar all · MODEL · MODEL ... -->      the best trial of each learning rate, on validation people
 
 and --write writes them anew. In the files of `STRICT` every number like .123 must stand in such a table or have such a
@@ -29,6 +30,7 @@ from pathlib import Path
 import pandas as pd
 
 from viewdiff_nb.files import CONTROL_RESULTS, PROJECT, write_text
+from viewdiff_nb.studies.ablation import summary
 
 STRICT = ("README.md", "README.zh-CN.md", "docs/modules.md", "docs/ablation.md", "docs/recipe.md")
 NUMBER = r"[+−-]?\d*\.?\d+"
@@ -44,9 +46,9 @@ KEYS = {  # by which columns a row is found
     "robust": ["model", "measure", "rate"],
     "growth": ["model", "people", "views", "rate"],
     "curves": ["model", "epochs", "rate"],
-    "cfp_rates": ["model", "rate"],
     "cfp_differences": ["model", "other", "rate"],
     "any_pose": ["trained for", "measure"],
+    "any_pose_differences": ["model", "other", "measure"],
     "models": ["model"],
 }
 
@@ -187,15 +189,30 @@ def csv_table(parts: list[str]) -> Table:
 
 def grid_table(parts: list[str]) -> Table:
     keys = ["rank", "alpha"]
-    mean = read("ablation_rates").groupby([*keys, "lora_lr"])[["val_tar", parts[0], "final_train_loss"]].mean()
+    cells = read("ablation_rates")
+    mean = cells.groupby([*keys, "lora_lr"])[["val_tar", parts[0], "final_train_loss"]].mean()
+    half = summary(cells, [*keys, "lora_lr"], parts[0])["half"]
     best = mean.loc[mean.groupby(level=keys)["val_tar"].idxmax()].reset_index("lora_lr")
     rules = list(dict.fromkeys(best.index.get_level_values("alpha")))
     rows = []
     for rank, lowest in mean["final_train_loss"].groupby("rank").min().items():
         of_rules = [best.loc[(rank, rule)] for rule in rules]
-        cells = [f"{short(row[parts[0]])} at {row['lora_lr']:g}" for row in of_rules]
-        rows.append([str(rank), *cells, f"{lowest:.2f}"])
+        halves = [half[rank, rule, row["lora_lr"]] for rule, row in zip(rules, of_rules, strict=True)]
+        shown = [
+            f"{short(r[parts[0]])} ± {short(h)} at {r['lora_lr']:g}" for r, h in zip(of_rules, halves, strict=True)
+        ]
+        rows.append([str(rank), *shown, f"{lowest:.2f}"])
     return ["rank", *(f"alpha {rule}" for rule in rules), "lowest training loss"], rows
+
+
+def cells_table(parts: list[str]) -> Table:
+    name, down, across, value = parts
+    found = summary(read(f"ablation_{name}"), [down, across], value)
+    rows = [
+        [f"{row:g}", *(f"{short(e['mean'])} ± {short(e['half'])}" for _, e in found.loc[row].iterrows())]
+        for row in found.index.unique(0)
+    ]
+    return [f"{down} \\ {across}", *(f"{column:g}" for column in found.index.unique(1))], rows
 
 
 KINDS: dict[str, Callable[[list[str]], Table]] = {
@@ -204,6 +221,7 @@ KINDS: dict[str, Callable[[list[str]], Table]] = {
     "trials": trials_table,
     "csv": csv_table,
     "grid": grid_table,
+    "cells": cells_table,
 }
 
 

@@ -62,19 +62,26 @@ def figures(machine: str) -> Iterator[tuple[str, Figure]]:
     rows = rows.assign(x=rows["measure"].str.extract(r"(\d+)")[0].astype(float))
     note = f"test people; from 500 on with validation and training people in the gallery; 5 seeds; {machine}"
     yield "robust_gallery", sweep_figure(rows, "people in the gallery", "How rank-1 falls with the gallery", note, True)
-    if (CONTROL_RESULTS / "growth.csv").exists():
-        growth = read("growth")
-        growth["rate"] = growth["rate"].map(WORDS)
-        for x, fixed, words in (("people", "views", "training people"), ("views", "people", "views a person")):
-            rows = growth[growth[fixed] == growth[fixed].max()].rename(columns={x: "x"})
-            note = "test people, bands: 95 % over seeds; as many samples and the same settings everywhere"
-            yield f"growth_{x}", sweep_figure(rows, words, f"How results grow with {words}", note, True)
-    if (CONTROL_RESULTS / "cfp_differences.csv").exists():
-        rows = read("cfp_differences")
-        rows = rows.assign(rate=rows["rate"].map(WORDS | {"rank1": "rank-1, %"}))
-        seeds = f"seeds: {rows['seeds'].max()}"
-        note = f"CFP, ten folds of 50 people, {seeds}; 95 % over people; filled: p < .05 after Holm"
-        yield "cfp", differences_figure(rows, "The same controls on real faces", note)
+    growth = read("growth")
+    growth["rate"] = growth["rate"].map(WORDS)
+    for x, fixed, words in (("people", "views", "training people"), ("views", "people", "views a person")):
+        rows = growth[growth[fixed] == growth[fixed].max()].rename(columns={x: "x"})
+        note = f"test people, 3 seeds, bands: 95 % over them; as many samples, the same settings everywhere; {machine}"
+        yield f"growth_{x}", sweep_figure(rows, words, f"How results grow with {words}", note, True)
+    curves = read("curves").rename(columns={"epochs": "x"})
+    curves["rate"] = curves["rate"].map(WORDS)
+    note = f"validation people, 3 seeds, bands: 95 % over them; every point a training of its own schedule; {machine}"
+    yield "curves", sweep_figure(curves, "epochs", "Trained to the end?", note, True)
+    rows = read("any_pose_differences").rename(columns={"measure": "rate"})
+    note = f"test people, 4 seeds; 95 % over seeds and people; filled: p < .05 after Holm; {machine}"
+    yield (
+        "any_pose",
+        differences_figure(rows[rows["rate"] != "turned cosine"], "Does a target pose earn anything?", note),
+    )
+    rows = read("cfp_differences")
+    rows = rows.assign(rate=rows["rate"].map(WORDS | {"rank1": "rank-1, %"}))
+    note = f"CFP, ten folds of 50 people, {rows['seeds'].max()} seeds; 95 % over both; filled: p < .05 after Holm"
+    yield "cfp", differences_figure(rows, "The same controls on real faces", note)
 
 
 def main() -> None:

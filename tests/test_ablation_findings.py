@@ -7,10 +7,15 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from viewdiff_nb.files import CONTROL_RESULTS
 from viewdiff_nb.studies.ablation import (
+    PRIOR_GRID,
+    RATE_GRID,
+    Grid,
     effect_lines,
     guide_lines,
     paired,
+    prior_lines,
     read_cells,
     recommend,
     recommendation_text,
@@ -161,14 +166,20 @@ def test_one_seed_promises_nothing():
 
 def test_the_weight_of_the_prior_is_reported_both_ways():
     cells = made({8: 0.0}, {8: 0.0}, noise=0.0, lambda_gain=0.01)
-    assert "lambda 0.2 against 0.05 in TAR keeps below 45°: +0.0200 ± 0.0000" in guide_lines(cells)
-    assert "lambda 0.2 against 0.05 in TAR gains beyond 45°: +0.0000" in guide_lines(cells)
+    assert "lambda 0.2 against 0.05 in TAR keeps below 45°: +0.0200 ± 0.0000" in prior_lines(cells)
+    assert "lambda 0.2 against 0.05 in TAR gains beyond 45°: +0.0000" in prior_lines(cells)
+    assert "lambda" not in guide_lines(cells)
 
 
-def test_the_shipped_cells_are_the_whole_default_grid():
-    cells = read_cells()
-    assert len(cells) == 135 and cells.groupby(["rank", "voxel_resolution", "lambda_prior"]).size().eq(5).all()
-    assert cells["train_loss"].map(len).eq(7).all() and "H200" in cells["machine"].iloc[0]
+@pytest.mark.parametrize(("name", "grid"), [("voxels", Grid()), ("prior", PRIOR_GRID), ("rates", RATE_GRID)])
+def test_the_shipped_cells_are_the_whole_grids(name, grid):
+    cells = read_cells(CONTROL_RESULTS / f"ablation_{name}.csv")
+    keys = ["rank", "voxel_resolution", "alpha", "lambda_prior", "lora_lr", "base", "seed"]
+    wanted = itertools.product(*vars(grid).values())
+    assert sorted(map(tuple, cells[keys].to_numpy())) == sorted(
+        (r, v, a, w, lr, b, b + s) for r, v, a, w, lr, b, s in wanted
+    )
+    assert cells["train_loss"].map(len).eq(10).all()
 
 
 def test_a_failed_cell_is_not_read_over(tmp_path):

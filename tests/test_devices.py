@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import CONFIG, DEVICES, run, sets
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
 from viewdiff_nb.faces import load_face_views
 from viewdiff_nb.modules.baselines import MLP
@@ -59,6 +60,34 @@ def test_a_graph_needs_one_gpu():
 def test_a_graph_takes_whole_steps():
     with pytest.raises(ValueError, match=r"gradient_accumulation_steps is 2.*give --no-use_cuda_graph"):
         TrainConfig(use_cuda_graph=True, gradient_accumulation_steps=2)
+
+
+def test_compiled_steps_are_for_one_process(monkeypatch):
+    with pytest.raises(ValueError, match=r"use_compile is for one process, and devices is 2; give --no-use_compile"):
+        TrainConfig(use_compile=True, devices=2)
+    with pytest.raises(ValueError, match="use_compile is for runs that are trained alone"):
+        train_together([replace(CONFIG, use_compile=True, **LORA, base_model_path="base.pth")], *sets())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="use_compile is for one process, and this run has several"):
+        connect(replace(CONFIG, use_compile=True))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="use_compile needs a GPU, and this run is on device cpu"):
+        run(replace(CONFIG, use_compile=True))
+
+
+def test_a_run_goes_on_without_a_compiler(replayed, monkeypatch):
+    def compile_nothing(function, dynamic):
+        def program(*arguments):
+            raise TorchDynamoException("no compiler\nand much more")
+
+        return program
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    with pytest.warns(UserWarning, match=r"torch\.compile failed, so the step runs as it is \(no compiler\)$") as seen:
+        found = run(replace(CONFIG, use_compile=True))
+    assert len(seen) == 1
+    assert_same_runs(run(CONFIG), found, tolerance=0)
 
 
 def test_an_optimiser_is_made_capturable_and_back():
@@ -213,6 +242,13 @@ if "cuda" in DEVICES:
         """With a last batch of its own shape, and dropout from the same random numbers."""
         config = replace(GRAPH, batch_size=14, epochs=6, **changes)
         assert_close_runs(run(config), run(replace(config, use_cuda_graph=False)))
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("changes", [{}, {"mixup": True}, LORA, {"use_cross_view": True, "n_views": 2}], ids=str)
+    @pytest.mark.parametrize("graph", [True, False])
+    def test_a_compiled_run_is_the_run_without(changes, graph):
+        config = replace(GRAPH, batch_size=14, dropout=0.0, use_cuda_graph=graph, **changes)
+        assert_close_runs(run(replace(config, use_compile=True)), run(config), rel=1e-2)
 
     def test_float16_with_its_scaler(monkeypatch):
         monkeypatch.setattr("viewdiff_nb.training.losses.amp_dtype_for", lambda device: torch.float16)

@@ -117,7 +117,7 @@ def test_every_picture_is_written_twice_and_says_what_it_shows(tmp_path, seeds):
         figures = write_all(cells, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {f"{name}.{kind}" for name in figures for kind in ("png", "svg")}
     titles = {name: fig.axes[0].get_title("left") for name, fig in figures.items()}
-    assert titles["ablation_heat_map"] == "Rank 8 with 4³ voxels is enough" or seeds == 1
+    assert titles["ablation_heat_map"] == "Enough: rank 8 with 4³ voxels" or seeds == 1
     again = {p.name: p.read_bytes() for p in tmp_path.glob("*.svg")}
     write_all(cells, tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.glob("*.svg")} == again

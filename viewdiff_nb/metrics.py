@@ -109,11 +109,6 @@ def impostor_bins(thresholds: Tensor, similarity: Tensor) -> Tensor:
     return torch.searchsorted(thresholds, similarity) + torch.searchsorted(thresholds, similarity, right=True)
 
 
-def rank_rate(scores: Scores, k: int = 1) -> float:
-    """Share of probes whose right person is among the k most similar of the gallery."""
-    return (scores.rank <= k).float().mean().item()
-
-
 def accept_rates(counts: Tensor) -> Tensor:
     """(..., K) counts by bin to (..., K + 1): the share in bin k or above; 0 in the end, above all bins.
 

@@ -57,11 +57,16 @@ class MisledProjection(nn.Module):
 
 
 class PlainProjection(nn.Module):
-    """One hidden layer on [features, keypoints in both frames, pose code] in the projection's place: no space in it."""
+    """One hidden layer on [features, keypoints in both frames, pose code] in the projection's place: no space in it.
 
-    def __init__(self, feature_dim: int, hidden: int, num_keypoints: int = 5) -> None:
+    Args:
+        any_target: the target pose's code is an input, too; otherwise the target is always frontal.
+    """
+
+    def __init__(self, feature_dim: int, hidden: int, num_keypoints: int = 5, any_target: bool = False) -> None:
         super().__init__()
-        self.hidden = nn.Linear(feature_dim + 6 * num_keypoints + 6, hidden)
+        self.any_target = any_target
+        self.hidden = nn.Linear(feature_dim + 6 * num_keypoints + 6 * (1 + any_target), hidden)
         self.expand = nn.Linear(hidden, feature_dim)
         nn.init.zeros_(self.expand.weight)
         nn.init.zeros_(self.expand.bias)
@@ -73,24 +78,39 @@ class PlainProjection(nn.Module):
         target_pose: Tensor | None = None,
         source_pose: Tensor | None = None,
     ) -> Tensor:
-        """As the projection layer's, for features (B, C) and a frontal target; source_pose must be given."""
-        if source_pose is None or target_pose is not None:
-            raise ValueError("give source_pose (B, 3) and no target_pose: this layer knows the frontal target only")
+        """As the projection layer's, for features (B, C); source_pose must be given."""
+        if source_pose is None or (target_pose is not None and not self.any_target):
+            raise ValueError("give source_pose (B, 3), and target_pose only to a layer built with any_target=True")
         seen = normalise_keypoints(keypoints_3d)
-        points = torch.cat((seen, to_face_frame(seen, source_pose)), -1).flatten(1)
-        return self.expand(F.gelu(self.hidden(torch.cat((features, points, encode_pose(source_pose)), -1))))
+        told = [features, torch.cat((seen, to_face_frame(seen, source_pose)), -1).flatten(1), encode_pose(source_pose)]
+        if self.any_target:
+            told.append(encode_pose(torch.zeros_like(source_pose) if target_pose is None else target_pose))
+        return self.expand(F.gelu(self.hidden(torch.cat(told, -1))))
 
 
 class KeypointDensity(LightweightFaceProjectionLayer):
-    """A projection whose density starts around the keypoints (start), or may not leave them (carve)."""
+    """A projection whose density starts around the keypoints (start), may not leave them (carve), or is drawn to them
+    (draw): the loss counts the share of a face's density that is not near them."""
 
-    def __init__(self, *sizes: int, how: Literal["start", "carve"]) -> None:
+    DRAWN = 5.0  # that share's weight in the loss
+
+    def __init__(self, *sizes: int, how: Literal["start", "carve", "draw"]) -> None:
         super().__init__(*sizes)
         self.how = how
 
     def density(self, logit: Tensor, occupancy: Tensor) -> Tensor:
         near = occupancy.amax(1, keepdim=True)
-        return F.softplus(logit - 4 + 6 * near) if self.how == "start" else super().density(logit, occupancy) * near
+        if self.how == "start":
+            return F.softplus(logit - 4 + 6 * near)
+        density = super().density(logit, occupancy)
+        if self.how == "carve":
+            return density * near
+        if density.requires_grad:
+            whole = density.detach().sum((1, 2, 3, 4), keepdim=True)
+            share = (density.detach() * (1 - near)).sum((1, 2, 3, 4), keepdim=True) / whole
+            of_share = (1 - near - share) / whole / len(near)  # its gradient, of the mean over the faces
+            density.register_hook(lambda gradient: gradient + self.DRAWN * of_share)
+        return density
 
 
 class Bottleneck(nn.Module):

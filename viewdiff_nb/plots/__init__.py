@@ -19,7 +19,7 @@ from viewdiff_nb.faces.geometry import KEYPOINT_NAMES, YAW_BINS
 from viewdiff_nb.faces.views import FaceViews
 from viewdiff_nb.modules.lora import evaluation_mode, lora_layers
 from viewdiff_nb.modules.transformer import EnhancedTransformerDecoderOnly3D
-from viewdiff_nb.studies.ablation import CHOICE, paired, recommend, summary
+from viewdiff_nb.studies.ablation import CHOICE, choice_words, paired, recommend, summary
 from viewdiff_nb.studies.significance import told_apart
 from viewdiff_nb.studies.tables import latex
 
@@ -37,6 +37,10 @@ STYLES: dict[str, dict[str, Any]] = {  # a model looks the same in all pictures;
     "MLP, 1024 wide": {"color": COLOURS[2], "marker": "^"},
     "LoRA r=8": {"color": COLOURS[4], "marker": "D"},
     "LoRA + prior": {"color": COLOURS[3], "marker": "X"},
+    "LoRA r=8 + projection": {"color": COLOURS[6], "marker": "d"},
+    "projection": {"color": COLOURS[5], "marker": "v"},
+    "full fine-tuning": {"color": COLOURS[3], "marker": "P"},
+    "transformer": {"color": COLOURS[9], "marker": "p"},
     "shipped weights": {"color": COLOURS[9], "marker": "s"},
     "drop-in": {"color": COLOURS[3], "marker": "D"},
     "small transformer": {"color": COLOURS[0], "marker": "*", "linewidth": 2.6, "linestyle": "-"},
@@ -250,8 +254,7 @@ def heat_map(cells: pd.DataFrame) -> Figure:
     rank, voxels = recommend(cells).chosen
     corner = means.columns.get_loc(voxels), means.index.get_loc(rank)
     ax.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black", linewidth=3))
-    title = f"Rank {rank} with {voxels}³ voxels is enough"
-    return _finished(fig, title, "voxels along an edge of the grid", "LoRA rank")
+    return _finished(fig, f"Enough: {choice_words(rank, voxels)}", "voxels along an edge of the grid", "LoRA rank")
 
 
 def pareto(cells: pd.DataFrame, cost: str = "trainable") -> Figure:
@@ -270,7 +273,7 @@ def pareto(cells: pd.DataFrame, cost: str = "trainable") -> Figure:
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     rank, resolution = front["mean"].idxmax()
-    return _finished(fig, f"Nothing is above rank {rank} with {resolution}³", COSTS[cost], RATES["tar"])
+    return _finished(fig, f"Nothing is above {choice_words(rank, resolution)}", COSTS[cost], RATES["tar"])
 
 
 def retention(cells: pd.DataFrame) -> Figure:
@@ -288,13 +291,13 @@ def retention(cells: pd.DataFrame) -> Figure:
     return _finished(fig, f"Lambda {high:g} {words} than {low:g}", *labels, "weight of the prior, lambda")
 
 
-def write_all(cells: pd.DataFrame, folder: Path) -> dict[str, Figure]:
-    """All pictures of a grid as PNG and SVG in folder, by name."""
+def write_all(cells: pd.DataFrame, folder: Path, prior: pd.DataFrame | None = None) -> dict[str, Figure]:
+    """All pictures of a grid as PNG and SVG in folder, by name; prior: cells for that of the prior's weight."""
     figures = {
         "ablation_heat_map": heat_map(cells),
         "ablation_pareto_parameters": pareto(cells),
         "ablation_pareto_memory": pareto(cells, "memory_mb"),
-        "ablation_retention": retention(cells),
+        "ablation_retention": retention(cells if prior is None else prior),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, fig in figures.items():

@@ -21,7 +21,6 @@ import torch
 
 from viewdiff_nb import __version__
 from viewdiff_nb.faces import Split
-from viewdiff_nb.files import GPU_RESULTS
 from viewdiff_nb.metrics import COUNTS, recognition_by_yaw
 from viewdiff_nb.studies.adaptation import BOUNDARY, FULL_PROFILE, Profile, base_model, parameter_counts
 from viewdiff_nb.studies.benchmark import TrainingStep, machine
@@ -37,19 +36,18 @@ ALPHAS: dict[str, Callable[[int], float]] = {
     "rsLoRA": lambda rank: rank**1.5,  # alpha / rank is then sqrt(rank), the scale of rsLoRA with alpha = rank
 }
 CELLS_PER_PASS = {"cpu": 8, "cuda": 32}
-SHIPPED = GPU_RESULTS / "ablation_cells.csv"  # the whole default grid, on one GPU
 GUIDE = {"rank": 8, "voxel_resolution": 16, "lambda_prior": 0.1}  # and lora_alpha = rank
 CHOICE = ["rank", "voxel_resolution"]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The values of every axis; a cell for each combination."""
+    """The values of every axis; a cell for each combination. By default rank and voxels, without a prior."""
 
     rank: Sequence[int] = (4, 8, 16)
     voxel_resolution: Sequence[int] = (0, 4, 8, 16, 32)  # 0: without the projection
     lora_alpha: Sequence[str] = ("rank",)  # of ALPHAS
-    lambda_prior: Sequence[float] = (0.0, 0.05, 0.1, 0.2, 1.0)  # 0: without prior preservation
+    lambda_prior: Sequence[float] = (0.0,)  # 0: without prior preservation
     lora_lr: Sequence[float] = (1e-2,)
     base: Sequence[int] = (0, 1, 2)  # seeds of the bases
     seed: Sequence[int] = (0,)  # of the adapter, its data order and dropout, on each base
@@ -80,6 +78,7 @@ class Grid:
 
 
 FAST_GRID = Grid(voxel_resolution=(0, 4, 8), lambda_prior=(0.1,), base=(0,), seed=(0, 1))
+PRIOR_GRID = Grid(voxel_resolution=(16,), lambda_prior=(0.0, 0.05, 0.1, 0.2, 1.0))
 RATE_GRID = Grid((1, 2, 4, 8, 16, 32), (0,), tuple(ALPHAS), (0.0,), (1e-3, 3e-3, 1e-2, 3e-2, 1e-1))
 """Is a rank better, or its learning rate?"""
 
@@ -178,7 +177,7 @@ def _scored(result: TrainResult, split: Split) -> dict:
     }
 
 
-def read_cells(path: Path = SHIPPED) -> pd.DataFrame:
+def read_cells(path: Path) -> pd.DataFrame:
     """The table of `run_grid`, from the CSV file of benchmarks/ablation.py; a failed cell raises a ValueError."""
     cells = pd.read_csv(path, converters={"train_loss": json.loads}, dtype={"error": object})
     cells["error"] = cells["error"].fillna("")
@@ -262,17 +261,21 @@ def recommendation_text(cells: pd.DataFrame) -> str:
     if found.chosen == found.best:
         why = "it has the highest mean, and nothing cheaper is"
     else:
-        why = f"rank {found.best[0]} with {found.best[1]}³ has the highest mean, and this is the cheapest"
+        why = f"{choice_words(*found.best)} has the highest mean, and this is the cheapest"
     if found.seeds == 1:
         certainty = "One seed has no interval: take this for a smoke test."
     else:
         certainty = f"On test people {apart} of the {len(others)} other combinations are told from it (p after Holm)."
     return (
-        f"**Take rank {found.rank} with {found.voxel_resolution}³ voxels**: TAR at FAR 1e-3 of "
+        f"**Take {choice_words(*found.chosen)}**: TAR at FAR 1e-3 of "
         f"{over_seeds(table.T[found.chosen]):.3f} on test people. On validation people {why} within one standard "
         f"error ({found.margin:.4f}) of that; it is the best cell in {found.seeds_won} of {found.seeds} seeds. "
         f"{certainty}"
     )
+
+
+def choice_words(rank: int, voxel_resolution: int) -> str:
+    return f"rank {rank} with {voxel_resolution}³ voxels" if voxel_resolution else f"rank {rank} without voxels"
 
 
 def effect_lines(cells: pd.DataFrame, value: str = "test_tar") -> str:
@@ -289,7 +292,7 @@ def effect_lines(cells: pd.DataFrame, value: str = "test_tar") -> str:
 
 
 def guide_lines(cells: pd.DataFrame) -> str:
-    """The guide's advice, and whether measurement agrees, as a Markdown list."""
+    """The guide's advice on rank and voxels, and whether measurement agrees, as a Markdown list."""
     found, lines = {}, []
     for axis, ours, words in zip(CHOICE, recommend(cells).chosen, ("rank 8", "16³ voxels"), strict=True):
         advised = GUIDE[axis]
@@ -300,13 +303,21 @@ def guide_lines(cells: pd.DataFrame) -> str:
         else:
             words += f": **disagrees**; {ours} is recommended here, in TAR on test people against it"
             found[words] = paired(cells, [axis], ours, advised, "test_tar")
-    first, *weights = sorted(cells["lambda_prior"].unique())
-    for weight in weights:
-        for words, side in (("keeps below 45°", "0-45"), ("gains beyond 45°", "45-90")):
-            words = f"lambda {weight:g} against {first:g} in TAR {words}"
-            found[words] = paired(cells, ["lambda_prior"], weight, first, f"test_tar_{side}")
     finest, coarsest = max(cells["voxel_resolution"]), min(v for v in cells["voxel_resolution"] if v)
     if finest > coarsest:
         words = f"the guide says that finer grids are more precise; {finest}³ against {coarsest}³ in TAR"
         found[words] = paired(cells, ["voxel_resolution"], finest, coarsest, "test_tar")
     return "\n".join(lines + judged_lines(found))
+
+
+def prior_lines(cells: pd.DataFrame) -> str:
+    """What each weight of the prior keeps below 45 degrees, and gains beyond, against the least, as a Markdown list."""
+    first, *weights = sorted(cells["lambda_prior"].unique())
+    found = {
+        f"lambda {weight:g} against {first:g} in TAR {words}": paired(
+            cells, ["lambda_prior"], weight, first, f"test_tar_{side}"
+        )
+        for weight in weights
+        for words, side in (("keeps below 45°", "0-45"), ("gains beyond 45°", "45-90"))
+    }
+    return "\n".join(judged_lines(found))

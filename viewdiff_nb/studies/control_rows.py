@@ -64,10 +64,15 @@ def _misled(mistake: controls.Mistake) -> Build:
     return _changed(change)
 
 
-def _plain(model: EnhancedTransformerDecoderOnly3D, faces: FaceViews) -> None:
+def plain_instead(model: EnhancedTransformerDecoderOnly3D, any_target: bool = False) -> controls.PlainProjection:
+    """A plain layer with as many parameters as the model's projection, at most."""
     layer = _projection(model)
     count, width = sum(p.numel() for p in layer.parameters()), layer.feature_dim
-    model.projection = controls.PlainProjection(width, (count - width) // (2 * width + 37))  # type: ignore[assignment]
+    return controls.PlainProjection(width, (count - width) // (2 * width + 37 + 6 * any_target), any_target=any_target)
+
+
+def _plain(model: EnhancedTransformerDecoderOnly3D, faces: FaceViews) -> None:
+    model.projection = plain_instead(model)  # type: ignore[assignment]
 
 
 def _dense(how: Any) -> Build:
@@ -137,6 +142,7 @@ ROWS: dict[str, Row] = {
     "projection, another pose": Row("adapted", PROJECTION, _misled("another pose")),
     "projection, density starts at keypoints": Row("adapted", PROJECTION, _dense("start")),
     "projection, density kept near keypoints": Row("adapted", PROJECTION, _dense("carve")),
+    "projection, density drawn to keypoints": Row("adapted", PROJECTION, _dense("draw")),
     "plain layer": Row("adapted", PROJECTION, _changed(_plain)),
     "LoRA r=8 + projection": Row("adapted", BOTH),
     "LoRA r=8 + projection 16³": Row("adapted", BOTH | {"voxel_resolution": 16}),

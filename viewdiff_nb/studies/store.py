@@ -17,6 +17,7 @@ import torch
 from joblib.parallel import get_active_backend
 from torch import nn
 
+from viewdiff_nb import files
 from viewdiff_nb.faces import Split
 from viewdiff_nb.files import RUNS, read_json, write_text
 from viewdiff_nb.training import TrainConfig, TrainingAdvice, TrainResult, train, train_together
@@ -87,7 +88,7 @@ class Store:
             found = read_json(path, ValueError)
             if not isinstance(found, dict) or found.get("key") != _key(name, config):
                 raise ValueError(f"{path}: is not the result of its key")
-            if found.pop("sha256", None) != _checksum(found):
+            if found.pop("sha256", None) != files.fingerprint(json.dumps(found).encode()):
                 raise ValueError(f"{path}: its checksum is that of another result")
         except ValueError as error:
             warnings.warn(f"{error}; the result is made again", DamagedResult, stacklevel=3)
@@ -99,12 +100,8 @@ class Store:
         if (found := self.find(name, config, with_weights)) is not None:
             return found
         made = json.loads(json.dumps({"key": _key(name, config)} | make()))  # what is read again
-        write_text(self.path(name, config), json.dumps(made | {"sha256": _checksum(made)}))
+        write_text(self.path(name, config), json.dumps(made | {"sha256": files.fingerprint(json.dumps(made).encode())}))
         return made
-
-
-def _checksum(result: dict) -> str:
-    return hashlib.sha256(json.dumps(result).encode()).hexdigest()
 
 
 def _key(name: str, config: TrainConfig) -> dict:

@@ -96,12 +96,13 @@ def connect(config: TrainConfig) -> Processes:
     """The processes that a run trains in.
 
     Raises:
-        ValueError: if torchrun did not start the processes, if a device is not there, or if a CUDA graph is wanted
-            where there is none.
+        ValueError: if torchrun did not start the processes, if a device is not there, or if a CUDA graph or a
+            compiled step is wanted where there is none.
     """
     several = started_by_torchrun()
-    if config.use_cuda_graph and several:  # of devices the config itself says so
-        raise ValueError("use_cuda_graph is for one process, and this run has several; give --no-use_cuda_graph")
+    alone = [name for name in ("use_cuda_graph", "use_compile") if getattr(config, name)]
+    for name in alone if several else ():  # of devices the config itself says so
+        raise ValueError(f"{name} is for one process, and this run has several; give --no-{name}")
     if config.devices > 1 and not several:
         raise ValueError(
             f"devices={config.devices} needs {config.devices} processes, which torchrun starts: torchrun "
@@ -109,8 +110,8 @@ def connect(config: TrainConfig) -> Processes:
             f"python -m {COMMAND} --devices {config.devices} does so by itself"
         )
     device = choose_device(config.device)
-    if config.use_cuda_graph and device.type != "cuda":
-        raise ValueError(f"use_cuda_graph needs a GPU, and this run is on device {device}; give --no-use_cuda_graph")
+    for name in alone if device.type != "cuda" else ():  # on a CPU torch 2.13 compiles steps that corrupt the heap
+        raise ValueError(f"{name} needs a GPU, and this run is on device {device}; give --no-{name}")
     if not several:
         return Processes(device)
     if device.type == "cuda":

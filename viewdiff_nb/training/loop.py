@@ -23,7 +23,7 @@ from viewdiff_nb.training.batches import (
 from viewdiff_nb.training.checkpoint import PERIODIC, file_fingerprint, find_checkpoint, load_checkpoint, prepare_model
 from viewdiff_nb.training.config import TrainConfig
 from viewdiff_nb.training.devices import GraphedFunction, connect, manual_seed, set_capturable
-from viewdiff_nb.training.losses import LOSSES, Objective, build_optimizer, set_rates, warmup_cosine
+from viewdiff_nb.training.losses import LOSSES, Objective, build_optimizer, compiled, set_rates, warmup_cosine
 from viewdiff_nb.training.result import (
     StopRequest,
     TrainingDiverged,
@@ -130,6 +130,7 @@ class _Run:
             prior_faces = all_faces.where(all_faces.abs_yaw < config.prior_max_yaw).in_memory().to(self.device)
         front = self.faces.front.to(self.device)
         self.objective = Objective(config, self.forward, front, self.device, base, prior_faces)
+        self.cost = compiled(self.objective) if config.use_compile else self.objective
         self.graph = None
         if config.use_cuda_graph:
             self.graph = GraphedFunction(lambda *t: self._learn(FaceBatch(*t[:5]), *t[5:]), self.device)
@@ -253,7 +254,7 @@ class _Run:
     ) -> Tensor:
         """Gradients of a batch, and after the last one of a window of count the update: (3,), its row of the trace."""
         with self.processes.accumulating(self.forward, more=not is_last):
-            cost = self.objective(batch, weight, kept)
+            cost = self.cost(batch, weight, kept)
             self.state.scaler.scale(cost.loss / count).backward()
         norm = self._update() if is_last else torch.zeros_like(cost.prior)
         return torch.stack((cost.loss.detach(), norm, cost.prior))

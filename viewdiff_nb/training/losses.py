@@ -1,9 +1,10 @@
 """What is minimised, and how: losses of predicted frontal embeddings (docs/recipe.md compares them), and AdamW."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -179,6 +180,26 @@ class Objective:
                 predicted, person = fuse_views(predicted, self.config.n_views), person[:: self.config.n_views]
             loss = loss_of(predicted, person)
             return Cost(loss, torch.zeros_like(loss))
+
+
+def compiled(objective: Objective) -> Callable[..., Cost]:
+    """An objective as torch.compile makes it; with a warning as it is, where that fails."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    torch.compiler.reset()  # the same code of earlier runs counts toward a limit, beyond which nothing is compiled
+    program = torch.compile(objective.__call__, dynamic=False)
+
+    def call(*arguments: Any) -> Cost:
+        nonlocal program
+        try:
+            return program(*arguments)
+        except TorchDynamoException as error:
+            cause = str(error).partition("\n")[0]
+            warnings.warn(f"use_compile: torch.compile failed, so the step runs as it is ({cause})", stacklevel=2)
+            program = objective
+            return program(*arguments)
+
+    return call
 
 
 def amp_dtype_for(device: torch.device) -> torch.dtype:

@@ -49,6 +49,8 @@ def refusal(config: TrainConfig) -> str | None:
         return "groups of views of a person are trained alone"
     if config.save_dir or config.log_dir or config.resume or config.devices * config.gradient_accumulation_steps > 1:
         return "accumulation, checkpoints, logs and several devices are for runs that are trained alone"
+    if config.use_compile:
+        return "use_compile is for runs that are trained alone"
     if config.use_amp and amp_dtype_for(choose_device(config.device)) is torch.float16:
         return "float16 needs a gradient scaler of its own for every run"
     return None

@@ -31,12 +31,12 @@ class TrainingMonitor(Explorer):
     `train(..., on_epoch=monitor.show)` shows a run that was started elsewhere.
 
     Args:
-        config: with a save_dir, or there is nothing to go on from. Its use_cuda_graph is left out, because the
-            recording of a graph fails if another thread uses the GPU meanwhile.
+        config: with a save_dir, or there is nothing to go on from. Its use_cuda_graph and use_compile are left
+            out: a graph cannot be recorded while another thread uses the GPU.
     """
 
     def __init__(self, config: TrainConfig, train_faces: FaceViews, val_faces: FaceViews) -> None:
-        self.config, self.faces = replace(config, use_cuda_graph=False), (train_faces, val_faces)
+        self.config, self.faces = replace(config, use_cuda_graph=False, use_compile=False), (train_faces, val_faces)
         self.result: TrainResult | None = None
         self.error: BaseException | None = None
         self.history = pd.DataFrame()

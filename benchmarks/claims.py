@@ -32,7 +32,11 @@ import pandas as pd
 from viewdiff_nb.files import CONTROL_RESULTS, PROJECT, write_text
 from viewdiff_nb.studies.ablation import summary
 
-STRICT = ("README.md", "README.zh-CN.md", "docs/modules.md", "docs/ablation.md", "docs/recipe.md")
+STRICT = (
+    "README.md",
+    "README.zh-CN.md",
+    *(f"docs/{page}.md" for page in ["modules", "ablation", "recipe", "training", "gpu"]),
+)
 NUMBER = r"[+−-]?\d*\.?\d+"
 SHOWN = re.compile(rf"({NUMBER})(?: ± ({NUMBER}))?(?:, p (<?) ?({NUMBER}))?\**$")
 MARK = re.compile(r"<!-- ([\w./-]+) · ([^>]*?) -->")  # no |, which would end a cell of a table

@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from viewdiff_nb.faces import FaceViews
 from viewdiff_nb.files import CONTROL_RESULTS
 from viewdiff_nb.metrics import recognition_by_yaw
+from viewdiff_nb.modules.attention import encode_pose
+from viewdiff_nb.modules.controls import PlainProjection
+from viewdiff_nb.modules.projection import LightweightFaceProjectionLayer
 from viewdiff_nb.studies import controls
 from viewdiff_nb.studies.benchmark import machine
-from viewdiff_nb.studies.control_rows import plain_instead
 from viewdiff_nb.studies.significance import Estimate, holm, over_seeds
 from viewdiff_nb.studies.store import run_jobs
 from viewdiff_nb.training import choose_device, predict
@@ -43,6 +45,28 @@ COMPARISONS = (
 )
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 WEIGHT = 0.5  # of the other poses' loss
+
+
+class PlainProjectionToAnyPose(PlainProjection):
+    """A plain layer, as large as a projection, that reads the target pose as six more numbers."""
+
+    def __init__(self, layer: LightweightFaceProjectionLayer) -> None:
+        count, width = sum(p.numel() for p in layer.parameters()), layer.feature_dim
+        hidden = (count - width) // (2 * width + 43)
+        super().__init__(width + 6, hidden)
+        self.expand = nn.Linear(hidden, width)
+        nn.init.zeros_(self.expand.weight)
+        nn.init.zeros_(self.expand.bias)
+
+    def forward(
+        self,
+        features: Tensor,
+        keypoints_3d: Tensor,
+        target_pose: Tensor | None = None,
+        source_pose: Tensor | None = None,
+    ) -> Tensor:
+        target = torch.zeros_like(features[:, :3]) if target_pose is None else target_pose
+        return super().forward(torch.cat((features, encode_pose(target)), 1), keypoints_3d, source_pose=source_pose)
 
 
 def other_views(faces: FaceViews, rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -73,7 +97,7 @@ def train(effort: str, how: str, rate: float, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     model, _ = prepare_model(config, split.train.feature_dim)
     if how == NUMBERS:
-        model.projection = plain_instead(model, any_target=True)  # type: ignore[assignment]
+        model.projection = PlainProjectionToAnyPose(model.projection)  # type: ignore[assignment, arg-type]
     model.to(device).train()
     faces, optimizer = split.train.to(device), build_optimizer(model, config)
     generator, random = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)

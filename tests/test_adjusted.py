@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -285,6 +287,15 @@ def test_in_a_space_no_step_is_the_space_and_a_whole_one_is_the_model(faces, com
     torch.testing.assert_close(
         enrolled(InSpace(common, model, 1.0), faces.front), fronts / fronts.norm(dim=1, keepdim=True)
     )
+
+
+def test_the_model_in_a_space_is_told_keypoints(faces, common):
+    class Told(torch.nn.Module):
+        def forward(self, src, angles, keypoints_3d, **_):
+            return src + 0.01 * keypoints_3d.flatten(1)[:, : src.shape[1]]
+
+    moved = replace(faces, keypoints_3d=faces.keypoints_3d + 5)
+    assert not torch.allclose(seen(InSpace(common, Told()), faces), seen(InSpace(common, Told()), moved))
 
 
 def test_the_cosine_of_a_sum_is_the_weighted_sum_of_cosines(faces, centred, common):

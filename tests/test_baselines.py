@@ -69,3 +69,12 @@ def test_a_residual_ridge_is_scikit_learn_s():
 def test_a_transformer_is_enrolled_as_it_is():
     front = torch.randn(3, 16)
     assert enrolled(torch.nn.Identity(), front) is front
+
+
+def test_an_mlp_adds_what_its_layers_say():
+    model = MLP(32, hidden=8).eval()
+    torch.nn.init.constant_(model.layers[-1].bias, 0.25)
+    faces = people(3)
+    predicted = model(faces.src, faces.angles, faces.keypoints_3d, return_residual=False)
+    wanted = F.normalize(faces.src, dim=1) + 0.25
+    torch.testing.assert_close(F.normalize(predicted, dim=1), F.normalize(wanted, dim=1))

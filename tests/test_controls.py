@@ -74,7 +74,7 @@ def test_another_pose_is_right_where_all_have_the_same(layer, given):
 def test_a_pose_must_be_there_to_be_wrong_about(layer, given):
     with pytest.raises(ValueError, match="source_pose must be given"):
         output(layer, "another pose", *given[:2], None)
-    with pytest.raises(ValueError, match="target_pose only to a layer built with any_target"):
+    with pytest.raises(ValueError, match="frontal target only"):
         PlainProjection(WIDTH, 8)(*given[:2], given[2], given[2])
 
 
@@ -86,14 +86,6 @@ def test_a_plain_layer_starts_at_zero_and_uses_what_the_projection_is_told(given
     plain(*inputs[:2], source_pose=inputs[2]).sum().backward()
     assert all(value.grad.abs().sum() > 0 for value in inputs)
     assert sum(p.numel() for p in plain.parameters()) == 8 * (2 * WIDTH + 37) + WIDTH
-
-
-def test_a_plain_layer_can_be_told_a_target(given):
-    plain = PlainProjection(WIDTH, 8, any_target=True)
-    torch.nn.init.normal_(plain.expand.weight)
-    frontal = plain(*given[:2], source_pose=given[2])
-    torch.testing.assert_close(plain(*given[:2], torch.zeros_like(given[2]), given[2]), frontal)
-    assert not torch.allclose(plain(*given[:2], given[2], given[2]), frontal)
 
 
 def test_the_regulariser_has_the_gradient_of_the_share_that_is_not_near():

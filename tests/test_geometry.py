@@ -202,3 +202,21 @@ def test_two_points_tell_no_pose():
     seen = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 0, 0]]).bool()
     with pytest.raises(ValueError, match="a pose is fitted to at least 3 seen keypoints, got 2"):
         fit_pose(torch.randn(2, 5, 2), seen, NONE.expand(2, 3), torch.ones(2, 3))
+
+
+def test_a_pose_does_not_hang_on_the_others_of_its_batch():
+    angles = random_poses(6)
+    points, seen = photographed(angles)[..., :2], side_seen(angles)
+    points[1] *= 40
+    given = (angles + 0.3, torch.full((6, 3), 0.2))
+    together = fit_pose(points, seen, *given)
+    for i in range(6):
+        alone = fit_pose(points[i : i + 1], seen[i : i + 1], *(value[i : i + 1] for value in given))
+        for one, other in zip(together, alone, strict=True):
+            torch.testing.assert_close(one[i], other[0])
+
+
+def test_a_far_face_beside_a_near_one_keeps_its_shape():
+    tiny = 1e-3 * FACE.float()
+    both = torch.stack((tiny, 1e5 * FACE.float()))
+    torch.testing.assert_close(normalise_keypoints(both)[0], normalise_keypoints(tiny[None])[0])

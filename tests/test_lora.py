@@ -228,3 +228,8 @@ def test_wrapping_a_layer_draws_no_more_than_its_adapter():
     assert not wrapped.lora_up.any() and wrapped.weight is linear.weight
     with pytest.raises(TypeError):
         LoRALinearLayer.from_linear(linear, rank=3, dtype=torch.float64)
+
+
+def test_rslora_divides_by_the_root_of_the_rank():
+    assert LoRALinearLayer(9, 9, rank=9, alpha=6.0, rslora=True).scale == 2.0
+    assert LoRALinearLayer(9, 9, rank=9, alpha=18.0).scale == 2.0

@@ -57,6 +57,14 @@ def test_pairs_by_hand(batch):
     assert extra[2] == pytest.approx(-0.5 * log_share(scaled[2], 1, (0, 1, 3)))
 
 
+def test_pairs_are_a_mean_over_all_partners():
+    predicted, gallery, person = torch.randn(4, 6), torch.randn(2, 6), torch.tensor([0, 0, 0, 1])
+    scaled = cosines(predicted, predicted)
+    extra = (losses.two_way_pairs(predicted, gallery, person) - losses.two_way(predicted, gallery, person)).tolist()
+    of_partners = [log_share(scaled[0], other, (1, 2, 3)) for other in (1, 2)]
+    assert extra[0] == pytest.approx(-0.5 * sum(of_partners) / 2, rel=1e-4)
+
+
 def test_the_margin_lowers_the_right_cosine_only(batch):
     predicted, gallery = batch
     row = cosines(predicted, gallery)[1]

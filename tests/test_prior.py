@@ -172,3 +172,12 @@ def test_refuses_what_cannot_be():
         PriorPreservationDataset(base, torch.zeros(0, 32), {})
     with pytest.raises(ValueError, match="both be"):
         PriorPreservationLoss()(torch.zeros(2, 3), torch.zeros(3, 3))
+
+
+def test_rows_are_the_generators():
+    model, _ = pair()
+    faces = people(8, width=32)
+    prior = PriorPreservationDataset(model, faces.src, faces.conditions())
+    one, again = (prior.draw(20, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert one.equal(again) and not one.equal(prior.draw(20, torch.Generator().manual_seed(4)))
+    assert prior.draw(20).shape == (20,)

@@ -126,16 +126,21 @@ def _predicted(model: nn.Module, views: Views, batch_size: int) -> Iterator[np.n
         rows = slice(start, start + batch_size)
         src, angles = views.src[rows].to(device), views.angles[rows].to(device)
         points = mean_keypoints(angles) if views.keypoints_3d is None else views.keypoints_3d[rows].to(device)
-        for name, values in (("embedding", src), ("pose", angles), ("keypoints", points)):
-            if not (finite := values.flatten(1).isfinite().all(1)).all():
-                raise ValueError(f"row {start + int(finite.int().argmin())}: its {name} is not finite")
+        _check_finite(start, embedding=src, pose=angles, keypoints=points)
         told = {} if views.pose_error is None else {"pose_error": views.pose_error[rows].to(device)}
         moved, found = ~raw_rows(model, angles), src.clone()
         if moved.any():  # the network is not asked for what stays raw
             told = {name: values[moved] for name, values in told.items()}
             answer = model(src[moved], angles[moved], points[moved], return_residual=False, **told)
             found[moved] = answer.to(found.dtype)
+        _check_finite(start, prediction=found)
         yield found.float().cpu().numpy()
+
+
+def _check_finite(start: int, **values: Tensor) -> None:
+    for name, rows in values.items():
+        if not (finite := rows.flatten(1).isfinite().all(1)).all():
+            raise ValueError(f"row {start + int(finite.int().argmin())}: its {name} is not finite")
 
 
 def raw_rows(model: nn.Module, angles: Tensor) -> Tensor:

@@ -60,8 +60,9 @@ def _dense(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
 
 def _may_be_bypassed(layer: nn.Module) -> bool:
     """Whether its weights may be used without calling it: no wrapper (PEFT, quantisation), none of torch's hooks."""
-    own = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return type(layer) in (nn.Linear, LoRALinearLayer) and not (own or nn.modules.module._has_any_global_hook())
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    hooked = any(getattr(layer, f"_{kind}") or getattr(nn.modules.module, f"_global_{kind}") for kind in kinds)
+    return type(layer) in (nn.Linear, LoRALinearLayer) and not hooked
 
 
 class PoseConditionedLoRAAttention(nn.Module):

@@ -57,16 +57,11 @@ class MisledProjection(nn.Module):
 
 
 class PlainProjection(nn.Module):
-    """One hidden layer on [features, keypoints in both frames, pose code] in the projection's place: no space in it.
+    """One hidden layer on [features, keypoints in both frames, pose code] in the projection's place: no space in it."""
 
-    Args:
-        any_target: the target pose's code is an input, too; otherwise the target is always frontal.
-    """
-
-    def __init__(self, feature_dim: int, hidden: int, num_keypoints: int = 5, any_target: bool = False) -> None:
+    def __init__(self, feature_dim: int, hidden: int, num_keypoints: int = 5) -> None:
         super().__init__()
-        self.any_target = any_target
-        self.hidden = nn.Linear(feature_dim + 6 * num_keypoints + 6 * (1 + any_target), hidden)
+        self.hidden = nn.Linear(feature_dim + 6 * num_keypoints + 6, hidden)
         self.expand = nn.Linear(hidden, feature_dim)
         nn.init.zeros_(self.expand.weight)
         nn.init.zeros_(self.expand.bias)
@@ -78,14 +73,12 @@ class PlainProjection(nn.Module):
         target_pose: Tensor | None = None,
         source_pose: Tensor | None = None,
     ) -> Tensor:
-        """As the projection layer's, for features (B, C); source_pose must be given."""
-        if source_pose is None or (target_pose is not None and not self.any_target):
-            raise ValueError("give source_pose (B, 3), and target_pose only to a layer built with any_target=True")
+        """As the projection layer's, for features (B, C) and a frontal target; source_pose must be given."""
+        if source_pose is None or target_pose is not None:
+            raise ValueError("give source_pose (B, 3) and no target_pose: this layer knows the frontal target only")
         seen = normalise_keypoints(keypoints_3d)
-        told = [features, torch.cat((seen, to_face_frame(seen, source_pose)), -1).flatten(1), encode_pose(source_pose)]
-        if self.any_target:
-            told.append(encode_pose(torch.zeros_like(source_pose) if target_pose is None else target_pose))
-        return self.expand(F.gelu(self.hidden(torch.cat(told, -1))))
+        points = torch.cat((seen, to_face_frame(seen, source_pose)), -1).flatten(1)
+        return self.expand(F.gelu(self.hidden(torch.cat((features, points, encode_pose(source_pose)), -1))))
 
 
 class KeypointDensity(LightweightFaceProjectionLayer):

@@ -176,8 +176,9 @@ class LightweightFaceProjectionLayer(nn.Module):
         """(B, channels, R, R) to (B, feature_dim, H, W), each pixel from its patches; size is (H, W), or () for one."""
         height, width = (n * PATCHES for n in size or (1, 1))
         patches = F.adaptive_avg_pool2d(image, (height, width))
-        stacked = F.pixel_unshuffle(patches, PATCHES)  # (B, channels * patches, H, W)
-        return self.expand(stacked.movedim(1, -1)).movedim(-1, 1)
+        split = patches.unflatten(3, (-1, PATCHES)).unflatten(2, (height // PATCHES, PATCHES))
+        stacked = split.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, H, W, channels * patches); of no face, too
+        return self.expand(stacked).movedim(-1, 1)
 
 
 def axis_centres(resolution: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:

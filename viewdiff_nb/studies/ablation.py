@@ -313,11 +313,8 @@ def guide_lines(cells: pd.DataFrame) -> str:
 def prior_lines(cells: pd.DataFrame) -> str:
     """What each weight of the prior keeps below 45 degrees, and gains beyond, against the least, as a Markdown list."""
     first, *weights = sorted(cells["lambda_prior"].unique())
-    found = {
-        f"lambda {weight:g} against {first:g} in TAR {words}": paired(
-            cells, ["lambda_prior"], weight, first, f"test_tar_{side}"
-        )
-        for weight in weights
-        for words, side in (("keeps below 45°", "0-45"), ("gains beyond 45°", "45-90"))
-    }
+    found = {}
+    for weight, (words, side) in itertools.product(weights, (("keeps below", "0-45"), ("gains beyond", "45-90"))):
+        words = f"lambda {weight:g} against {first:g} in TAR {words} 45°"
+        found[words] = paired(cells, ["lambda_prior"], weight, first, f"test_tar_{side}")
     return "\n".join(judged_lines(found))

@@ -64,15 +64,10 @@ def _misled(mistake: controls.Mistake) -> Build:
     return _changed(change)
 
 
-def plain_instead(model: EnhancedTransformerDecoderOnly3D, any_target: bool = False) -> controls.PlainProjection:
-    """A plain layer with as many parameters as the model's projection, at most."""
+def _plain(model: EnhancedTransformerDecoderOnly3D, faces: FaceViews) -> None:
     layer = _projection(model)
     count, width = sum(p.numel() for p in layer.parameters()), layer.feature_dim
-    return controls.PlainProjection(width, (count - width) // (2 * width + 37 + 6 * any_target), any_target=any_target)
-
-
-def _plain(model: EnhancedTransformerDecoderOnly3D, faces: FaceViews) -> None:
-    model.projection = plain_instead(model)  # type: ignore[assignment]
+    model.projection = controls.PlainProjection(width, (count - width) // (2 * width + 37))  # type: ignore[assignment]
 
 
 def _dense(how: Any) -> Build:

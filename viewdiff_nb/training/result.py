@@ -289,10 +289,13 @@ def probes_to_score(model: nn.Module | TrainConfig, faces: FaceViews) -> int:
 def check_people(config: TrainConfig, train_faces: FaceViews, val_faces: FaceViews, model: nn.Module | None) -> None:
     """
     Raises:
-        ValueError: if people are in both sets, too few validate for what is monitored, or a front is not finite.
+        ValueError: if people are in both sets, widths differ, too few validate for what is monitored, or a front is
+            not finite.
     """
     if overlap := set(train_faces.names) & set(val_faces.names):
         raise ValueError(f"{len(overlap)} people are in both training and validation, e.g. {min(overlap)!r}")
+    if (width := val_faces.feature_dim) != train_faces.feature_dim:
+        raise ValueError(f"training embeddings are {train_faces.feature_dim} wide, those to validate with {width}")
     people, probes = len(val_faces.names), probes_to_score(config if model is None else model, val_faces)
     found = f"{people} validation people with {probes} predictions"
     if people < 2 or not probes:

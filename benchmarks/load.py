@@ -2,7 +2,7 @@
 
 Each part is a process of its own, whose time and peak memory are printed:
     faces     a face set of 5 million views, 1,000 numbers wide (10 GB), loaded and trained on memory-mapped, an epoch
-    gallery   all rates of 2,000 probes in a gallery of a million
+    gallery   all rates of 200 probes in a gallery of a million
     grid      a grid of 10,000 finished cells, read again
     predict   10 million embeddings, predicted from a file to a file with the shipped weights
 With --size 0.01 a hundredth of each. FOLDER, a temporary one by default, needs 30 GB.
@@ -83,7 +83,7 @@ def faces(folder: Path, size: float) -> None:
 
 
 def gallery(folder: Path, size: float) -> None:
-    count, probes = round(10**6 * size), 2000
+    count, probes = round(10**6 * size), 200
     people = torch.randn(count, 384)
     person = torch.randint(count, (probes,))
     with timed(f"all rates of {probes:,} probes among {count:,}"):

@@ -32,7 +32,7 @@ from viewdiff_nb.studies.candidates import BASELINES, CLOSED_FORMS, as_enrolled
 from viewdiff_nb.studies.tables import difference, rate_estimate
 from viewdiff_nb.training import predict
 
-CONFIG = BuildConfig(people=150, views=8, seed=77)
+CONFIG = BuildConfig(people=100, views=8, seed=77)
 PATHS = 36  # a pixel
 LAMP, LAMP_AT = 0.35, 2.0  # its radius and distance, metres
 SETS, RAW = ("rasteriser", "path tracer"), "raw side view"

@@ -110,19 +110,21 @@ def run_grid(
     run_jobs(partial(base_model, store, split, profile), [(seed,) for seed in grid.base], workers)
     bases = {seed: base_model(store, split, profile, seed)[0] for seed in grid.base}
     configs = grid.configs(bases, profile.adapt_epochs, profile.common)
-    missing = [config for config in configs if store.find("ablation", config) is None]
+    cells = {config: store.find("ablation", config) for config in configs}
+    missing = [config for config, found in cells.items() if found is None]
     most = cells_per_pass or CELLS_PER_PASS[choose_device(profile.common.device).type]
     jobs = [(job,) for job in passes(missing, most)]
     errors: dict[TrainConfig, str] = {}
     for failed in run_jobs(partial(_work, store, split), jobs, workers, progress):
         errors |= failed
+    cells |= {config: store.find("ablation", config) for config in missing}
     rows = []
     of_base = {str(path): seed for seed, path in bases.items()}
     for config, alpha in zip(configs, grid.alphas(), strict=True):
         row = {name: getattr(config, name) for name in (*COLUMNS, "seed", "epochs", "batch_size")}
         row |= {"base": of_base[str(config.base_model_path)], "alpha": alpha}
         row["voxel_resolution"] *= config.use_projection_layer
-        found = store.find("ablation", config)
+        found = cells[config]
         rows.append(row | (found["cell"] if found else {"error": errors.get(config, "")}))
     return pd.DataFrame(rows)
 

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -82,7 +81,7 @@ class Store:
     def find(self, name: str, config: TrainConfig, with_weights: bool = False) -> dict | None:
         """The stored result; None if it or its `checkpoint` is missing, or (with a warning) if it is damaged."""
         path = self.path(name, config)
-        if not path.is_file() or (with_weights and not self.checkpoint(name, config).is_file()):
+        if not path.is_file() or (with_weights and not path.with_suffix(".pth").is_file()):
             return None
         try:
             found = read_json(path, ValueError)
@@ -105,8 +104,10 @@ class Store:
 
 
 def _key(name: str, config: TrainConfig) -> dict:
-    base = config.base_model_path and Path(config.base_model_path).name
-    return json.loads(json.dumps({"name": name, "config": replace(config, base_model_path=base).to_dict()}))
+    told = config.to_dict()
+    if told["base_model_path"]:
+        told["base_model_path"] = Path(told["base_model_path"]).name
+    return json.loads(json.dumps({"name": name, "config": told}))
 
 
 def fingerprint(split: Split) -> str:

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 LossName = Literal["mse", "cosine", "identity", "identity+cosine", "identity+margin", "two-way", "two-way+pairs"]
@@ -274,4 +274,4 @@ class TrainConfig(Files, Optimisation, Adaptation, Architecture, Data):
         return max(1, round(self.prior_fraction * batch_size))
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return dict(vars(self))

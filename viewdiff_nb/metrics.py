@@ -69,9 +69,9 @@ def unit_embeddings(predicted: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor]
         raise ValueError("there is no probe to recognise")
     if not (predicted.isfinite().all() and gallery.isfinite().all()):
         raise ValueError("predicted and gallery embeddings must be finite; look for NaN in the model's weights")
-    # in float64 no length of float32 values overflows or vanishes when squared
-    probes, fronts = (F.normalize(x.double(), dim=1, eps=1e-100).float() for x in (predicted, gallery))
-    return probes, fronts
+    # in float64 no length of float32 values overflows or vanishes when squared; in parts, for a gallery of millions
+    unit = [[F.normalize(y.double(), dim=1, eps=1e-100).float() for y in x.split(2**16)] for x in (predicted, gallery)]
+    return torch.cat(unit[0]), torch.cat(unit[1])
 
 
 def similarity_scores(

@@ -67,13 +67,15 @@ class Estimate:
 
         The level whose interval just touches 0, so p < .05 if and only if the 95 % interval excludes 0.
         """
-        if math.isnan(self.half) or self.half == 0:
-            return 1.0 if self.mean == self.half == 0 else math.nan
+        if math.isnan(self.half) or self.half == 0 != self.mean:
+            return math.nan
         least = math.log(1e-300)
 
         def reaches_beyond_0(log_level: float) -> float:
             return self._half(math.exp(log_level)) - abs(self.mean)
 
+        if reaches_beyond_0(0.0) >= 0:  # a mean of 0; some versions of SciPy round the quantile there
+            return 1.0
         return 0.0 if reaches_beyond_0(least) < 0 else math.exp(optimize.brentq(reaches_beyond_0, least, 0.0))
 
     def _half(self, level: float) -> float:

@@ -8,11 +8,11 @@ both, and nothing is chosen on them. Writes second_renderer.csv to data/results/
 
 import argparse
 import multiprocessing
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
 
-import mitsuba
 import numpy as np
 import pandas as pd
 from people.build import BuildConfig, Studio, write_files
@@ -38,6 +38,17 @@ LAMP, LAMP_AT = 0.35, 2.0  # its radius and distance, metres
 SETS, RAW = ("rasteriser", "path tracer"), "raw side view"
 
 
+def path_tracer():
+    """The module mitsuba, ready; whoever has none is told what to install."""
+    try:
+        import mitsuba
+    except ModuleNotFoundError:
+        sys.exit("error: the second renderer is Mitsuba's: pip install mitsuba")
+    mitsuba.set_variant("scalar_rgb")
+    mitsuba.set_log_level(mitsuba.LogLevel.Error)
+    return mitsuba
+
+
 class PathTraced(HeadRenderer):
     """A head whose crops are cut from a path-traced photo."""
 
@@ -46,7 +57,8 @@ class PathTraced(HeadRenderer):
         grey = plain._texture.mean(2, keepdims=True)
         toned = grey + (plain._texture - grey) * rng.uniform(0.6, 1.3)  # paler or ruddier
         toned = np.clip(toned * rng.uniform(0.8, 1.15) * rng.normal(1, 0.06, 3), 0, 1)
-        self.skin = mitsuba.Bitmap(toned.astype(np.float32))
+        self.mitsuba = path_tracer()
+        self.skin = self.mitsuba.Bitmap(toned.astype(np.float32))
         self.roughness = float(rng.uniform(0.35, 0.6))
         rows = np.concatenate([plain.mesh.vertices, plain.mesh.normals, plain.mesh.uv], 1)
         names = ("x", "y", "z", "nx", "ny", "nz", "u", "v")
@@ -66,7 +78,7 @@ class PathTraced(HeadRenderer):
 
     def photo(self, angles, light, background) -> np.ndarray:
         """(PHOTO_SIZE, PHOTO_SIZE, 3) uint8 stored RGB."""
-        turn = np.eye(4)
+        mitsuba, turn = self.mitsuba, np.eye(4)
         turn[:3, :3] = rotation(angles)
         transform, toward = mitsuba.ScalarTransform4f, np.array(light.direction) / np.linalg.norm(light.direction)
         radiance = (LAMP_AT / LAMP) ** 2 * np.array(light.colour) * (1 - light.ambient)
@@ -106,8 +118,6 @@ class PathTraced(HeadRenderer):
 
 class PathTracingStudio(Studio):
     def renderer(self, seed, index):
-        mitsuba.set_variant("scalar_rgb")
-        mitsuba.set_log_level(mitsuba.LogLevel.Error)
         rng = np.random.default_rng(np.random.SeedSequence([seed, index, 2]))
         return PathTraced(super().renderer(seed, index), rng)
 
@@ -171,6 +181,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
+    path_tracer()
     context = multiprocessing.get_context("spawn")
     for name in SETS:
         jobs = [range(i, CONFIG.people, arguments.workers) for i in range(arguments.workers)]

@@ -58,13 +58,7 @@ class PlainProjectionToAnyPose(PlainProjection):
         nn.init.zeros_(self.expand.weight)
         nn.init.zeros_(self.expand.bias)
 
-    def forward(
-        self,
-        features: Tensor,
-        keypoints_3d: Tensor,
-        target_pose: Tensor | None = None,
-        source_pose: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, features, keypoints_3d, target_pose=None, source_pose=None) -> Tensor:
         target = torch.zeros_like(features[:, :3]) if target_pose is None else target_pose
         return super().forward(torch.cat((features, encode_pose(target)), 1), keypoints_3d, source_pose=source_pose)
 

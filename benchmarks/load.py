@@ -60,8 +60,9 @@ def make_faces(folder: Path, size: float) -> None:
         rows_on_disk(
             folder / f"{kind}_feature.npy", (count, WIDE), lambda n: rng.standard_normal((n, WIDE)), np.float16
         )
-        draw_points = partial(lambda n, of: rng.uniform(0, 256, (n, 5, 3)), of=kind)
-        rows_on_disk(folder / f"{kind}_keypoints.npy", (count, 5, 3), draw_points, np.float32)
+        rows_on_disk(
+            folder / f"{kind}_keypoints.npy", (count, 5, 3), lambda n: rng.uniform(0, 256, (n, 5, 3)), np.float32
+        )
         with open(folder / f"{kind}_metadata.json", "w", encoding="utf-8") as file:
             file.write(f'{{"num_samples":{count},"feature_dim":{WIDE},"poses":[\n')
             angles = np.round(rng.uniform(-80, 80, (count, 3)), 1)

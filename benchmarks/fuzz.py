@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 
@@ -42,6 +43,7 @@ from viewdiff_nb.files import RUNS
 from viewdiff_nb.modules.adapters import load_adapter, load_peft_adapter, save_adapter, save_peft_adapter
 from viewdiff_nb.predict import PredictOptions, predict_file
 from viewdiff_nb.pretrained import load_drop_in, save_drop_in
+from viewdiff_nb.studies.ablation import COLUMNS, read_cells
 from viewdiff_nb.studies.store import Store
 from viewdiff_nb.training import TrainConfig
 from viewdiff_nb.training.checkpoint import build_model, load_checkpoint, load_model, save_checkpoint, save_weights
@@ -213,6 +215,13 @@ def store(folder: Path) -> None:
     _store(folder).get("a result", TrainConfig(**SMALL), lambda: {"test": {"all": {"rank1": 0.5}}, "names": ["a", "b"]})
 
 
+def cells(folder: Path) -> None:
+    rows = [dict.fromkeys((*COLUMNS, "base", "seed"), rank) | {"test_tar": 0.5, "error": ""} for rank in (4, 8)]
+    pd.DataFrame([row | {"train_loss": json.dumps([5.0, 4.5])} for row in rows]).to_csv(
+        folder / "cells.csv", index=False
+    )
+
+
 def _store(folder: Path) -> Store:
     made = object.__new__(Store)
     made.folder, made.made_by = folder, {}
@@ -233,6 +242,7 @@ LOADERS = {
     ),
     "drop_in": Loader(drop_in, lambda folder: load_drop_in(folder / "mine.safetensors")),
     "store": Loader(store, lambda folder: _store(folder).find("a result", TrainConfig(**SMALL))),
+    "cells": Loader(cells, lambda folder: read_cells(folder / "cells.csv")),
     "turntable": Loader(turntable, load_turntable),
     "pairs": Loader(pair_file, lambda folder: read_pairs(folder / "pairs.csv", 20)),
     "picture_pairs": Loader(picture_list, lambda folder: read_picture_pairs(folder / "pairs.txt", folder)),

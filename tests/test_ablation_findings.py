@@ -188,3 +188,21 @@ def test_a_failed_cell_is_not_read_over(tmp_path):
     cells.to_csv(tmp_path / "cells.csv", index=False)
     with pytest.raises(ValueError, match="1 of 15 cells .* failed, e.g. rank 8, resolution 8: MemoryError"):
         read_cells(tmp_path / "cells.csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"rank," * 20_000, "a line has more than 65,536 bytes"),
+        (b"rank,seed\n1," + b"2," * 40_000, "a line has more than 65,536 bytes"),
+        (b"rank,seed\n1,2\n", "not in index"),
+        (b"\xff\xfe", "codec can't decode"),
+        (b"", "No columns to parse"),
+    ],
+    ids=["a long header", "a long line", "columns missing", "no text", "empty"],
+)
+def test_a_file_that_is_no_table_of_cells_is_named(tmp_path, content, why):
+    path = tmp_path / "cells.csv"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"cells\.csv: no table of a grid's cells \(.*{why}"):
+        read_cells(path)

@@ -61,6 +61,7 @@ def gradients(processes: Processes, config: TrainConfig) -> dict[str, Tensor]:
     index = torch.arange((2 if config.mixup else 1) * config.batch_size)
     batch = FaceBatch(faces.src[index], faces.angles[index], faces.keypoints_3d[index], faces.person[index])
     objective(batch, torch.rand(config.batch_size, generator=generator) if config.mixup else None).loss.backward()
+    processes.add_up(model.parameters())
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

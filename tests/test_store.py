@@ -140,6 +140,9 @@ def test_passes_hold_what_can_be_trained_together():
     voxels = [replace(lora, use_projection_layer=True, seed=seed) for seed in (0, 1)]
     alone = [replace(CONFIG, seed=seed) for seed in (0, 1)]
     assert passes([*ranks, *voxels, *alone], 3) == [voxels, ranks[:3], ranks[3:], alone[:1], alone[1:]]
+    fine = [replace(config, voxel_resolution=32) for config in voxels]
+    assert passes(fine, 8) == [[config] for config in fine]
+    assert passes(fine, 16) == [fine]
 
 
 def test_a_diverged_run_of_a_pass_is_named(monkeypatch):

@@ -38,6 +38,7 @@ ALPHAS: dict[str, Callable[[int], float]] = {
 CELLS_PER_PASS = {"cpu": 8, "cuda": 32}
 GUIDE = {"rank": 8, "voxel_resolution": 16, "lambda_prior": 0.1}  # and lora_alpha = rank
 CHOICE = ["rank", "voxel_resolution"]
+LINE = 2**16  # bytes of a line of a table, at most
 
 
 @dataclass(frozen=True)
@@ -180,9 +181,22 @@ def _scored(result: TrainResult, split: Split) -> dict:
 
 
 def read_cells(path: Path) -> pd.DataFrame:
-    """The table of `run_grid`, from the CSV file of benchmarks/ablation.py; a failed cell raises a ValueError."""
-    cells = pd.read_csv(path, converters={"train_loss": json.loads}, dtype={"error": object})
-    cells["error"] = cells["error"].fillna("")
+    """The table of `run_grid`, from the CSV file of benchmarks/ablation.py.
+
+    Raises:
+        ValueError: that names the file, if it is no such table, or a cell failed.
+    """
+    try:
+        with open(path, "rb") as file:
+            if any(len(line) > LINE for line in iter(partial(file.readline, LINE + 1), b"")):
+                raise ValueError(f"a line has more than {LINE:,} bytes")  # pandas takes minutes for a million columns
+        kinds = {"dtype": {"error": object}, "converters": {"train_loss": json.loads}}
+        cells = pd.read_csv(path, index_col=False, **kinds)
+        cells[[*GUIDE, "seed"]].astype(float)
+        cells["error"] = cells["error"].fillna("")
+    except (ValueError, LookupError, ArithmeticError, RecursionError) as error:
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ValueError(f"{path}: no table of a grid's cells ({why}); run benchmarks/ablation.py again") from error
     if len(failed := cells[cells["error"] != ""]):
         first = failed.iloc[0]
         raise ValueError(

@@ -19,6 +19,7 @@ from torch import nn
 from viewdiff_nb import files
 from viewdiff_nb.faces import Split
 from viewdiff_nb.files import RUNS, read_json, write_text
+from viewdiff_nb.modules.projection import FINE
 from viewdiff_nb.training import TrainConfig, TrainingAdvice, TrainResult, train, train_together
 from viewdiff_nb.training.devices import with_cuda_graph
 from viewdiff_nb.training.one_pass import refusal, shared_part
@@ -138,11 +139,18 @@ class _WithoutTexts(ast.NodeTransformer):
 
 
 def passes(configs: Iterable[TrainConfig], most: int) -> list[list[TrainConfig]]:
-    """Configs grouped by what can be trained in one pass, at most so many; expensive passes first."""
+    """Configs grouped by what can be trained in one pass, at most so many; expensive passes first.
+
+    Of grids finer than `FINE` only as many as have the voxels of so many of that one: their base is the smaller part.
+    """
     groups: dict[TrainConfig, list[TrainConfig]] = {}
     for config in configs:
         groups.setdefault(config if refusal(config) else shared_part(config), []).append(config)
-    found = [group[i : i + most] for group in groups.values() for i in range(0, len(group), most)]
+    found = []
+    for shared, group in groups.items():
+        resolution = max(FINE, shared.voxel_resolution if shared.use_projection_layer else FINE)
+        size = max(1, most * FINE**3 // resolution**3)
+        found += [group[i : i + size] for i in range(0, len(group), size)]
     return sorted(found, key=lambda group: -len(group) * group[0].voxel_resolution ** 3 * group[0].use_projection_layer)
 
 

@@ -253,10 +253,8 @@ class TrainConfig(Files, Optimisation, Adaptation, Architecture, Data):
             and self.use_cross_view,
             f"use_cuda_graph records one batch, and gradient_accumulation_steps is {self.gradient_accumulation_steps}; "
             "give --no-use_cuda_graph": self.use_cuda_graph and self.gradient_accumulation_steps > 1,
-        } | {
-            f"{name} is for one process, and devices is {self.devices}; give --no-{name}": getattr(self, name)
-            and self.devices > 1
-            for name in ("use_cuda_graph", "use_compile")
+            f"use_compile is for one process, and devices is {self.devices}; give --no-use_compile": self.use_compile
+            and self.devices > 1,
         }
 
     @property

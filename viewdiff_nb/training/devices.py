@@ -12,8 +12,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,7 +23,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import init
-from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
 from viewdiff_nb.training.config import TrainConfig
@@ -48,9 +46,15 @@ class Processes:
         """The model to call in training; group samples stay together in a process, the n_views of a person."""
         return SharedModel(self, model, group) if self.count > 1 else model
 
-    def accumulating(self, model: nn.Module, more: bool) -> AbstractContextManager:
-        """Around the backward pass of a batch; more: whether others follow before the optimiser steps."""
-        return model.replica.no_sync() if more and isinstance(model, SharedModel) else nullcontext()
+    def add_up(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Make every gradient the sum of those of all processes, in one message."""
+        if self.count == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        message = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(message)
+        for gradient, part in zip(gradients, message.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def from_first(self, value: Value) -> Value:
         """The first process's value, in all of them."""
@@ -68,14 +72,15 @@ class Processes:
 class SharedModel(nn.Module):
     """A model that predicts this process's share of a batch and returns the predictions of all.
 
-    Every process takes the loss of the whole batch, but has the gradient of its own share alone. The replicas average
-    the gradients of parameters where the loss needs their sum, so a share's gradient is multiplied by their number.
+    Every process takes the loss of the whole batch, but has the gradient of its own share alone: the batch's is their
+    sum, `Processes.add_up`. Unlike DistributedDataParallel's it is taken after the backward pass, and in a CUDA graph.
     """
 
     def __init__(self, processes: Processes, model: nn.Module, group: int) -> None:
         super().__init__()
-        self.processes, self.group = processes, group
-        self.replica = DistributedDataParallel(model)
+        self.processes, self.group, self.model = processes, group, model
+        for values in (*model.parameters(), *model.buffers()):
+            dist.broadcast(values.detach(), src=0)
 
     def forward(self, src: Tensor, return_residual: bool = True, **conditions: Tensor) -> Tensor:
         count, rank = self.processes.count, self.processes.rank
@@ -83,11 +88,9 @@ class SharedModel(nn.Module):
         rows = torch.arange(size * count, device=src.device) % len(src)  # the last share is filled up from the start
         mine = rows.view(count, size)[rank]
         conditions = {name: value[mine] for name, value in conditions.items()}
-        predicted = self.replica(src[mine], return_residual=return_residual, **conditions).contiguous()
+        predicted = self.model(src[mine], return_residual=return_residual, **conditions).contiguous()
         shares = [torch.empty_like(predicted) for _ in range(count)]
         dist.all_gather(shares, predicted.detach())
-        if predicted.requires_grad:
-            predicted.register_hook(lambda gradient: gradient * count)
         shares[rank] = predicted
         return torch.cat(shares)[: len(src)]
 
@@ -100,9 +103,8 @@ def connect(config: TrainConfig) -> Processes:
             compiled step is wanted where there is none.
     """
     several = started_by_torchrun()
-    alone = [name for name in ("use_cuda_graph", "use_compile") if getattr(config, name)]
-    for name in alone if several else ():  # of devices the config itself says so
-        raise ValueError(f"{name} is for one process, and this run has several; give --no-{name}")
+    if several and config.use_compile:  # of devices the config itself says so
+        raise ValueError("use_compile is for one process, and this run has several; give --no-use_compile")
     if config.devices > 1 and not several:
         raise ValueError(
             f"devices={config.devices} needs {config.devices} processes, which torchrun starts: torchrun "
@@ -110,8 +112,9 @@ def connect(config: TrainConfig) -> Processes:
             f"python -m {COMMAND} --devices {config.devices} does so by itself"
         )
     device = choose_device(config.device)
-    for name in alone if device.type != "cuda" else ():  # on a CPU torch 2.13 compiles steps that corrupt the heap
-        raise ValueError(f"{name} needs a GPU, and this run is on device {device}; give --no-{name}")
+    for name in ("use_cuda_graph", "use_compile"):  # on a CPU torch 2.13 compiles steps that corrupt the heap
+        if device.type != "cuda" and getattr(config, name):
+            raise ValueError(f"{name} needs a GPU, and this run is on device {device}; give --no-{name}")
     if not several:
         return Processes(device)
     if device.type == "cuda":

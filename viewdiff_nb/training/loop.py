@@ -253,15 +253,15 @@ class _Run:
         self, batch: FaceBatch, weight: Tensor | None, kept: Tensor | None, count: int = 1, is_last: bool = True
     ) -> Tensor:
         """Gradients of a batch, and after the last one of a window of count the update: (3,), its row of the trace."""
-        with self.processes.accumulating(self.forward, more=not is_last):
-            cost = self.cost(batch, weight, kept)
-            self.state.scaler.scale(cost.loss / count).backward()
+        cost = self.cost(batch, weight, kept)
+        self.state.scaler.scale(cost.loss / count).backward()
         norm = self._update() if is_last else torch.zeros_like(cost.prior)
         return torch.stack((cost.loss.detach(), norm, cost.prior))
 
     def _update(self) -> Tensor:
         """Clip the gradient and update; returns its norm before. A gradient that is not finite changes nothing."""
         state = self.state
+        self.processes.add_up(self.trainable)
         state.scaler.unscale_(state.optimizer)
         norm = nn.utils.clip_grad_norm_(self.trainable, self.config.clip_norm)
         if not state.scaler.is_enabled():  # which would do this itself

@@ -13,7 +13,7 @@ from viewdiff_nb.modules.controls import (
     separate_views,
     train_only,
 )
-from viewdiff_nb.modules.projection import LightweightFaceProjectionLayer
+from viewdiff_nb.modules.projection import KEYPOINT_WIDTH, LightweightFaceProjectionLayer, gaussian_occupancy
 from viewdiff_nb.modules.transformer import EnhancedTransformerDecoderOnly3D
 
 WIDTH, BATCH = 24, 6
@@ -91,10 +91,11 @@ def test_a_plain_layer_starts_at_zero_and_uses_what_the_projection_is_told(given
 def test_the_regulariser_has_the_gradient_of_the_share_that_is_not_near():
     torch.manual_seed(0)
     layer = KeypointDensity(WIDTH, 5, 4, how="draw")
-    logit, occupancy = torch.randn(3, 1, 4, 4, 4, requires_grad=True), torch.rand(3, 5, 4, 4, 4)
-    layer.density(logit, occupancy).sum().mul(0).backward()
+    logit, keypoints = torch.randn(3, 1, 4, 4, 4, requires_grad=True), torch.rand(3, 5, 3) - 0.5
+    layer.density(logit, keypoints).sum().mul(0).backward()
     found, logit.grad = logit.grad.clone(), None
-    density = LightweightFaceProjectionLayer.density(layer, logit, occupancy)
+    density = LightweightFaceProjectionLayer.density(layer, logit, keypoints)
+    occupancy = gaussian_occupancy(keypoints, 4, KEYPOINT_WIDTH)
     share = (density * (1 - occupancy.amax(1, keepdim=True))).flatten(1).sum(1) / density.flatten(1).sum(1)
     (layer.DRAWN * share.mean()).backward()
     torch.testing.assert_close(found, logit.grad)

@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,25 @@ def test_several_devices_need_torchrun():
     assert connect(CONFIG) == Processes(CPU, count=1, rank=0)
     with pytest.raises(ValueError, match=r"devices=3 .*torchrun --nproc_per_node 3 -m viewdiff_nb\.train_enhanced"):
         run(replace(CONFIG, devices=3))
+
+
+@pytest.mark.parametrize(("rank", "batch_size", "warned"), [(0, 512, True), (1, 512, False), (0, 2048, False)])
+def test_that_several_gpus_do_not_pay_is_said_before_the_first_step(monkeypatch, rank, batch_size, warned):
+    """In one of two processes of a machine whose GPUs are made up."""
+    for name, value in {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("viewdiff_nb.training.devices.choose_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for name, value in {"is_initialized": True, "get_world_size": 2, "get_rank": rank}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert connect(replace(CONFIG, batch_size=batch_size)) == Processes(torch.device("cuda", rank), 2, rank)
+    assert [str(w.message) for w in seen] == warned * [
+        "2 GPUs share batches of 512, which one trains about as fast; use one, with --use_cuda_graph, or a batch_size of "
+        "2048 or more"
+    ]
 
 
 GRAPH = replace(CONFIG, device="cuda", use_cuda_graph=True)

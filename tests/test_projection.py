@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from conftest import DEVICES
 from torch import nn
 from torch.autograd import gradcheck
 
@@ -335,3 +336,52 @@ def test_gradients_in_double_precision():
         return over_background(scene[:, 1:], volume.ray_weights(scene[:, :1], 0.5), background)
 
     assert gradcheck(render, (keypoints, features, density, background, angles))
+
+
+@pytest.mark.parametrize("resolution", [4, 7])
+def test_convolved_splats_are_the_convolution_of_the_occupancy(resolution):
+    """In value and in all gradients, against torch's own convolution; a keypoint lies at the border."""
+    torch.manual_seed(resolution)
+    convolution = nn.Conv3d(5, 3, 3, padding=1, dtype=torch.float64)
+    points = torch.rand(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    gains = torch.rand(2, 5, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, 3, *3 * [resolution], dtype=torch.float64)
+    occupancy = gains[..., None, None, None] * volume.gaussian_occupancy(points, resolution, volume.KEYPOINT_WIDTH)
+    wanted, found = convolution(occupancy), volume.splat_and_convolve(points, gains, convolution, resolution)
+    torch.testing.assert_close(found, wanted)
+    known = [points, gains, *convolution.parameters()]
+    for one, other in zip(
+        torch.autograd.grad((wanted * weights).sum(), known),
+        torch.autograd.grad((found * weights).sum(), known),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("resolution", [4, 7])
+def test_a_convolution_in_planes_is_the_one_in_space(resolution):
+    """In value and in all gradients, against torch's own; which a GPU takes below resolution 16."""
+    torch.manual_seed(resolution)
+    convolution = nn.Conv3d(5, 3, 3, padding=1, dtype=torch.float64)
+    grid = torch.randn(2, 5, *3 * [resolution], dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, 3, *3 * [resolution], dtype=torch.float64)
+    known = [grid, *convolution.parameters()]
+    for one, other in zip(
+        torch.autograd.grad((convolution(grid) * weights).sum(), known),
+        torch.autograd.grad((volume.convolve_in_planes(grid, convolution) * weights).sum(), known),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(convolution(grid), volume.convolve_in_planes(grid, convolution))
+
+
+if "cuda" in DEVICES:
+
+    @pytest.mark.parametrize("resolution", [16, 32])
+    def test_a_fine_grid_on_a_gpu_is_that_of_the_cpu(resolution):
+        torch.manual_seed(0)
+        layer = LightweightFaceProjectionLayer(32, 5, resolution, zero_init=False)
+        features, keypoints, pose = torch.randn(3, 32), torch.randn(3, 5, 3), torch.rand(3, 3)
+        wanted = layer(features, keypoints, pose, pose)
+        found = layer.cuda()(features.cuda(), keypoints.cuda(), pose.cuda(), pose.cuda())
+        torch.testing.assert_close(found.cpu(), wanted, rtol=1e-2, atol=1e-3)  # convolutions are in TF32

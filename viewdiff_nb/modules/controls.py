@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from viewdiff_nb.faces.geometry import normalise_keypoints, to_face_frame
 from viewdiff_nb.modules.attention import encode_pose
-from viewdiff_nb.modules.projection import LightweightFaceProjectionLayer
+from viewdiff_nb.modules.projection import KEYPOINT_WIDTH, LightweightFaceProjectionLayer, gaussian_occupancy
 from viewdiff_nb.modules.transformer import DecoderBlock, EnhancedTransformerDecoderOnly3D
 
 Mistake = Literal["another person's keypoints", "mean keypoints", "pose not undone", "another pose"]
@@ -91,11 +91,11 @@ class KeypointDensity(LightweightFaceProjectionLayer):
         super().__init__(*sizes)
         self.how = how
 
-    def density(self, logit: Tensor, occupancy: Tensor) -> Tensor:
-        near = occupancy.amax(1, keepdim=True)
+    def density(self, logit: Tensor, keypoints: Tensor) -> Tensor:
+        near = gaussian_occupancy(keypoints, self.voxel_resolution, KEYPOINT_WIDTH).amax(1, keepdim=True)
         if self.how == "start":
             return F.softplus(logit - 4 + 6 * near)
-        density = super().density(logit, occupancy)
+        density = super().density(logit, keypoints)
         if self.how == "carve":
             return density * near
         if density.requires_grad:

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from viewdiff_nb.modules.attention import PoseConditionedLoRAAttention, pose_code, split_heads
 from viewdiff_nb.modules.lora import LoRALinearLayer
-from viewdiff_nb.modules.projection import LightweightFaceProjectionLayer
+from viewdiff_nb.modules.projection import FINE, LightweightFaceProjectionLayer
 from viewdiff_nb.modules.transformer import EnhancedTransformerDecoderOnly3D
 
 
@@ -132,8 +132,10 @@ class StackedProjection(nn.Module):
             raise ValueError("a stack of projections renders the frontal pose only; give no target_pose")
         stacks: dict[str, Tensor] = dict(self.layer.named_parameters())
         parts = [value.unflatten(0, (self.count, -1)) for value in (features, keypoints_3d, source_pose)]
-        if features.is_cuda:  # one launch for all, of all voxels
-            self.layer.in_turns = False
+        self.layer.in_turns = not features.is_cuda
+        if (
+            features.is_cuda and self.layer.voxel_resolution < FINE
+        ):  # one launch for all; finer grids fill it one by one
             return vmap(self._one)(stacks, *parts).flatten(0, 1)
         rows = ({name: stack[i] for name, stack in stacks.items()} for i in range(self.count))
         return torch.cat([self._one(row, *own) for row, *own in zip(rows, *parts, strict=True)])

@@ -27,6 +27,7 @@ from viewdiff_nb.studies.benchmark import TrainingStep, machine
 from viewdiff_nb.studies.significance import Estimate, judged_lines, over_seeds, told_apart
 from viewdiff_nb.studies.store import Store, passes, run_jobs, train_pass
 from viewdiff_nb.training import TrainConfig, TrainResult, choose_device, predict
+from viewdiff_nb.training.batches import move_if_it_fits
 
 COLUMNS = ("rank", "voxel_resolution", "lora_alpha", "lambda_prior", "lora_lr")
 ALPHAS: dict[str, Callable[[int], float]] = {
@@ -161,7 +162,9 @@ def _train_cells(split: Split, job: list[TrainConfig]) -> list[dict]:
 
 def _scored(result: TrainResult, split: Split) -> dict:
     cell: dict = {}
-    for part, faces in (("val", split.val), ("test", split.test)):
+    device = next(result.model.parameters()).device
+    for part, scored in (("val", split.val), ("test", split.test)):
+        faces = move_if_it_fits(scored, device)
         found = recognition_by_yaw(predict(result.model, faces), faces.front, faces.person, faces.abs_yaw)
         for where, suffix in (("all", ""), ("0-45", "_0-45"), ("45-90", "_45-90"), ("75-90", "_75-90")):
             rates = {rate: value for rate, value in found[where].items() if rate not in COUNTS}

@@ -29,6 +29,7 @@ from viewdiff_nb.training.config import TrainConfig
 
 Value = TypeVar("Value")
 COMMAND = "viewdiff_nb.train_enhanced"
+ENOUGH = 1024  # samples of a batch for each GPU: with fewer, two took longer than one, or hardly less (docs/gpu.md)
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,14 @@ def connect(config: TrainConfig) -> Processes:
         dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None)
         atexit.register(dist.destroy_process_group)
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-    return Processes(device, dist.get_world_size(), dist.get_rank())
+    count, rank = dist.get_world_size(), dist.get_rank()
+    if rank == 0 and device.type == "cuda" and config.batch_size < count * ENOUGH:
+        warnings.warn(
+            f"{count} GPUs share batches of {config.batch_size}, which one trains about as fast; use one, with "
+            f"--use_cuda_graph, or a batch_size of {count * ENOUGH} or more",
+            stacklevel=2,
+        )
+    return Processes(device, count, rank)
 
 
 def _end_with_parent(parent: int) -> None:

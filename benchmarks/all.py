@@ -1,9 +1,9 @@
 """What speed is promised, and what this machine does:  python benchmarks/all.py [--rounds 7] [--out speed.csv]
 
 On a CPU in minutes: training steps of adapters against full fine-tuning, eight adapters in one pass against eight
-runs, the two-way loss with more samples than people, prediction of a million embeddings, and the import. Ratios are of
-things that take turns in one process. On a GPU also the rates of 100,000 probes in a gallery of as many; what else
-needs a GPU, or two: benchmarks/gpu/run.sh.
+runs, the two-way loss with more samples than people, voxels, prediction of a million embeddings, and the import. Ratios
+are of things that take turns in one process. On a GPU also the rates of 100,000 probes in a gallery of as many; what
+else needs a GPU, or two: benchmarks/gpu/run.sh.
 """
 
 import argparse
@@ -23,6 +23,13 @@ import torch
 import torch.nn.functional as F
 
 from viewdiff_nb.metrics import recognition_by_yaw
+from viewdiff_nb.modules.projection import (
+    KEYPOINT_WIDTH,
+    LightweightFaceProjectionLayer,
+    convolve,
+    gaussian_occupancy,
+    splat_and_convolve,
+)
 from viewdiff_nb.predict import PredictOptions, predict_file
 from viewdiff_nb.studies.adaptation import load_split
 from viewdiff_nb.studies.benchmark import TrainingStep, machine, side_by_side, step_config
@@ -74,6 +81,36 @@ def loss(rounds: int) -> Iterator[Row]:
         ratios.append(spent[1] / spent[0])
     what = f"the two-way loss, {SAMPLES:,} samples of 1,300 people, against its definition"
     yield what, f"{statistics.median(ratios):.2f} of the time", "linear in the samples"
+
+
+def in_space(layer: LightweightFaceProjectionLayer, points: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
+    """The projection's CNN by its definition: torch's convolutions of the occupancy."""
+    occupancy = gaussian_occupancy(points, layer.voxel_resolution, KEYPOINT_WIDTH)
+    return layer.refine(gains[..., None, None, None] * occupancy)
+
+
+def in_parts(layer: LightweightFaceProjectionLayer, points: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
+    first, between, last = layer.refine
+    return convolve(between(splat_and_convolve(points, gains, first, layer.voxel_resolution)), last)
+
+
+def voxels(rounds: int) -> Iterator[Row]:
+    device = choose_device()
+    for resolution, batch in ((8, 128), (16, 32)):
+        layer = LightweightFaceProjectionLayer(64, 5, resolution).to(device)
+        points = torch.rand(batch, 5, 3, device=device) - 0.5
+        gains, ratios = torch.rand(batch, 5, device=device, requires_grad=True), []
+        for _ in range(rounds + 2):  # the first two warm up
+            spent = []
+            for of in (in_space, in_parts):
+                started = time.perf_counter()
+                of(layer, points, gains).square().mean().backward()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                spent.append(time.perf_counter() - started)
+            ratios.append(spent[1] / spent[0])
+        what = f"voxels {resolution}³ of {batch} faces, forward and backward, against convolutions in space"
+        yield what, f"{statistics.median(ratios[2:]):.2f} of the time", "less"
 
 
 def prediction(rows: int = 10**6) -> Iterator[Row]:
@@ -136,6 +173,7 @@ def main() -> None:
             imported(arguments.rounds),
             steps(arguments.rounds),
             loss(arguments.rounds),
+            voxels(arguments.rounds),
             evaluation(),
             one_pass(),
         ),

@@ -54,6 +54,7 @@ KEYS = {  # by which columns a row is found
     "any_pose": ["trained for", "measure"],
     "any_pose_differences": ["model", "other", "measure"],
     "models": ["model"],
+    "several.csv": ["batch_size", "name", "mode"],
     "second_renderer": ["renderer", "model", "rate", "yaw"],
 }
 

@@ -42,7 +42,7 @@ for step in "${@:-tests speed compiled training controls one_pass loop grid}"; d
             ;;
         loop) timeout 240 $PYTHON benchmarks/loop_profile.py --epochs 1 --batch_size 32 | tee "$OUT/loop.txt" ;;
         several) timeout 400 $PYTHON benchmarks/gpu/several.py "$OUT/several" | tee "$OUT/several.txt" ;;
-        grid) $PYTHON benchmarks/ablation.py --workers 1 --out "$OUT" ;;
+        grid) $PYTHON benchmarks/gpu/grid.py "$OUT/grid" | tee "$OUT/grid.txt" ;;
         *) echo "unknown step $part"; exit 2 ;;
         esac
     done

@@ -331,3 +331,28 @@ def test_summed_models_have_no_residual(faces, centred):
     both = Summed((centred, centred), (0.5, 0.5))
     with pytest.raises(ValueError, match="ask for the embeddings with return_residual=False"):
         both(faces.src, **faces.conditions())
+
+
+def test_centring_is_fitted_to_what_the_model_and_its_step_make_of_the_views(faces):
+    """The least squares of u = x + step (f(x) - x) of length 1, given the residual or not."""
+    ridge = PoseRidge(faces.src, faces.angles, faces.target, residual=True)
+    unit = F.normalize(faces.src, dim=1)
+    way = F.normalize(ridge.predict(unit, faces.angles, faces.keypoints_3d), dim=1) - unit
+    u = F.normalize(unit + 0.4 * way, dim=1).double().numpy()
+    yaw = faces.angles[:, 1].double().numpy()
+    terms = np.stack([np.ones_like(yaw), np.cos(yaw), np.cos(2 * yaw)], 1)
+    wanted = np.linalg.lstsq(terms, u, rcond=None)[0]
+    for residual in (None, way):
+        found = adjusted(faces, ridge, step=0.4, residual=residual)
+        np.testing.assert_allclose(found.weight.numpy(), wanted, atol=2e-3)
+        left = found.predict(unit, faces.angles, faces.keypoints_3d)
+        np.testing.assert_allclose(left.numpy(), u - terms @ wanted, atol=2e-3)
+    other = adjusted(faces, ridge, step=0.4, residual=-way)  # what is given is believed
+    assert np.abs(other.weight.numpy() - wanted).max() > 0.01
+
+
+def test_a_model_of_a_whole_step_goes_the_whole_way_by_default(faces):
+    ridge = PoseRidge(faces.src, faces.angles, faces.target, residual=True)
+    unit = F.normalize(faces.src, dim=1)
+    found = adjusted(faces, ridge, centring="none").predict(unit, faces.angles, faces.keypoints_3d)
+    torch.testing.assert_close(found, F.normalize(ridge.predict(unit, faces.angles, faces.keypoints_3d), dim=1))

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,3 +80,31 @@ def test_an_mlp_adds_what_its_layers_say():
     predicted = model(faces.src, faces.angles, faces.keypoints_3d, return_residual=False)
     wanted = F.normalize(faces.src, dim=1) + 0.25
     torch.testing.assert_close(F.normalize(predicted, dim=1), F.normalize(wanted, dim=1))
+
+
+def test_what_a_ridge_sees_by_hand():
+    """[x, x sin(yaw), x cos(yaw), sines, cosines, 1], with x scaled to entries of order 1."""
+    unit, angles = (
+        F.normalize(torch.randn(3, 4), dim=1),
+        torch.tensor([[0.1, 0.2, 0.3], [0.0, -1.2, 0.5], [0.4, 0.0, 0.0]]),
+    )
+    for row, x, (pitch, yaw, roll) in zip(PoseRidge._design(unit, angles), 2 * unit, angles.tolist(), strict=True):
+        code = [math.sin(a) for a in (pitch, yaw, roll)] + [math.cos(a) for a in (pitch, yaw, roll)]
+        wanted = torch.cat((x, x * math.sin(yaw), x * math.cos(yaw), torch.tensor([*code, 1.0])))
+        torch.testing.assert_close(row, wanted)
+
+
+def test_only_a_residual_ridge_adds_its_input():
+    faces = people(20)
+    for residual in (False, True):
+        model = PoseRidge(faces.src, faces.angles, faces.target, residual=residual)
+        unit = F.normalize(faces.src, dim=1)
+        wanted = model._design(unit, faces.angles) @ model.weight + residual * unit
+        torch.testing.assert_close(model.predict(unit, faces.angles, faces.keypoints_3d), wanted)
+
+
+def test_dream_by_hand():
+    dream, x = DREAM(4), torch.randn(2, 4)
+    first, _, second, _ = dream.layers
+    wanted = (second.weight @ (first.weight @ x.T + first.bias[:, None]).clamp_min(0) + second.bias[:, None]).T
+    torch.testing.assert_close(dream.layers(x), wanted.clamp_min(0))

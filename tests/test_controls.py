@@ -160,3 +160,30 @@ def test_separate_views_do_not_meet(given):
     plain = EnhancedTransformerDecoderOnly3D(**SIZES)
     with pytest.raises(ValueError, match="no cross-view attention"):
         separate_views(plain)
+
+
+@pytest.mark.parametrize("mistake", ["pose not undone", "another pose", "mean keypoints", "another person's keypoints"])
+def test_a_misled_projection_still_turns_to_the_target(layer, given, mistake):
+    features, points, pose = given
+    mean = torch.randn(5, 3, generator=torch.Generator().manual_seed(2))
+    misled, target = MisledProjection(layer, mistake, mean), torch.tensor([[0.0, 0.7, 0.0]]).expand(BATCH, 3)
+    frontal = misled(features, points, source_pose=pose)
+    turned = misled(features, points, target, pose)
+    assert (turned - frontal).abs().amax() > 1e-3
+
+
+def test_another_pose_is_that_of_the_sample_half_a_batch_away(layer, given):
+    features, points, pose = given
+    torch.testing.assert_close(
+        output(layer, "another pose", *given), layer(features, points, source_pose=pose[[3, 4, 5, 0, 1, 2]])
+    )
+
+
+def test_what_density_starts_and_where():
+    layer = KeypointDensity(WIDTH, 5, 4, how="start")
+    keypoints = torch.full((1, 5, 3), -0.75) * torch.tensor([1.0, 1.0, -1.0])  # in the centre of the first voxel
+    density = layer.density(torch.zeros(1, 1, 4, 4, 4), keypoints)
+    torch.testing.assert_close(density[0, 0, 0, 0, 0], torch.tensor(2.0).exp().log1p())  # softplus(-4 + 6)
+    torch.testing.assert_close(density[0, 0, 3, 3, 3], torch.tensor(-4.0).exp().log1p(), rtol=1e-3, atol=0)
+    plain = LightweightFaceProjectionLayer(WIDTH, 5, 4).density(torch.zeros(1), keypoints)
+    torch.testing.assert_close(plain, torch.tensor([-1.0]).exp().log1p())

@@ -220,3 +220,21 @@ def test_a_far_face_beside_a_near_one_keeps_its_shape():
     tiny = 1e-3 * FACE.float()
     both = torch.stack((tiny, 1e5 * FACE.float()))
     torch.testing.assert_close(normalise_keypoints(both)[0], normalise_keypoints(tiny[None])[0])
+
+
+def test_axes_of_a_crooked_face_by_hand():
+    """Eyes and mouth that are no rectangle: x along both, y what is left of the way down, z out of the face."""
+    face = torch.tensor([[-3.0, -4, 0], [3, -2, 0], [0, 0, 2], [-2, 3, 0], [2, 3, 0]], dtype=torch.float64)
+    across, down = torch.tensor([10.0, 2, 0]).double(), torch.tensor([0.0, 12, 0]).double()
+    x = across / 104**0.5
+    y = down - 24 / 104 * across  # orthogonal to across
+    y = y / y.norm()
+    wanted = torch.stack((x, y, torch.tensor([0.0, 0, 1]).double()), 1)
+    torch.testing.assert_close(face_rotation(face), wanted)
+    torch.testing.assert_close(face_rotation(face.expand(4, 5, 3)), wanted.expand(4, 3, 3))
+
+
+@pytest.mark.parametrize("yaw", [-math.pi / 2, math.pi / 2])
+def test_a_sine_that_rounding_made_larger_than_1_has_an_angle(yaw):
+    rotation = rotation_matrix(torch.tensor([[0.0, yaw, 0.0]], dtype=torch.float64)) * (1 + 1e-9)
+    torch.testing.assert_close(euler_angles(rotation)[0, 1].item(), yaw)

@@ -142,3 +142,11 @@ def test_the_prior_is_held_by_the_terms_that_are_named(terms, weights):
     base = build_model(config, faces.feature_dim, base=True)
     objective = losses.Objective(config, model, faces.front, torch.device("cpu"), base, faces)
     assert objective.task.prior_loss.weights == weights
+
+
+def test_identity_and_cosine_are_added_up(batch):
+    """identity + 0.2 (1 - cos) of the right person, by hand."""
+    predicted, gallery = batch
+    found = losses.identity_cosine(predicted, gallery, PERSON)
+    for value, row, person in zip(found, cosines(predicted, gallery), PERSON.tolist(), strict=True):
+        assert value == pytest.approx(-log_share(row, person, range(5)) + 0.2 * (1 - TEMPERATURE * row[person]))

@@ -313,3 +313,12 @@ def test_rates_of_pairs_are_those_of_scikit_learn(decimals):
     far, tar, _ = roc_curve(same, similarity, drop_intermediate=False)
     assert equal_error_rate(genuine.sum(0), impostor.sum(0)).item() == pytest.approx(np.maximum(far, 1 - tar).min())
     assert tar_at_far(genuine.sum(0), impostor.sum(0), 0.1).item() == pytest.approx(tar[far <= 0.1].max())
+
+
+@pytest.mark.parametrize(("better", "rank5"), [(4, 1.0), (5, 0.0)])
+def test_the_fifth_is_among_five_and_the_sixth_is_not(better, rank5):
+    """One probe, and so many people who are more similar to it than the right one."""
+    angle = torch.linspace(0.1, 1.0, 9)
+    gallery = torch.stack((angle.cos(), angle.sin()), 1)
+    found = recognition_by_yaw(torch.tensor([[1.0, 0.0]]), gallery, torch.tensor([better]), torch.zeros(1))["all"]
+    assert found["rank5"] == rank5 and found["rank1"] == 0

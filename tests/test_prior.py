@@ -181,3 +181,10 @@ def test_rows_are_the_generators():
     one, again = (prior.draw(20, torch.Generator().manual_seed(3)) for _ in range(2))
     assert one.equal(again) and not one.equal(prior.draw(20, torch.Generator().manual_seed(4)))
     assert prior.draw(20).shape == (20,)
+
+
+def test_a_distance_is_relative_to_the_teacher_however_short_it_is():
+    """|s - t|^2 / |t|^2, of a teacher of length 0.01."""
+    teacher = torch.tensor([[0.006, 0.008, 0.0], [0.0, 0.0, 0.01]])
+    _, terms = PriorPreservationLoss()(1.5 * teacher, teacher)
+    assert terms["l2_loss"].item() == pytest.approx(0.25)

@@ -241,3 +241,22 @@ def test_resamples_break_ties_as_the_rates_do():
         assert row["rank1"] == 0
         for rate in set(row) - set(COUNTS):
             assert rates[where][rate].item() == pytest.approx(row[rate], abs=2e-6), (where, rate)
+
+
+def test_each_bin_has_its_own_rates_where_each_person_is_drawn_once():
+    """Against the rates of `recognition_by_yaw`, bin by bin, with views of several yaws."""
+    torch.manual_seed(5)
+    gallery = torch.randn(40, 16)
+    person = torch.arange(40).repeat_interleave(6)
+    yaw = torch.tensor([5.0, 35.0, 50.0, 65.0, 80.0, 88.0]).repeat(40)
+    predicted = gallery[person] + (yaw / 30)[:, None] * torch.randn(len(person), 16)
+    found = resampled_rates(predicted, gallery, person, yaw, torch.ones(1, 40, dtype=torch.float64), FARS)
+    known = recognition_by_yaw(predicted, gallery, person, yaw, FARS)
+    assert found.keys() == known.keys() and len(found) > 4
+    told = 0
+    for where, rates in found.items():
+        for rate, value in rates.items():
+            if not math.isnan(known[where][rate]):
+                assert value.item() == pytest.approx(known[where][rate], abs=1e-6), (where, rate)
+                told += 1
+    assert told > 30

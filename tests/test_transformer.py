@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from viewdiff_nb import EnhancedTransformerDecoderOnly3D
+from viewdiff_nb.faces.geometry import rotation_matrix
 from viewdiff_nb.modules.lora import LoRALinearLayer, lora_layers
 from viewdiff_nb.modules.transformer import MEMORY_TOKENS, fuse_views
 
@@ -286,3 +287,46 @@ def test_the_projection_turns_to_the_target_pose():
 def test_a_model_without_projection_cannot_turn():
     with pytest.raises(ValueError, match="use_projection_layer=True"):
         build()(**inputs(), target_pose=torch.zeros(6, 3))
+
+
+def test_the_base_by_hand():
+    """One block against its definition, in torch's own operations: every token, norm and residual."""
+    torch.manual_seed(3)
+    model, given = build(num_layers=1).double().eval(), {k: v.double() for k, v in inputs().items()}
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    src, angles, points = given["src"], given["angles"], given["keypoints_3d"]
+    length = src.norm(dim=1, keepdim=True)
+    seen = points - points.mean(1, keepdim=True)
+    seen = seen / seen.norm(dim=2).mean(1)[:, None, None]
+    own = seen @ rotation_matrix(angles)
+    code = torch.cat((angles.sin(), angles.cos()), 1)
+    pose = model.pose_encoder(code)[:, None]
+    memory = torch.cat((pose, model.keypoint_encoder(torch.cat((seen, own), 2)) + model.keypoint_identity), 1)
+    x = model.input(src / length * 32**0.5)[:, None] + pose
+    block = model.blocks[0]
+    normed = block.norm1(x)
+    attention = nn.MultiheadAttention(32, 4, batch_first=True, dtype=torch.float64)
+    query, key, value = block.attention.query, block.attention.key, block.attention.value
+    with torch.no_grad():
+        attention.in_proj_weight.copy_(torch.cat((query.weight, key.weight, value.weight)))
+        attention.in_proj_bias.copy_(torch.cat((query.bias, torch.zeros(32), value.bias)))  # the key has none
+        attention.out_proj.weight.copy_(block.attention.out.weight)
+        attention.out_proj.bias.copy_(block.attention.out.bias)
+    tokens = torch.cat((normed, memory), 1)
+    x = x + attention(normed, tokens, tokens, need_weights=False)[0]
+    x = x + block.linear2(nn.functional.gelu(block.linear1(block.norm2(x))))
+    torch.testing.assert_close(model(**given), model.output(model.norm(x[:, 0])) * length)
+
+
+def test_views_that_only_fill_up_are_seen_by_nobody():
+    """Before the first block, and after others."""
+    for after in ((0,), (1, 2)):
+        model, x = build(cross_view=True, cross_view_after=after).eval(), inputs()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.2)
+        mask = torch.tensor([True, True, False] * 2)
+        other = x | {"src": torch.where(mask[:, None], x["src"], -x["src"])}
+        found, changed = model(**x, view_mask=mask)[mask], model(**other, view_mask=mask)[mask]
+        torch.testing.assert_close(found, changed)
+        assert not torch.allclose(model(**x)[mask], model(**other)[mask], atol=1e-3)

@@ -2,10 +2,11 @@
 
     python benchmarks/faults.py [JOB ...] [--faults 200] [--seed 0]
 
-A job (train, grid, predict) runs once undisturbed. Then, as often as asked, in a folder of its own: it is killed
-(SIGKILL) at a random moment, or its files may grow no further than a random size, or a random byte of what it left is
-flipped; and it is started again. A fault fails if the job then ends with another result, or with an error that does not
-name a file of its folder, or if a limited one says anything but which file it could not write.
+A job (train, grid, predict; cfp, build, embed, which need the package's test-all) runs once undisturbed. Then, as often
+as asked, in a folder of its own: it is killed (SIGKILL) at a random moment, or its files may grow no further than a
+random size, or a random bit of what it left is flipped, or two run at once, or what was left gets random times; and it
+is started again. A fault fails if the job then ends with another result, or with an error that does not name a file of
+its folder, or if a limited one says anything but which file it could not write.
 """
 
 import argparse
@@ -30,7 +31,7 @@ import torch._dynamo  # optimisers would import it, in each attempt anew
 
 from viewdiff_nb.faces.splits import Split
 from viewdiff_nb.faces.views import FaceViews
-from viewdiff_nb.files import fingerprint
+from viewdiff_nb.files import PROJECT, fingerprint
 from viewdiff_nb.predict import PredictOptions, predict_file
 from viewdiff_nb.studies import adaptation
 from viewdiff_nb.studies.ablation import Grid, run_grid
@@ -92,9 +93,62 @@ def run_predict(folder: Path) -> str:
     return digest(torch.from_numpy(np.load(out)))
 
 
-def write_given(folder: Path) -> None:
-    """What `run_predict` reads, which is nobody's finished work."""
+def run_cfp(folder: Path) -> str:
+    from test_cfp import Averages
+
+    from viewdiff_nb.faces import cfp
+
+    cfp.make_recogniser = cfp._cached_recogniser = lambda name: Averages()  # type: ignore[assignment]
+    cfp.embed_cfp(folder.parent / "given/cfp", folder / "set")
+    return digest_of_files(folder / "set")
+
+
+def run_build(folder: Path) -> str:
+    from people import build as builder
+    from test_build import Averages
+
+    folder.mkdir(exist_ok=True)
+    builder.build(folder / "set", builder.BuildConfig(people=6, views=4, seed=7, chunk=1), make_recogniser=Averages)
+    return digest_of_files(folder / "set")
+
+
+def run_embed(folder: Path) -> str:
+    from viewdiff_nb.faces.embed import EmbedOptions, embed_folder
+
+    given = folder.parent / "given"
+    embed_folder(given / "photos", folder / "set", EmbedOptions(i_have_consent=True, models=given / "models"))
+    return digest_of_files(folder / "set")
+
+
+def digest_of_files(folder: Path) -> str:
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    return digest(*(f"{path.name} {fingerprint(path.read_bytes())}" for path in paths))
+
+
+def write_given(folder: Path, jobs: list[str]) -> None:
+    """What jobs read, which is nobody's finished work; and what they import, once for all attempts."""
     folder.mkdir()
+    if set(jobs) & {"cfp", "build", "embed"}:
+        sys.path[:0] = [str(PROJECT / part) for part in ("tests", "tests/people", "data")]
+    if "cfp" in jobs:
+        from test_cfp import write_stand_in
+
+        write_stand_in(folder / "cfp")
+    if "build" in jobs:
+        from people import build as builder
+
+        studio = builder.Studio()
+        builder.Studio = lambda: studio  # which takes seconds to make
+    if "embed" in jobs:
+        import cv2
+        from tiny_insightface import head, make_pack, take_photo
+
+        make_pack(folder / "models")
+        for number, name in enumerate(("anna", "bert")):
+            (folder / "photos" / name).mkdir(parents=True)
+            for yaw in (0, -40, 30):
+                picture = take_photo(head(number), (0.0, float(yaw), 0.0)).picture
+                cv2.imwrite(str(folder / f"photos/{name}/{yaw}.png"), picture)
     faces = people(4000, 0)
     np.save(folder / "in.npy", faces.src.numpy())
     np.save(folder / "poses.npy", faces.angles.rad2deg().numpy())
@@ -104,6 +158,7 @@ def write_given(folder: Path) -> None:
 
 
 JOBS: dict[str, Callable[[Path], str]] = {"train": run_train, "grid": run_cells, "predict": run_predict}
+JOBS |= {"cfp": run_cfp, "build": run_build, "embed": run_embed}
 
 
 # ---- attempts, each in a process of its own
@@ -111,7 +166,12 @@ JOBS: dict[str, Callable[[Path], str]] = {"train": run_train, "grid": run_cells,
 
 def attempt(job: str, folder: Path, seconds: float = LONGEST, limit: int | None = None) -> tuple[str, str]:
     """("done", digest), ("killed", ""), or ("error", class and message)."""
-    said = folder.with_suffix(".said")
+    return finish(*start(job, folder, limit), seconds)
+
+
+def start(job: str, folder: Path, limit: int | None = None, number: int = 1) -> tuple[int, Path]:
+    """The process of an attempt, perhaps one of several in the folder, and the file in which it will say how it ended."""
+    said = folder.with_suffix(f".{number}.said")
     said.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
@@ -129,6 +189,10 @@ def attempt(job: str, folder: Path, seconds: float = LONGEST, limit: int | None 
         said.with_suffix(".part").write_text(json.dumps(outcome))
         os.replace(said.with_suffix(".part"), said)
         os._exit(0)
+    return child, said
+
+
+def finish(child: int, said: Path, seconds: float = LONGEST) -> tuple[str, str]:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if os.waitpid(child, os.WNOHANG)[0]:
@@ -164,7 +228,10 @@ def campaign(job: str, faults: int, seed: int, root: Path) -> int:
     sizes = [path.stat().st_size for path in (root / "undisturbed").rglob("*") if path.is_file()]
     kinds: dict[str, int] = {}
     for number in range(faults):
-        folder, kind = root / f"{job}_{number}", rng.choice(("killed", "killed", "killed", "no room", "flipped"))
+        folder, kind = (
+            root / f"{job}_{number}",
+            rng.choice(("killed", "killed", "no room", "flipped", "twice", "clock")),
+        )
         what, problem = kind, ""
         if kind == "killed":
             for _ in range(rng.choice((1, 1, 2, 3))):
@@ -174,6 +241,14 @@ def campaign(job: str, faults: int, seed: int, root: Path) -> int:
             outcome, text = attempt(job, folder, limit=limit)
             if outcome == "error" and not (text.startswith("OSError") and str(folder) in text):
                 problem = f"with files of {limit} bytes at most: {text[:300]}"
+        elif kind == "twice":
+            for ended, text in [finish(*one) for one in [start(job, folder, number=i) for i in (1, 2)]]:
+                if (ended, text) != (done, wanted) and not (ended == "error" and str(folder) in text):
+                    problem = f"two at once: {ended} {text[:300]}"
+        elif kind == "clock":
+            attempt(job, folder, rng.uniform(0.3, 1) * took)
+            for path in folder.rglob("*"):
+                os.utime(path, (rng.uniform(0, 2**32),) * 2)
         else:
             attempt(job, folder, rng.uniform(0.3, 1) * took if rng.random() < 0.5 else LONGEST)
             flipped = flip_a_byte(folder, rng) if folder.is_dir() else None
@@ -201,8 +276,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # of which a fork takes one along
     with tempfile.TemporaryDirectory(prefix="viewdiff_nb_faults_") as folder:
-        write_given(Path(folder) / "given")
-        failed = sum(campaign(job, arguments.faults, arguments.seed, Path(folder)) for job in arguments.jobs or JOBS)
+        jobs = arguments.jobs or list(JOBS)
+        write_given(Path(folder) / "given", jobs)
+        failed = sum(campaign(job, arguments.faults, arguments.seed, Path(folder)) for job in jobs)
     sys.exit(f"{failed} faults failed" if failed else 0)
 
 

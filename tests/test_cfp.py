@@ -88,10 +88,7 @@ def fold_rows(protocol, fold, same):
     ]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The stand-in; tests that change it copy it."""
-    root = tmp_path_factory.mktemp("cfp")
+def write_stand_in(root):
     for row, name in enumerate(PATHS):
         rng = np.random.default_rng([PERSON[row], row >= FRONTALS])
         colours = rng.integers(0, 256, (8, 8, 3)) + np.random.default_rng(row).integers(-20, 20, (8, 8, 3))
@@ -108,6 +105,13 @@ def whole(tmp_path_factory):
             for name, same in (("same", True), ("diff", False)):
                 lines = [f"{first},{second}\n" for first, second in fold_rows(protocol, fold, same)]
                 write(root / "Protocol" / "Split" / protocol / f"{fold + 1:02d}" / f"{name}.txt", "".join(lines))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The stand-in; tests that change it copy it."""
+    root = tmp_path_factory.mktemp("cfp")
+    write_stand_in(root)
     return root
 
 

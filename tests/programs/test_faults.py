@@ -8,7 +8,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_jobs_survive_kills_full_disks_and_flipped_bits():
-    command = [sys.executable, ROOT / "benchmarks/faults.py", "--faults", "6", "--seed", "1"]
+    command = [
+        sys.executable,
+        ROOT / "benchmarks/faults.py",
+        "train",
+        "grid",
+        "predict",
+        "--faults",
+        "6",
+        "--seed",
+        "1",
+    ]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.count(" 0 failed") == 3

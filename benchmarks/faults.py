@@ -170,7 +170,7 @@ def attempt(job: str, folder: Path, seconds: float = LONGEST, limit: int | None 
 
 
 def start(job: str, folder: Path, limit: int | None = None, number: int = 1) -> tuple[int, Path]:
-    """The process of an attempt, perhaps one of several in the folder, and the file in which it will say how it ended."""
+    """The process of an attempt, perhaps one of several in the folder, and the file that will say how it ended."""
     said = folder.with_suffix(f".{number}.said")
     said.unlink(missing_ok=True)
     child = os.fork()

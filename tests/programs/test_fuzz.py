@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = ("split", "store", "turntable", "pairs", "picture_pairs", "insightface_bin", "adapter", "peft_adapter")
+QUICK = ("split", "store", "cells", "turntable", "pairs", "picture_pairs", "insightface_bin", "adapter", "peft_adapter")
 SLOW = ("face_set", "face_set_mmap", "checkpoint_mmap", "weights", "drop_in", "cfp", "checkpoint", "predict")
 
 

@@ -72,7 +72,10 @@ class Store:
         self.made_by = {"data": fingerprint(split), "code": code_fingerprint(), "torch": torch.__version__}
 
     def path(self, name: str, config: TrainConfig) -> Path:
-        text = json.dumps(_key(name, config) | self.made_by, sort_keys=True)
+        return self._path(_key(name, config))
+
+    def _path(self, key: dict) -> Path:
+        text = json.dumps(key | self.made_by, sort_keys=True)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
 
     def checkpoint(self, name: str, config: TrainConfig) -> Path:
@@ -81,12 +84,12 @@ class Store:
 
     def find(self, name: str, config: TrainConfig, with_weights: bool = False) -> dict | None:
         """The stored result; None if it or its `checkpoint` is missing, or (with a warning) if it is damaged."""
-        path = self.path(name, config)
+        path = self._path(key := _key(name, config))
         if not path.is_file() or (with_weights and not path.with_suffix(".pth").is_file()):
             return None
         try:
             found = read_json(path, ValueError)
-            if not isinstance(found, dict) or found.get("key") != _key(name, config):
+            if not isinstance(found, dict) or found.get("key") != key:
                 raise ValueError(f"{path}: is not the result of its key")
             if found.pop("sha256", None) != files.fingerprint(json.dumps(found).encode()):
                 raise ValueError(f"{path}: its checksum is that of another result")

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, Literal, get_args
 
 LossName = Literal["mse", "cosine", "identity", "identity+cosine", "identity+margin", "two-way", "two-way+pairs"]
@@ -50,6 +51,17 @@ LIMITS: dict[str, Check] = {
     "loss": (lambda value: value in LOSS_NAMES, f"one of {', '.join(LOSS_NAMES)}"),
     "monitor": (lambda value: value in MONITORED, f"one of {', '.join(MONITORED)}"),
 }
+
+
+@cache
+def _checks(config: type) -> list[tuple[str, bool, list[Check]]]:
+    """Of each field of a config's class: its name, whether None will do, and what a value is checked for."""
+    found = []
+    for field in fields(config):
+        kinds = get_args(field.type) or (field.type,)
+        checks = [KINDS[kind] for kind in kinds if kind in KINDS]
+        found.append((field.name, type(None) in kinds, checks + [LIMITS[n] for n in (field.name,) if n in LIMITS]))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,22 +212,17 @@ class TrainConfig(Files, Optimisation, Adaptation, Architecture, Data):
     """A training run. Field names are the flags of the command line."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name, may_lack, checks in _checks(type(self)):  # type: ignore[arg-type] # a class has a hash
+            value = getattr(self, name)
             if isinstance(value, os.PathLike):
-                value = os.fspath(value)
+                object.__setattr__(self, name, value := os.fspath(value))
             elif isinstance(value, list):
-                value = tuple(value)
-            object.__setattr__(self, field.name, value)
-            kinds = get_args(field.type) or (field.type,)
-            if value is None and type(None) in kinds:
+                object.__setattr__(self, name, value := tuple(value))
+            if value is None and may_lack:
                 continue
-            checks = [KINDS[kind] for kind in kinds if kind in KINDS]
-            if field.name in LIMITS:
-                checks.append(LIMITS[field.name])
             for is_wanted, wanted in checks:
                 if not is_wanted(value):
-                    raise ValueError(f"{field.name} must be {wanted}, got {value!r}")
+                    raise ValueError(f"{name} must be {wanted}, got {value!r}")
         for message, is_so in self._contradictions().items():
             if is_so:
                 raise ValueError(message)

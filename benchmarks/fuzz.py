@@ -474,7 +474,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     signal.signal(signal.SIGALRM, stop)
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    held = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, resource.RLIM_INFINITY))
     TEMPORARY.mkdir()
     try:

@@ -199,7 +199,7 @@ def edited(change):
     def damage(folder):
         weights, path = load_file(folder / "adapter_model.safetensors"), folder / "adapter_config.json"
         save_file(weights, folder / "adapter_model.safetensors")  # without the header's config, as PEFT does
-        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+        path.write_text(json.dumps(change(json.loads(path.read_text(encoding="utf-8")))))
 
     return damage
 
@@ -310,7 +310,7 @@ def test_a_config_that_names_more_is_refused_whatever_it_says(tmp_path, part):
     model = adapted(trained_base())
     save_adapter(model, tmp_path)
     weights = load_file(tmp_path / "adapter_model.safetensors")
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config = json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
     config[part]["more"] = None
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     save_file(

@@ -135,12 +135,12 @@ def contents(folder):
 
 def test_the_set_loads_with_all_pictures_in_the_order_of_the_lists(done):
     assert set(contents(done)) == {*SIX, "pairs_FF.csv", "pairs_FP.csv", ".gitignore"}
-    assert (done / ".gitignore").read_text() == "*\n"
+    assert (done / ".gitignore").read_text(encoding="utf-8") == "*\n"
     faces = load_face_views(done)
     assert faces.names == tuple(f"{i:03d}" for i in range(1, PEOPLE + 1))
     assert len(faces) == COUNT and faces.feature_dim == Averages.feature_dim
     assert faces.person.tolist() == PERSON.tolist()
-    info = json.loads((done / "video_metadata.json").read_text())["standard_info"]
+    info = json.loads((done / "video_metadata.json").read_text(encoding="utf-8"))["standard_info"]
     assert info["recogniser"] == "block averages" and info["crops_of_profiles"] == list(PROFILE_CROPS)
 
 
@@ -158,8 +158,8 @@ def test_the_front_is_the_mean_of_the_frontal_embeddings(done):
     faces = load_face_views(done)
     wanted = faces.src[:FRONTALS].view(PEOPLE, FRONTAL, -1).mean(1)
     torch.testing.assert_close(faces.front, torch.nn.functional.normalize(wanted, dim=1))
-    front = json.loads((done / "front_metadata.json").read_text())
-    video = json.loads((done / "video_metadata.json").read_text())
+    front = json.loads((done / "front_metadata.json").read_text(encoding="utf-8"))
+    video = json.loads((done / "video_metadata.json").read_text(encoding="utf-8"))
     assert front["poses"] == video["poses"][:FRONTALS:FRONTAL]
     np.testing.assert_array_equal(
         np.load(done / "front_keypoints.npy"), np.load(done / "video_keypoints.npy")[:FRONTALS:FRONTAL]
@@ -189,7 +189,7 @@ def test_errors_of_poses_are_radians_below_what_was_known_before(done):
     error = load_face_views(done).pose_error
     assert error.shape == (COUNT, 3) and (error > 0.01).all()
     assert (error <= torch.tensor([10.0, 10.0, 30.0]).deg2rad() + 1e-3).all()
-    told = json.loads((done / "video_metadata.json").read_text())["metadata"][FRONTALS]
+    told = json.loads((done / "video_metadata.json").read_text(encoding="utf-8"))["metadata"][FRONTALS]
     assert told["person_name"] == "001" and set(told) == {"person_name", "profile", "pose_error"}
     assert told["profile"]
     np.testing.assert_allclose(error[FRONTALS], np.deg2rad(told["pose_error"]), rtol=1e-5)
@@ -273,7 +273,7 @@ def test_ready_embeddings_are_taken_as_they_are(whole, done, tmp_path):
     np.testing.assert_allclose(faces.src, ready / np.linalg.norm(ready, axis=1, keepdims=True), rtol=1e-5)
     for name in ("keypoints_3d", "angles", "pose_error", "person"):
         assert torch.equal(getattr(faces, name), getattr(usual, name)), name
-    info = json.loads((tmp_path / "set" / "video_metadata.json").read_text())["standard_info"]
+    info = json.loads((tmp_path / "set" / "video_metadata.json").read_text(encoding="utf-8"))["standard_info"]
     assert info["recogniser"] == "embeddings of other.npy" and info["crops_of_profiles"] == "as they were"
 
 
@@ -343,7 +343,7 @@ def edit(name, row, text):
     """Replace a line, counted from 1, or leave it out."""
 
     def change(root):
-        lines = (root / name).read_text().splitlines()
+        lines = (root / name).read_text(encoding="utf-8").splitlines()
         lines[row - 1 : row] = [] if text is None else [text]
         (root / name).write_text("\n".join(lines) + "\n")
 

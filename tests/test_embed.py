@@ -128,7 +128,7 @@ def model_calls(monkeypatch):
 
 
 def metadata(out, kind):
-    return json.loads((out / f"{kind}_metadata.json").read_text())
+    return json.loads((out / f"{kind}_metadata.json").read_text(encoding="utf-8"))
 
 
 def rows_of(out, person):
@@ -422,7 +422,7 @@ def test_nobody_usable(photos, tmp_path, models):
     shutil.copytree(photos / "clara", tmp_path / "photos/clara")
     with pytest.raises(EmbedError, match=r"nobody has a front and a side view \(clara: no frame within 15°"):
         embed_folder(tmp_path / "photos", tmp_path / "out", options(models))
-    report = json.loads((tmp_path / "out/failed_images.json").read_text())
+    report = json.loads((tmp_path / "out/failed_images.json").read_text(encoding="utf-8"))
     assert "clara" in report["skipped_persons"] and report["successful"] == 3
     summary = embed_folder(tmp_path / "photos", tmp_path / "out", options(models, front_angle=30.0))
     assert summary.people == ("clara",)

@@ -50,7 +50,7 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path):
         "write_atomically(sys.argv[1], write)"
     )
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "a.txt")], check=False)
-    assert done.returncode == -signal.SIGKILL and (tmp_path / "a.txt").read_text() == "old"
+    assert done.returncode == -signal.SIGKILL and (tmp_path / "a.txt").read_text(encoding="utf-8") == "old"
     left = [path.name for path in tmp_path.iterdir() if path.name != "a.txt"]
     assert len(left) == 1 and left[0].startswith("a.txt.") and left[0].endswith(files.PART)
 
@@ -72,7 +72,7 @@ def test_a_full_disk_is_said(tmp_path):
             write_text(tmp_path / "a", "x" * 5000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert (tmp_path / "a").read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "old" and [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_conventions(path):
     shown = {kind for output in outputs for kind in output.get("data", {})}
     assert "image/png" in shown and "application/vnd.jupyter.widget-view+json" not in shown
     assert not [output for output in outputs if output.output_type == "error"]
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert not re.search(r"/\w+/viewdiff_nb/[\w/]+\.py:\d+", text), "a warning with a path of the machine it ran on"
     assert str(PROJECT) not in text and "pip install" not in "".join(cell.source for cell in code)
 

@@ -34,10 +34,12 @@ def requirement(text: str) -> tuple[str, str]:
 
 
 def test_environment_yml_lists_what_pyproject_needs():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     listed = dict(
         requirement(line)
-        for line in re.findall(r"- ([\w.-]+ *>=[\d.]+)$", (ROOT / "environment.yml").read_text(), re.MULTILINE)
+        for line in re.findall(
+            r"- ([\w.-]+ *>=[\d.]+)$", (ROOT / "environment.yml").read_text(encoding="utf-8"), re.MULTILINE
+        )
     )
     for name, bound in map(requirement, project["dependencies"]):
         assert listed[CONDA_NAMES.get(name, name)] == bound, name

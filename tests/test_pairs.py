@@ -52,7 +52,7 @@ def test_the_file_can_be_written_by_hand(tmp_path):
     found = read_pairs(tmp_path / "pairs.csv", 4)
     assert [getattr(found, column).tolist() for column in COLUMNS] == [[0, 3], [2, 1], [True, False], [0, 1]]
     write_pairs(tmp_path / "again.csv", found)
-    assert (tmp_path / "again.csv").read_text() == f"{HEAD}\n0,2,1,0\n3,1,0,1\n"
+    assert (tmp_path / "again.csv").read_text(encoding="utf-8") == f"{HEAD}\n0,2,1,0\n3,1,0,1\n"
 
 
 GOOD = "0,1,1,0"
@@ -147,7 +147,7 @@ def test_a_list_of_cplfw_is_read(listed):
 )
 def test_errors_of_a_list_name_file_and_line(listed, row, line, message):
     path, images = listed
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     lines[row : row + 1] = [] if line is None else [line]
     path.write_text("\n".join(lines))
     refused(lambda: read_picture_pairs(path, images), path, message)
@@ -155,7 +155,7 @@ def test_errors_of_a_list_name_file_and_line(listed, row, line, message):
 
 def test_a_list_that_makes_no_folds_names_the_file(listed):
     path, images = listed
-    path.write_text("\n".join(path.read_text().splitlines()[:8]))
+    path.write_text("\n".join(path.read_text(encoding="utf-8").splitlines()[:8]))
     refused(lambda: read_picture_pairs(path, images), path, "10 pairs or more for as many folds")
 
 

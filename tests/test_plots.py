@@ -69,7 +69,7 @@ def test_a_table_is_saved_as_csv_and_picture(tmp_path):
     table = pd.DataFrame({"rank-1": ["0.500 ± 0.028"], "guide: rank-1": ["–"]}, index=pd.Index(["base"], name="model"))
     save_table(table, "t", tmp_path / "new", "Title", "a note")
     assert pd.read_csv(tmp_path / "new/t.csv", index_col=0).loc["base", "rank-1"] == "0.500 ± 0.028"
-    assert r"base & 0.500 $\pm$ 0.028 & -- \\" in (tmp_path / "new/t.tex").read_text()
+    assert r"base & 0.500 $\pm$ 0.028 & -- \\" in (tmp_path / "new/t.tex").read_text(encoding="utf-8")
     assert (tmp_path / "new/t.png").read_bytes()[:4] == b"\x89PNG"
     plt.close("all")
 

@@ -47,7 +47,7 @@ def files(tmp_path, model, faces):
 def run(files, *arguments):
     """The command; relative names are of files."""
     main([str(files / word) if (files / word).exists() or word == "out.npy" else word for word in arguments])
-    return np.load(files / "out.npy", allow_pickle=False), json.loads((files / "out.json").read_text())
+    return np.load(files / "out.npy", allow_pickle=False), json.loads((files / "out.json").read_text(encoding="utf-8"))
 
 
 def test_a_face_set_and_its_arrays_give_what_training_predicts(files, model):

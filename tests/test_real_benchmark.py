@@ -73,7 +73,7 @@ def test_statistics_tell_worlds_apart():
 def test_what_is_a_profile_the_metadata_say_before_the_yaw_does(tmp_path, benchmark):
     write(tmp_path, benchmark)
     path = tmp_path / "video_metadata.json"
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     content["metadata"][0]["profile"] = bool(benchmark.faces.abs_yaw[0] < 45)
     content["standard_info"] = {"recogniser": "R", "crops_of_profiles": ["five@1"]}
     path.write_text(json.dumps(content))

@@ -199,7 +199,7 @@ def test_a_missing_package_is_explained(monkeypatch, module, name, message):
 
 
 def test_the_hint_names_an_extra_that_brings_the_package(monkeypatch):
-    extras = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     for module, name, package in (
         ("ai_edge_litert.interpreter", "mobilefacenet", "ai-edge-litert"),
         ("insightface.app", "insightface:x", "insightface"),

@@ -79,8 +79,8 @@ def test_a_front_that_is_not_finite_is_found_before_the_first_step():
 
 
 def test_flags_that_contradict_each_other_are_refused_before_processes_start():
-    with pytest.raises(ValueError, match="use_cuda_graph is for one process, and devices is 2"):
-        TrainConfig(use_cuda_graph=True, devices=2)
+    with pytest.raises(ValueError, match="use_compile is for one process, and devices is 2"):
+        TrainConfig(use_compile=True, devices=2)
 
 
 def test_a_config_is_given_by_names():

@@ -98,7 +98,7 @@ def test_files_of_others_are_left_alone(tmp_path):
     killed = tmp_path / f"{BEST}.4711{PART}"
     killed.write_text("a run that was killed while it wrote")
     run(replace(CONFIG, epochs=1, save_dir=str(tmp_path)))
-    assert all((tmp_path / name).read_text() == name for name in foreign)
+    assert all((tmp_path / name).read_text(encoding="utf-8") == name for name in foreign)
     assert not killed.exists() and not list(tmp_path.glob("earlier*"))
 
 

@@ -36,7 +36,7 @@ def test_its_people_are_not_those_of_the_first_set(faces):
 def test_raw_rates_are_those_of_the_card(folder):
     faces = load_face_views(folder)
     rates = recognition_by_yaw(faces.src, faces.front, faces.person, faces.abs_yaw)
-    card = (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text(encoding="utf-8")
     for name in ("0-30", "30-45", "45-60", "60-75", "75-90"):
         row = next(line for line in card.splitlines() if line.startswith(f"| {name.replace('-', '–')}°"))
         published = [float(cell) for cell in row.split("|")[2:-1]]

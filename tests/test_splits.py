@@ -51,7 +51,7 @@ def test_a_written_split_is_read_again(tmp_path):
     faces = people(20)
     split = split_by_person(faces, 4, 6, seed=5)
     save_split(tmp_path / "split.json", split)
-    content = json.loads((tmp_path / "split.json").read_text())
+    content = json.loads((tmp_path / "split.json").read_text(encoding="utf-8"))
     assert content["sizes"] == {"train": 10, "val": 4, "test": 6} and content["seed"] == 5
     again = load_split_file(tmp_path / "split.json", faces)
     assert names_of(again) == names_of(split) and again.seed == 5
@@ -71,7 +71,7 @@ def test_three_lists_of_names_make_a_split(tmp_path):
 
 def edited(change):
     def damage(path):
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         change(content)
         path.write_text(json.dumps(content))
 

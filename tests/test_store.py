@@ -55,7 +55,7 @@ def test_a_flipped_digit_is_not_believed(store):
     store.get(*KEY, lambda: {"rates": [0.5, float("nan")], "names": {"李雷": 1}})
     assert store.find(*KEY)["rates"][0] == 0.5
     path = store.path(*KEY)
-    path.write_text(path.read_text().replace("0.5", "0.7"))
+    path.write_text(path.read_text(encoding="utf-8").replace("0.5", "0.7"), encoding="utf-8")
     with pytest.warns(DamagedResult, match="checksum"):
         assert store.find(*KEY) is None
 
@@ -110,9 +110,9 @@ def test_changed_code_makes_results_anew_and_changed_words_do_not(tmp_path, chan
     name, before, after, made_anew = CHANGES[change]
     shutil.copytree(PACKAGE, tmp_path / "package")
     path = tmp_path / "package" / name
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert before in text
-    path.write_text(text.replace(before, after, 1))
+    path.write_text(text.replace(before, after, 1), encoding="utf-8")
     assert (code_fingerprint(tmp_path / "package") != code_fingerprint()) == made_anew
 
 

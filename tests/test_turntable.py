@@ -93,7 +93,7 @@ def test_what_does_not_fit_together_is_named(tmp_path):
     (folder / "person_0012.webp").unlink()
     with pytest.raises(FileNotFoundError, match=r"person_0012\.webp"):
         load_turntable(folder)
-    about = json.loads((folder / "metadata.json").read_text())
+    about = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
     (folder / "metadata.json").write_text(json.dumps(about | {"yaws": about["yaws"][1:]}))
     with pytest.raises(FaceDataError, match=r"features\.npy: shape is \(8, 5, 37, 384\), must be \(8, 5, 36, 384\)"):
         load_turntable(folder)
@@ -101,7 +101,7 @@ def test_what_does_not_fit_together_is_named(tmp_path):
 
 def about(**changes):
     def damage(folder):
-        content = json.loads((folder / "metadata.json").read_text())
+        content = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
         (folder / "metadata.json").write_text(json.dumps(content | changes))
 
     return damage

@@ -19,7 +19,7 @@ TENSORS = ("front", "src", "keypoints_3d", "angles", "person")
 
 
 def edit_json(path, change):
-    metadata = json.loads(path.read_text())
+    metadata = json.loads(path.read_text(encoding="utf-8"))
     change(metadata)
     path.write_text(json.dumps(metadata))
 

@@ -88,7 +88,7 @@ def report(out: Path, batches: list[int]) -> None:
         print(f"{name:32s} {apart(one[name], two[name]):.1e}")
     for name, models in (("one GPU", one), ("two GPUs", two)):
         print(f"resumed against whole, {name}: {apart(models['whole'], models[AGAIN]):.1e}")
-    timed = [json.loads((out / f"{count}.json").read_text()) for count in (1, 2)]
+    timed = [json.loads((out / f"{count}.json").read_text(encoding="utf-8")) for count in (1, 2)]
     rows = [
         {"batch_size": batch, "name": name, "mode": mode, "one_ms": alone, "two_ms": both, "times": both / alone}
         for (batch, name, mode), alone, both in zip(product(batches, TIMED, MODES), *timed, strict=True)

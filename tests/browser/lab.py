@@ -71,7 +71,7 @@ class Lab:
             except OSError:
                 if time.monotonic() > end or self.server.poll() is not None:
                     self.close()
-                    raise RuntimeError(f"JupyterLab did not start:\n{self.log.read_text()}") from None
+                    raise RuntimeError(f"JupyterLab did not start:\n{self.log.read_text(encoding='utf-8')}") from None
                 time.sleep(0.1)
 
     def close(self) -> None:

@@ -62,7 +62,7 @@ def test_the_six_files_agree(tmp_path, one_studio, studio):
     for kind, count in (("front", 3), ("video", 12)):
         features = np.load(tmp_path / f"{kind}_feature.npy", allow_pickle=False)
         keypoints = np.load(tmp_path / f"{kind}_keypoints.npy", allow_pickle=False)
-        metadata = json.loads((tmp_path / f"{kind}_metadata.json").read_text())
+        metadata = json.loads((tmp_path / f"{kind}_metadata.json").read_text(encoding="utf-8"))
         assert features.shape == (count, Averages.feature_dim) and features.dtype == np.float16
         assert keypoints.shape == (count, 5, 3) and keypoints.dtype == np.float32
         assert metadata["num_samples"] == count == len(metadata["poses"]) == len(metadata["metadata"])
@@ -80,7 +80,7 @@ def test_the_six_files_agree(tmp_path, one_studio, studio):
 
 def test_metadata_has_one_sample_a_line(tmp_path, one_studio):
     build(tmp_path, CONFIG, make_recogniser=Averages)
-    lines = (tmp_path / "video_metadata.json").read_text().splitlines()
+    lines = (tmp_path / "video_metadata.json").read_text(encoding="utf-8").splitlines()
     assert sum('"person_name"' in line for line in lines) == 12
     assert max(len(line) for line in lines if '"person_name"' in line) < 40
 
@@ -157,7 +157,7 @@ def test_crops_decide_what_is_embedded(tmp_path, one_studio):
         (tmp_path / str(number)).mkdir()
         build(tmp_path / str(number), replace(CONFIG, crops=crops), make_recogniser=Averages)
         features.append(np.load(tmp_path / str(number) / "video_feature.npy"))
-    poses = np.array(json.loads((tmp_path / "0" / "video_metadata.json").read_text())["poses"])
+    poses = np.array(json.loads((tmp_path / "0" / "video_metadata.json").read_text(encoding="utf-8"))["poses"])
     differs = (features[0] != features[1]).any(1)
     assert (differs == (abs(poses[:, 1]) >= PROFILE)).all() and differs.any() and not differs.all()
 

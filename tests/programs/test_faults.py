@@ -32,11 +32,11 @@ import faults
 def counting(folder):
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "count"
-    count = int(path.read_text()) if path.is_file() else 0
+    count = int(path.read_text(encoding="utf-8")) if path.is_file() else 0
     for count in range(count, 40):
         faults.time.sleep(0.005)
         path.write_text(f"{{count + 1:05d}}")
-    return faults.digest(path.read_text())
+    return faults.digest(path.read_text(encoding="utf-8"))
 faults.JOBS["counting"] = counting
 faults.main()
 """

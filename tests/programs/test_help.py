@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-TEXTS = {path: path.read_text() for path in sorted(BENCHMARKS.rglob("*.py"))}
+TEXTS = {path: path.read_text(encoding="utf-8") for path in sorted(BENCHMARKS.rglob("*.py"))}
 READERS = ("argparse.ArgumentParser(", "= study_arguments(")  # of a command line
 PROGRAMS = [path for path, text in TEXTS.items() if "__main__" in text and any(reader in text for reader in READERS)]
 

@@ -14,7 +14,7 @@ TENSORS = ("front", "src", "keypoints_3d", "angles", "person")
 
 def say(folder, kind, **info):
     path = folder / f"{kind}_metadata.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"standard_info": info}))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"standard_info": info}))
 
 
 def assert_same(a, b):

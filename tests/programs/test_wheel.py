@@ -49,5 +49,5 @@ def test_nothing_is_forgotten_and_nothing_else_is_in_it(unpacked):
     }
     assert there == wanted
     (scripts,) = unpacked.glob("*.dist-info/entry_points.txt")
-    commands = scripts.read_text().split("[console_scripts]")[1].split("\n")
+    commands = scripts.read_text(encoding="utf-8").split("[console_scripts]")[1].split("\n")
     assert {line.split(" = ")[0] for line in commands if line} == {"viewdiff-train", "viewdiff-predict"}

@@ -121,7 +121,7 @@ def run_embed(folder: Path) -> str:
 
 
 def digest_of_files(folder: Path) -> str:
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != ".")
     return digest(*(f"{path.name} {fingerprint(path.read_bytes())}" for path in paths))
 
 
@@ -222,14 +222,14 @@ def campaign(job: str, faults: int, seed: int, root: Path) -> int:
     """How many faults failed."""
     rng, failed = random.Random(f"{job} {seed}"), 0
     started = time.monotonic()
-    done, wanted = attempt(job, root / "undisturbed")
+    done, wanted = attempt(job, root / f"{job}_undisturbed")
     took = time.monotonic() - started
     if done != "done":
         raise RuntimeError(f"{job} fails undisturbed: {wanted}")
-    again = attempt(job, root / "undisturbed_2")
+    again = attempt(job, root / f"{job}_undisturbed_2")
     if again != (done, wanted):
         raise RuntimeError(f"{job} is not the same twice: {wanted}, {again}")
-    sizes = [path.stat().st_size for path in (root / "undisturbed").rglob("*") if path.is_file()]
+    sizes = [path.stat().st_size for path in (root / f"{job}_undisturbed").rglob("*") if path.is_file()]
     kinds: dict[str, int] = {}
     for number in range(faults):
         folder, kind = (

@@ -134,7 +134,7 @@ def contents(folder):
 
 
 def test_the_set_loads_with_all_pictures_in_the_order_of_the_lists(done):
-    assert set(contents(done)) == {*SIX, "pairs_FF.csv", "pairs_FP.csv", ".gitignore"}
+    assert set(contents(done)) == {*SIX, "pairs_FF.csv", "pairs_FP.csv", ".gitignore", ".lock"}
     assert (done / ".gitignore").read_text(encoding="utf-8") == "*\n"
     faces = load_face_views(done)
     assert faces.names == tuple(f"{i:03d}" for i in range(1, PEOPLE + 1))

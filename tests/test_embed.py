@@ -19,6 +19,7 @@ from viewdiff_nb.faces import embed, load_face_views
 from viewdiff_nb.faces.crops import crop_transforms, cut_crops
 from viewdiff_nb.faces.embed import EmbedError, EmbedOptions, embed_folder
 from viewdiff_nb.faces.photo_reader import FaceReader, RefusedError, read_pictures
+from viewdiff_nb.files import only_writer
 
 POSES = {  # of anna's photos: pitch, yaw, roll in degrees
     "00_left.png": (5.0, -40.0, 0.0),
@@ -329,7 +330,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     model_calls.clear()
     embed_folder(two_people, tmp_path / "broken", options(models))
     assert model_calls["SCRFD"] == 4  # bert's frames only
-    names = [path.name for path in (tmp_path / "whole").iterdir() if path.is_file()]
+    names = [path.name for path in (tmp_path / "whole").iterdir() if path.is_file() and path.name != ".lock"]
     assert len(names) == 7
     for name in names:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes(), name
@@ -444,3 +445,14 @@ def test_without_insightface_one_message_says_what_to_install(two_people, tmp_pa
         embed_folder(two_people, tmp_path / "out", EmbedOptions(i_have_consent=True))
     with pytest.raises(SystemExit, match=r'error: embedding photos needs InsightFace: pip install "\.\[insightface'):
         embed.main([str(two_people), str(tmp_path / "out"), "--i_have_consent"])
+
+
+def test_half_written_files_of_a_killed_run_are_removed_and_a_second_run_is_refused(two_people, models, tmp_path):
+    """They hold embeddings, perhaps of people who were taken away since."""
+    left = tmp_path / "set/video_feature.npy.4321.part"
+    left.parent.mkdir()
+    left.write_bytes(b"half of an array")
+    embed_folder(two_people, left.parent, options(models))
+    assert not left.exists() and (left.parent / "video_feature.npy").is_file()
+    with only_writer(left.parent, "OUT"), pytest.raises(OSError, match=f"another run is writing to {left.parent}"):
+        embed_folder(two_people, left.parent, options(models))

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import safetensors.torch
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 FAST = os.environ.get("FAST", "") not in ("", "0")  # the smoke profile: less work, the same story
@@ -71,6 +72,31 @@ def writable_folder(path: str | Path) -> Path:
     except OSError as error:
         raise OSError(f"cannot write to {folder}: {error}; choose another folder") from error
     return folder
+
+
+@contextmanager
+def only_writer(path: str | Path, what: str, names: str = ".+") -> Iterator[Path]:
+    """The folder, where no other process writes as long as the context lasts; the system ends it with the process.
+
+    What a killed process was writing there, to files of those names (a pattern), is removed.
+
+    Raises:
+        OSError: if it cannot be written to, or another process does; what: the folder's name among the settings.
+    """
+    folder, unfinished = writable_folder(path), re.compile(rf"({names})\.\d+{re.escape(PART)}")
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        reason = f"another run is writing to {path}; wait for its end, or choose another {what}"
+        raise OSError(reason) from None
+    try:
+        for left in folder.iterdir():
+            if unfinished.fullmatch(left.name):
+                left.unlink()
+        yield folder
+    finally:
+        lock.release()
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:

@@ -40,7 +40,7 @@ from viewdiff_nb.faces.pairs import FOLDS, Pairs, numbers, read_lines, write_pai
 from viewdiff_nb.faces.photo_reader import EmbedOptions, FaceReader, RefusedError
 from viewdiff_nb.faces.recogniser import embed_crops, make_recogniser, unit_rows
 from viewdiff_nb.faces.views import CONVENTIONS, FaceDataError, load_rows, write_samples
-from viewdiff_nb.files import PROJECT, RUNS, fingerprint, shorten, writable_folder, write_atomically, write_text
+from viewdiff_nb.files import PROJECT, RUNS, fingerprint, only_writer, shorten, write_atomically, write_text
 
 KINDS = {"F": ("frontal", 10), "P": ("profile", 4)}  # of pictures: folder, and how many of a person
 PROTOCOLS = ("FF", "FP")
@@ -229,12 +229,13 @@ def embed_cfp(
         if len(features) != len(pictures):
             raise FaceDataError(f"{ready}: has {len(features)} embeddings, and CFP {len(pictures)} pictures")
         features, name = unit_rows(features), f"embeddings of {ready.name}"
-    else:
-        features, landmarks, name = _embed_pictures(cfp, out, pictures, landmarks, options)
-    for protocol, found in pairs.items():
-        write_pairs(out / f"pairs_{protocol}.csv", found)
-    crops = "as they were" if ready else list(options.crops)
-    write_set(out, pictures, features, landmarks, {"recogniser": name, "crops_of_profiles": crops})
+    with only_writer(out, "OUT"):
+        if not ready:
+            features, landmarks, name = _embed_pictures(cfp, out, pictures, landmarks, options)
+        for protocol, found in pairs.items():
+            write_pairs(out / f"pairs_{protocol}.csv", found)
+        crops = "as they were" if ready else list(options.crops)
+        write_set(out, pictures, features, landmarks, {"recogniser": name, "crops_of_profiles": crops})
     return out
 
 
@@ -248,7 +249,8 @@ def _embed_pictures(
     if options.landmarks == "insightface":  # which downloads its models here, once for all processes
         about |= _cached_reader(options.pack, options.models).checksums
     key = [about, [(stat.st_size, stat.st_mtime_ns) for stat in stats], landmarks.keypoints.round(3).tolist()]
-    parts = writable_folder(out / ".parts" / fingerprint(json.dumps(key, default=str).encode()))
+    parts = out / ".parts" / fingerprint(json.dumps(key, default=str).encode())
+    parts.mkdir(parents=True, exist_ok=True)
     for old in set((out / ".parts").iterdir()) - {parts}:
         shutil.rmtree(old, ignore_errors=True)  # of other options
     rows = [slice(start, start + PART) for start in range(0, len(pictures), PART)]

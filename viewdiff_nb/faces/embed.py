@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from viewdiff_nb.faces.photo_reader import EmbedOptions, FaceReader, RefusedError, list_people, read_pictures
 from viewdiff_nb.faces.views import CONVENTIONS, KINDS, write_samples
-from viewdiff_nb.files import read_torch, writable_folder, write_atomically, write_text
+from viewdiff_nb.files import only_writer, read_torch, write_atomically, write_text
 
 PARTS_VERSION = 2
 BLUR_COST = 5.0  # degrees away from frontal that weigh as much as half the sharpness
@@ -89,12 +89,18 @@ def embed_folder(
             "Python EmbedOptions(i_have_consent=True)) that everybody shown has agreed"
         )
     photos, out = Path(photos).expanduser(), Path(out).expanduser()
-    people, parts = list_people(photos), out / ".parts"
+    people = list_people(photos)
     if out.resolve().is_relative_to(photos.resolve()):
         raise ValueError(f"{out} lies in {photos}, where it would be a person; choose a folder elsewhere")
-    if not parts.is_dir() and any((out / f"{kind}_feature.npy").exists() for kind in KINDS):
+    if not (out / ".parts").is_dir() and any((out / f"{kind}_feature.npy").exists() for kind in KINDS):
         raise ValueError(f"{out} holds a face set that this command did not make; choose another folder")
-    writable_folder(parts)
+    with only_writer(out, "OUT"):
+        return _embed_people(photos, people, out, options)
+
+
+def _embed_people(photos: Path, people: dict[str, list[Path]], out: Path, options: EmbedOptions) -> Summary:
+    parts = out / ".parts"
+    parts.mkdir(exist_ok=True)
     reader = FaceReader(options)
     settings = {key: value for key, value in asdict(options).items() if key not in ("i_have_consent", "models")}
     settings["checksums"] = reader.checksums

@@ -7,19 +7,18 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from viewdiff_nb.faces.views import FaceViews
-from viewdiff_nb.files import PART, fingerprint, writable_folder
+from viewdiff_nb.files import fingerprint, only_writer, writable_folder
 from viewdiff_nb.training import checkpoint
 from viewdiff_nb.training.checkpoint import BEST, BEST_WEIGHTS, LAST, PREVIOUS, CheckpointError
 from viewdiff_nb.training.config import ARCHITECTURE, MONITORED, TrainConfig
@@ -32,7 +31,6 @@ SILENT = {"data_dir", "val_people", "test_people", "split_seed", "split_file", "
 SILENT |= {"num_workers", "device", "devices", "save_dir", "log_dir", "save_every", "save_minutes", "resume"}
 
 OWN_FILES = re.compile(r"(best_model|last|previous|checkpoint_epoch_\d+)_enhanced\.(pth|safetensors)")
-UNFINISHED = re.compile(OWN_FILES.pattern + r"\.\d+" + re.escape(PART))
 EPOCH_TAGS = {
     "Epoch/TrainLoss": "train_loss",
     "Epoch/PriorLoss": "prior_loss",
@@ -198,27 +196,17 @@ class RunFolder:
         """OSError if the folder cannot be written to, is another run's, or has no room; ValueError if base is in it."""
         if self.path is None:
             return self
-        self.folder = writable_folder(self.path)
-        self.lock = FileLock(self.folder / ".lock")  # the system releases it when its process ends, however it ends
-        try:
-            self.lock.acquire(timeout=0)
+        with ExitStack() as stack:
+            self.folder = stack.enter_context(only_writer(self.path, "save_dir", OWN_FILES.pattern))
             self._prepare()
-        except Timeout:
-            reason = f"another run is writing to {self.path}; wait for its end, or choose another save_dir"
-            raise OSError(reason) from None
-        except BaseException:
-            self.lock.release()
-            raise
+            self.until_the_end = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.path is not None:
-            self.lock.release()
+            self.until_the_end.close()
 
     def _prepare(self) -> None:
-        for path in self.folder.iterdir():
-            if UNFINISHED.fullmatch(path.name):  # of a run that was killed while it wrote
-                path.unlink()
         if (free := shutil.disk_usage(self.folder).free) < self.wanted:
             what = f"the checkpoints of this run need about {self.wanted / 1e9:.2f} GB"
             remedy = "make room, choose another save_dir or raise save_every"

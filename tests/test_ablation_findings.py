@@ -188,6 +188,11 @@ def test_a_failed_cell_is_not_read_over(tmp_path):
     cells.to_csv(tmp_path / "cells.csv", index=False)
     with pytest.raises(ValueError, match="1 of 15 cells .* failed, e.g. rank 8, resolution 8: MemoryError"):
         read_cells(tmp_path / "cells.csv")
+    cells.loc[3, "error"] = "x" * 10_000
+    cells.to_csv(tmp_path / "cells.csv", index=False)
+    with pytest.raises(ValueError, match="1 of 15 cells") as failed:
+        read_cells(tmp_path / "cells.csv")
+    assert len(str(failed.value)) < 1000
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from viewdiff_nb.faces.crops import PROFILE_CROPS, check_crop_names, crops_of
 from viewdiff_nb.faces.geometry import ARCFACE_TEMPLATE
 from viewdiff_nb.faces.recogniser import MobileFaceNet, embed_crops
 from viewdiff_nb.faces.views import CONVENTIONS, write_samples
-from viewdiff_nb.files import read_json, write_atomically, write_text
+from viewdiff_nb.files import only_writer, read_json, write_atomically, write_text
 
 from .render import PHOTO_FIELD, PHOTO_SIZE, HeadRenderer
 from .scenes import sample_background, sample_light
@@ -204,7 +204,11 @@ def build(out, config=BuildConfig(), workers=1, work=None, make_recogniser=Mobil
     """
     if workers < 1:
         raise ValueError(f"workers must be 1 or more, got {workers}")
-    out = Path(out)
+    with only_writer(out, "OUT") as folder:
+        _build(folder, config, workers, work, make_recogniser)
+
+
+def _build(out, config, workers, work, make_recogniser):
     folder = Path(work) if work else out / ".parts"
     name = make_recogniser().name
     fingerprint = json.loads(json.dumps(asdict(config) | {"recogniser": name}))  # as the file has it

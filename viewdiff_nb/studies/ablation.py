@@ -201,10 +201,10 @@ def read_cells(path: Path) -> pd.DataFrame:
         why = f"{type(error).__name__}: {str(error)[:200]}"
         raise ValueError(f"{path}: no table of a grid's cells ({why}); run benchmarks/ablation.py again") from error
     if len(failed := cells[cells["error"] != ""]):
-        first = failed.iloc[0]
+        rank, resolution, why = (str(failed.iloc[0][name])[:300] for name in (*CHOICE, "error"))
         raise ValueError(
-            f"{len(failed)} of {len(cells)} cells in {path} failed, e.g. rank {first['rank']}, resolution "
-            f"{first['voxel_resolution']}: {first['error']}; run the grid again"
+            f"{len(failed)} of {len(cells)} cells in {path} failed, e.g. rank {rank}, resolution {resolution}: {why}; "
+            "run the grid again"
         )
     return cells
 

@@ -234,7 +234,7 @@ def splat_and_convolve(
     The Gaussians are products over the axes, so they need not be made: taps along x are summed first, for each keypoint
     and each tap along depth and y, and then one matrix product of 9 K terms gives every voxel, instead of 27 K.
     """
-    gains.new_empty(len(gains), resolution**2, resolution * len(convolution.bias))  # does not fit? before any work
+    gains.new_empty(gains.shape[0], resolution**2, resolution * convolution.bias.shape[0])  # no room? before any work
     padded = [F.pad(factor, (1, 1)) for factor in _along_axes(keypoints, resolution, width)]
     along_depth, along_y, along_x = (torch.stack([a[..., i : i + resolution] for i in range(3)], -1) for a in padded)
     rows = torch.einsum("bkzi,bkyj->bzykij", along_depth, along_y).flatten(3).flatten(1, 2)  # (B, R R, 9 K)

@@ -23,13 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from viewdiff_nb.metrics import recognition_by_yaw
-from viewdiff_nb.modules.projection import (
-    KEYPOINT_WIDTH,
-    LightweightFaceProjectionLayer,
-    convolve,
-    gaussian_occupancy,
-    splat_and_convolve,
-)
+from viewdiff_nb.modules.projection import KEYPOINT_WIDTH, LightweightFaceProjectionLayer, gaussian_occupancy
 from viewdiff_nb.predict import PredictOptions, predict_file
 from viewdiff_nb.studies.adaptation import load_split
 from viewdiff_nb.studies.benchmark import TrainingStep, machine, side_by_side, step_config
@@ -89,11 +83,6 @@ def in_space(layer: LightweightFaceProjectionLayer, points: torch.Tensor, gains:
     return layer.refine(gains[..., None, None, None] * occupancy)
 
 
-def in_parts(layer: LightweightFaceProjectionLayer, points: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
-    first, between, last = layer.refine
-    return convolve(between(splat_and_convolve(points, gains, first, layer.voxel_resolution)), last)
-
-
 def voxels(rounds: int) -> Iterator[Row]:
     device = choose_device()
     for resolution, batch in ((8, 128), (16, 32)):
@@ -102,7 +91,7 @@ def voxels(rounds: int) -> Iterator[Row]:
         gains, ratios = torch.rand(batch, 5, device=device, requires_grad=True), []
         for _ in range(rounds + 2):  # the first two warm up
             spent = []
-            for of in (in_space, in_parts):
+            for of in (in_space, LightweightFaceProjectionLayer.scene):
                 started = time.perf_counter()
                 of(layer, points, gains).square().mean().backward()
                 if device.type == "cuda":

@@ -196,11 +196,9 @@ def finish(child: int, said: Path, seconds: float = LONGEST) -> tuple[str, str]:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if os.waitpid(child, os.WNOHANG)[0]:
-            return (
-                tuple(json.loads(said.read_text(encoding="utf-8")))
-                if said.is_file()
-                else ("error", "it ended without a word")
-            )
+            if not said.is_file():
+                return "error", "it ended without a word"
+            return tuple(json.loads(said.read_text(encoding="utf-8")))
         time.sleep(0.002)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)

@@ -45,7 +45,7 @@ class LightweightFaceProjectionLayer(nn.Module):
 
     1. compress the features to a few channels f_k and a gain g_k for each keypoint;
     2. undo the source pose, and put a Gaussian w_k around each keypoint in the face's own frame;
-    3. refine g_k w_k with a small 3-D CNN to a density and to shares u_k (`splat_and_convolve`, `convolve`); the
+    3. refine g_k w_k with a small 3-D CNN to a density and to shares u_k (`scene`); the
        feature of a voxel is f(v) = sum_k u_k(v) f_k;
     4. turn the grid to the target pose and render it along the depth axis;
     5. expand the picture to feature_dim.
@@ -136,15 +136,20 @@ class LightweightFaceProjectionLayer(nn.Module):
         Returns how much of each keypoint's features, and of the background, a ray sees, (B, K + 1, R, R); then shares,
         density and weights as in `FaceVolume`.
         """
-        first, between, last = self.refine
-        hidden = between(splat_and_convolve(keypoints, gains, first, self.voxel_resolution))
-        scene = convolve(hidden, last)
+        scene = self.scene(keypoints, gains)
         density, shares = self.density(scene[:, :1], keypoints), scene[:, 1:]
         if turn is not None:  # turn density, not its logit: beyond the grid there is nothing
             turned = rotate(torch.cat((density, shares), 1), turn.to(scene.dtype))
             density, shares = turned[:, :1], turned[:, 1:]
         weights = ray_weights(density, 2 / self.voxel_resolution)
         return torch.cat((composite(shares, weights), 1 - weights.sum(2)), 1), shares, density, weights
+
+    def scene(self, keypoints: Tensor, gains: Tensor) -> Tensor:
+        """What `refine` makes of gains (B, K) times the occupancy of keypoints (B, K, 3): (B, 1 + K, R, R, R)."""
+        first, between, last = self.refine
+        hidden = between(splat_and_convolve(keypoints, gains, first, self.voxel_resolution))
+        in_planes = hidden.is_cuda and self.voxel_resolution >= FINE
+        return convolve_in_planes(hidden, last) if in_planes else last(hidden)
 
     def density(self, logit: Tensor, keypoints: Tensor) -> Tensor:
         """Per unit of length, (B, 1, R, R, R), of what the CNN says, as large, and keypoints (B, K, 3)."""
@@ -243,17 +248,11 @@ def splat_and_convolve(
     return found.unflatten(2, (resolution, -1)).unflatten(1, (resolution, -1)).permute(0, 4, 1, 2, 3)
 
 
-def convolve(volume: Tensor, convolution: Any) -> Tensor:
-    """A convolution of 3^3 taps that keeps the size: (B, C, R, R, R) to (B, O, R, R, R)."""
-    if volume.is_cuda and volume.shape[-1] >= FINE:
-        return convolve_in_planes(volume, convolution)
-    return convolution(volume)
-
-
 def convolve_in_planes(volume: Tensor, convolution: Any) -> Tensor:
-    """`convolve` in two dimensions: x and channels are one axis, over which a tap is a band of a matrix.
+    """A convolution of 3^3 taps that keeps the size, in two dimensions: (B, C, R, R, R) to (B, O, R, R, R).
 
-    R / 3 times the multiplications, but in products that fill a GPU, which is slow with few channels.
+    x and channels are one axis, over which a tap is a band of a matrix. That is R / 3 times the multiplications, but in
+    products that fill a GPU, which is slow with few channels.
     """
     resolution = volume.shape[-1]
     ones = convolution.weight.new_ones(resolution, resolution)
